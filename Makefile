@@ -1,0 +1,35 @@
+# Each target sets up what it needs. Tests run on one thread per worker, so that times and numbers repeat.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: setup demo test check bench stress tiny
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	OMP_NUM_THREADS=2 $(BIN)/lalm-lens demo --out demo_out
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/pytest -q tests/test_imports.py
+
+test: check
+	$(BIN)/pytest -n 2
+
+stress: setup
+	$(BIN)/pytest -m stress
+
+bench: setup
+	$(BIN)/python benchmarks/forward.py
+
+tiny: setup
+	$(BIN)/python -m lalm_lens.assets.train

@@ -1,0 +1,49 @@
+"""The encoder that Qwen2-Audio, Voxtral and Audio Flamingo 3 share, under HF's names."""
+
+from lalm_lens.config import ConfigReader, EncoderConfig
+from lalm_lens.weights import Rule
+
+ENCODER = (
+    Rule("conv1.weight", "conv1.weight"),
+    Rule("conv1.bias", "conv1.bias"),
+    Rule("conv2.weight", "conv2.weight"),
+    Rule("conv2.bias", "conv2.bias"),
+    Rule("embed_positions.weight", "W_pos"),
+    Rule("layers.{i}.self_attn_layer_norm.weight", "blocks.{i}.ln1.w"),
+    Rule("layers.{i}.self_attn_layer_norm.bias", "blocks.{i}.ln1.b"),
+    Rule("layers.{i}.self_attn.q_proj.weight", "blocks.{i}.attn.q_proj.weight"),
+    Rule("layers.{i}.self_attn.q_proj.bias", "blocks.{i}.attn.q_proj.bias"),
+    Rule("layers.{i}.self_attn.k_proj.weight", "blocks.{i}.attn.k_proj.weight"),  # Whisper's keys have no bias
+    Rule("layers.{i}.self_attn.v_proj.weight", "blocks.{i}.attn.v_proj.weight"),
+    Rule("layers.{i}.self_attn.v_proj.bias", "blocks.{i}.attn.v_proj.bias"),
+    Rule("layers.{i}.self_attn.out_proj.weight", "blocks.{i}.attn.o_proj.weight"),
+    Rule("layers.{i}.self_attn.out_proj.bias", "blocks.{i}.attn.o_proj.bias"),
+    Rule("layers.{i}.final_layer_norm.weight", "blocks.{i}.ln2.w"),
+    Rule("layers.{i}.final_layer_norm.bias", "blocks.{i}.ln2.b"),
+    Rule("layers.{i}.fc1.weight", "blocks.{i}.mlp.in_proj.weight"),
+    Rule("layers.{i}.fc1.bias", "blocks.{i}.mlp.in_proj.bias"),
+    Rule("layers.{i}.fc2.weight", "blocks.{i}.mlp.out_proj.weight"),
+    Rule("layers.{i}.fc2.bias", "blocks.{i}.mlp.out_proj.bias"),
+    Rule("layer_norm.weight", "ln_post.w"),
+    Rule("layer_norm.bias", "ln_post.b"),
+)
+
+
+def whisper_config(read: ConfigReader, model_type: str) -> EncoderConfig:
+    """An `audio_config`. Absent keys have the size of whisper-large-v3."""
+    read.expect("model_type", model_type)
+    read.expect("activation_function", "gelu")
+    read.expect("scale_embedding", False)
+    read.ignore("encoder_layerdrop", "activation_dropout")
+    n_layers = read("encoder_layers", 32)
+    read.expect("num_hidden_layers", n_layers)
+    cfg = EncoderConfig(
+        n_layers=n_layers,
+        d_model=read("d_model", 1280),
+        n_heads=read("encoder_attention_heads", 20),
+        d_mlp=read("encoder_ffn_dim", 5120),
+        n_mels=read("num_mel_bins", 128),
+        n_ctx=read("max_source_positions", 1500),
+    )
+    read.finish()
+    return cfg

@@ -1,0 +1,1 @@
+"""Adapters: encoder states in, embeddings of the decoder out."""

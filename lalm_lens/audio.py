@@ -1,0 +1,79 @@
+"""Sound files in, 16 kHz mono waveforms out; and the model's own features of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lalm_lens.errors import AudioError
+from lalm_lens.shapes import typed
+
+RATE_HZ = 16_000
+MIN_SAMPLES = 480  # 30 ms: less makes no audio token
+
+Waveform = Float[Tensor, " samples"]
+
+
+@typed
+def read_audio(path: str | Path, rate_hz: int = RATE_HZ) -> Waveform:
+    """A wav, flac, ogg or mp3 file as one channel at `rate_hz`, in [-1, 1]; channels are averaged.
+
+    Raises `AudioError` if the file is missing, is not audio, is empty or holds NaN or infinity.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AudioError(f"There is no audio file {path}.")
+    try:
+        samples, source_hz = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(
+            f"{path} is not readable audio ({error.error_string}). Give a wav, flac, ogg or mp3."
+        ) from None
+    check_samples(samples, str(path))
+    mono = samples.mean(axis=1)
+    return torch.from_numpy(mono if source_hz == rate_hz else soxr.resample(mono, source_hz, rate_hz))
+
+
+def check_samples(samples: np.ndarray, name: str) -> None:
+    """Refuse what a model would turn into numbers that mean nothing."""
+    if samples.size == 0:
+        raise AudioError(f"{name} holds no samples. Give a clip with sound in it.")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{name} holds NaN or infinity. Repair or leave out the clip.")
+
+
+def mel_features(
+    extractor: Any, waveforms: Sequence[Waveform]
+) -> tuple[Float[Tensor, "clip mel frames"], Int[Tensor, " clip"]]:
+    """The HF feature extractor's log-mel features, padded to the length it was made for, and the frames of sound.
+
+    Raises `AudioError` for a clip that is too short to make a token, or longer than the model hears.
+    """
+    for waveform in waveforms:
+        check_samples(waveform.numpy(), "A clip")
+        check_length(len(waveform), extractor)
+    batch = extractor(
+        [waveform.numpy() for waveform in waveforms],
+        sampling_rate=extractor.sampling_rate,
+        padding="max_length",
+        return_attention_mask=True,  # in the constructor alone it would count samples, not frames
+        return_tensors="pt",
+    )
+    return batch["input_features"], batch["attention_mask"].sum(-1)
+
+
+def check_length(n_samples: int, extractor: Any) -> None:
+    rate_hz = extractor.sampling_rate
+    if n_samples < MIN_SAMPLES:
+        raise AudioError(f"A clip of {1000 * n_samples / rate_hz:.0f} ms is too short: a model hears 30 ms or more.")
+    if n_samples > extractor.n_samples:
+        raise AudioError(
+            f"A clip of {n_samples / rate_hz:.1f} s is too long: this model hears "
+            f"{extractor.n_samples / rate_hz:.1f} s. Cut it."
+        )

@@ -1,0 +1,126 @@
+"""Shapes of the stages as plain frozen data, and the reader that turns an HF config.json into them.
+
+The truth about a model is its `LALMConfig`; TransformerLens' `model.cfg` is derived from it and never read back.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lalm_lens.errors import ConversionError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Plain rotary embedding: angle of pair i at position p = p * theta ** (-2i / d_head)."""
+
+    theta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    eps: float
+    rope: Rope  # another rotary scheme is another config class with its own module in nn/rope.py
+    qkv_bias: bool
+    windows: tuple[int | None, ...]  # per block: positions a query looks back on, itself included; None = all
+    tied: bool = False  # the unembedding is the embedding
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ConversionError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads evenly.")
+        if len(self.windows) != self.n_layers:
+            raise ConversionError(f"{len(self.windows)} layer types for {self.n_layers} layers.")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ConversionError(f"A sliding window must be at least 1 position wide, got {self.windows}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A Whisper-type encoder."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_mlp: int
+    n_mels: int
+    n_ctx: int  # positions after the second convolution, 20 ms each
+
+    @property
+    def n_frames(self) -> int:
+        """Mel frames (10 ms) of the padded clip that the encoder takes."""
+        return 2 * self.n_ctx
+
+
+@dataclass(frozen=True, kw_only=True)
+class LALMConfig:
+    model_type: str
+    decoder: DecoderConfig
+    encoder: EncoderConfig
+    audio_token: int  # id of the placeholder that audio embeddings replace
+
+
+# What a config.json may say that does not change a forward pass at inference.
+_IRRELEVANT = frozenset(
+    "_attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation auto_map "
+    "bos_token_id chunk_size_feed_forward decoder_start_token_id dropout dtype eos_token_id id2label ignore_index "
+    "init_std initializer_range is_decoder is_encoder_decoder label2id output_attentions output_hidden_states "
+    "pad_token_id problem_type return_dict torch_dtype transformers_version use_cache".split()
+)
+
+
+class ConfigReader:
+    """Reads one HF config section and remembers what was read, so that an unknown key is refused by name.
+
+    A config may say something we do not compute; silence about it would be a wrong number at layer 20.
+    """
+
+    def __init__(self, section: Mapping[str, Any], where: str):
+        self.section = section
+        self.where = where
+        self.known: set[str] = set(_IRRELEVANT)
+
+    def __call__(self, key: str, default: Any = None) -> Any:
+        """The value of `key`; a key without `default` must be there."""
+        self.known.add(key)
+        value = self.section.get(key, default)
+        if value is None:
+            raise ConversionError(f"{self.where} has no {key!r}, which this conversion needs.")
+        return value
+
+    def optional(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, which may be null."""
+        self.known.add(key)
+        return self.section.get(key, default)
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """Refuse a value that would ask for arithmetic we do not do. An absent key means the first of `allowed`."""
+        self.known.add(key)
+        value = self.section.get(key, allowed[0])
+        if value not in allowed:
+            raise ConversionError(f"{self.where}: {key} = {value!r} is not supported (only {allowed}).")
+
+    def ignore(self, *keys: str) -> None:
+        """Keys that this family has and that do not change its forward pass."""
+        self.known.update(keys)
+
+    def inner(self, key: str) -> "ConfigReader":
+        """A nested section; absent means that all its keys have their defaults."""
+        self.known.add(key)
+        return ConfigReader(self.section.get(key) or {}, f"{self.where}: {key}")
+
+    def finish(self) -> None:
+        """Raise for each key that nobody asked about."""
+        unknown = sorted(set(self.section) - self.known)
+        if unknown:
+            raise ConversionError(
+                f"{self.where} has keys that this conversion does not know: {', '.join(unknown)}. "
+                "It may ask for arithmetic that would be left out; teach the conversion what they mean."
+            )

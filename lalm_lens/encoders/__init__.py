@@ -1,0 +1,1 @@
+"""Audio encoders: mel features in, encoder states out, every block hooked."""

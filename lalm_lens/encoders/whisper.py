@@ -1,0 +1,74 @@
+"""Whisper's encoder (arXiv 2212.04356), every block hooked under the decoder's names."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from lalm_lens.config import EncoderConfig
+from lalm_lens.encoders.base import AudioEncoder, Frames
+from lalm_lens.errors import InputError
+from lalm_lens.nn.attention import Mask
+from lalm_lens.nn.block import EncoderBlock
+from lalm_lens.nn.norm import LayerNorm
+
+
+def n_states(n_frames: Frames) -> Frames:
+    """Encoder states of `n_frames` mel frames (10 ms each -> 20 ms): conv2 has kernel 3, stride 2, padding 1."""
+    return (n_frames - 1) // 2 + 1
+
+
+def n_pooled_states(n_frames: Frames) -> Frames:
+    """Audio tokens of `n_frames` mel frames (10 ms each -> 40 ms), after pooling pairs of encoder states.
+
+    Same as HF `Qwen2AudioEncoder._get_feat_extract_output_lengths`. Needs at least 3 frames (30 ms).
+    """
+    return (n_states(n_frames) - 2) // 2 + 1  # AvgPool1d(2, stride=2) drops an odd last state
+
+
+class WhisperEncoder(AudioEncoder):
+    """Two convolutions, a table of positions, pre-norm blocks. What happens after the blocks differs by model."""
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.conv1 = nn.Conv1d(cfg.n_mels, cfg.d_model, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(cfg.d_model, cfg.d_model, kernel_size=3, stride=2, padding=1)
+        self.W_pos = nn.Parameter(torch.empty(cfg.n_ctx, cfg.d_model), requires_grad=False)
+        self.blocks = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.n_layers))
+        self.ln_post = LayerNorm(cfg.d_model)
+        self.hook_embed = HookPoint()  # [clip, pos, d_model], the convolved sound before positions are added
+        self.hook_out = HookPoint()  # [clip, audio_pos, d_model]
+
+    def embed(self, mel: Float[Tensor, "clip mel frames"]) -> Float[Tensor, "clip pos d_model"]:
+        if mel.shape[1:] != (self.cfg.n_mels, self.cfg.n_frames):
+            raise InputError(
+                f"The encoder takes {self.cfg.n_mels} mel bins x {self.cfg.n_frames} frames, got "
+                f"{mel.shape[1]} x {mel.shape[2]}. Use the feature extractor that belongs to the model."
+            )
+        sound = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))
+        return self.hook_embed(rearrange(sound, "clip d_model pos -> clip pos d_model")) + self.W_pos
+
+    def run_blocks(self, mel: Float[Tensor, "clip mel frames"], mask: Mask | None) -> Float[Tensor, "clip pos d_model"]:
+        resid = self.embed(mel)
+        for block in self.blocks:
+            resid = block(resid, mask)
+        return resid
+
+
+class PooledWhisperEncoder(WhisperEncoder):
+    """Qwen2-Audio's: keys past the end of the clip are masked; states are pooled in pairs *before* the last norm."""
+
+    def n_audio(self, n_frames: Frames) -> Frames:
+        return n_pooled_states(n_frames)
+
+    def forward(
+        self, mel: Float[Tensor, "clip mel frames"], n_frames: Int[Tensor, " clip"]
+    ) -> Float[Tensor, "clip audio_pos d_model"]:
+        """States of the whole padded clip; `n_pooled_states(n_frames)` of them belong to the sound."""
+        is_sound = torch.arange(self.cfg.n_ctx, device=mel.device) < n_states(n_frames)[:, None]
+        resid = self.run_blocks(mel, is_sound[:, None, None, :])
+        pooled = F.avg_pool1d(rearrange(resid, "clip pos d_model -> clip d_model pos"), 2, stride=2)
+        return self.hook_out(self.ln_post(rearrange(pooled, "clip d_model pos -> clip pos d_model")))

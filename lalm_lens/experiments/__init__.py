@@ -1,0 +1,1 @@
+"""The published analyses, one file per method."""

@@ -1,0 +1,57 @@
+"""What a model takes: tokens with audio beside them, or the embeddings already made of both."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lalm_lens.errors import InputError
+
+_HF_NAMES = {"input_ids", "attention_mask", "input_features", "feature_attention_mask"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A left-padded batch of prompts with their clips, in the order of their placeholders."""
+
+    tokens: Int[Tensor, "batch pos"]
+    attention_mask: Bool[Tensor, "batch pos"]  # False on padding
+    mel: Float[Tensor, "clip mel frames"] | None = None
+    n_frames: Int[Tensor, " clip"] | None = None  # mel frames (10 ms) that belong to the sound
+
+    def __post_init__(self) -> None:
+        if not self.attention_mask[:, -1].all():
+            raise InputError("Batches are padded on the left: set the tokenizer's padding_side to 'left'.")
+        if (self.mel is None) != (self.n_frames is None):
+            raise InputError("Mel features and their numbers of frames come together: give both or neither.")
+        if self.mel is not None and not self.mel.isfinite().all():
+            raise InputError("The audio features hold NaN or infinity. Check the waveform they were made from.")
+
+    @classmethod
+    def from_hf(cls, batch: Mapping[str, Tensor]) -> "Inputs":
+        """From what an HF processor returns."""
+        unknown = set(batch) - _HF_NAMES
+        if unknown:
+            raise InputError(f"Unknown model inputs {sorted(unknown)}; known are {sorted(_HF_NAMES)}.")
+        tokens = batch["input_ids"]
+        is_frame = batch.get("feature_attention_mask")
+        return cls(
+            tokens=tokens,
+            attention_mask=batch.get("attention_mask", torch.ones_like(tokens)).bool(),
+            mel=batch.get("input_features"),
+            n_frames=None if is_frame is None else is_frame.sum(-1),
+        )
+
+    def to(self, device: torch.device | str) -> "Inputs":
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Inputs after embedding and merge. The audio encoder has run; hooks on it will not fire again."""
+
+    embed: Float[Tensor, "batch pos d_model"]
+    attention_mask: Bool[Tensor, "batch pos"]

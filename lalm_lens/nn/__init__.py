@@ -1,0 +1,1 @@
+"""The parts of a block, one idea a file, under TransformerLens' names."""

@@ -1,0 +1,43 @@
+"""Rotary position embedding (arXiv 2104.09864), rotating halves as HF does.
+
+One class per scheme, chosen once from its config: llama3 scaling, dynamic NTK or M-RoPE each add a config in
+config.py and a class here that turns positions into a `Rotation`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lalm_lens.config import Rope
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosine and sine of the angle of each position, shared by all blocks of one forward."""
+
+    cos: Float[Tensor, "batch pos 1 d_head"]
+    sin: Float[Tensor, "batch pos 1 d_head"]
+
+    def __call__(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
+        first, second = x.chunk(2, dim=-1)
+        return x * self.cos + torch.cat([-second, first], dim=-1) * self.sin
+
+
+class Rotary(nn.Module):
+    """Plain rotary embedding. Holds no buffer: the angles are computed in float32 where the positions are."""
+
+    def __init__(self, rope: Rope, d_head: int):
+        super().__init__()
+        self.theta = rope.theta
+        self.d_head = d_head
+
+    def forward(self, positions: Int[Tensor, "batch pos"], dtype: torch.dtype) -> Rotation:
+        exponent = torch.arange(0, self.d_head, 2, device=positions.device, dtype=torch.float32) / self.d_head
+        angle = positions[..., None].float() * (1.0 / self.theta**exponent)  # HF's order: angles grow to 1e4
+        angle = torch.cat([angle, angle], dim=-1)[:, :, None]
+        return Rotation(angle.cos().to(dtype), angle.sin().to(dtype))
+
+
+ROTARY = {Rope: Rotary}

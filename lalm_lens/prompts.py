@@ -1,0 +1,225 @@
+"""A question about a clip in a model's own chat template, with a label for every position.
+
+The template is rendered once with marks in place of the user's text and the forced answer prefix, so that every
+character, and then every token, knows which part of the prompt it comes from.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from lalm_lens.attributes import Attribute
+from lalm_lens.audio import Waveform, mel_features
+from lalm_lens.config import LALMConfig
+from lalm_lens.errors import InputError, PromptError
+from lalm_lens.inputs import Inputs
+
+Region = Literal[
+    "text_before",
+    "audio_tag",
+    "audio",
+    "template",
+    "early",
+    "object",
+    "object_sep",
+    "late",
+    "attribute",
+    "last",
+]
+# The coarser parts of arXiv 2603.13768, section 3.3: objects include the commas between them.
+Segment = Literal["early", "object", "late", "last", "none"]
+
+_USER, _ANSWER = "\ue000", "\ue001"  # private-use characters that no template and no prompt contains
+
+
+@dataclass(frozen=True)
+class AudioMarks:
+    """The text that stands for a clip in a model's own chat template."""
+
+    placeholder: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Position:
+    """What one position of the merged sequence is."""
+
+    token: str
+    region: Region
+    segment: Segment = "none"
+    label: str | None = None  # of an object token: the option it belongs to
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of prompt text whose characters share one region."""
+
+    text: str
+    region: Region
+    segment: Segment = "none"
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as token ids with `Position`s beside them, unpadded, audio placeholders expanded."""
+
+    tokens: tuple[int, ...]
+    positions: tuple[Position, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def is_region(self, *regions: Region) -> Bool[Tensor, " pos"]:
+        return torch.tensor([position.region in regions for position in self.positions])
+
+    def is_correct(self, pos: int, label: str) -> bool:
+        """Whether the token at `pos` is part of the option that answers the question."""
+        return self.positions[pos].label == label
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A model's own tokenizer, feature extractor and chat template, and what its conversion knows about them."""
+
+    hf: Any
+    marks: AudioMarks
+    cfg: LALMConfig
+    n_audio: Callable[[int], int] = field(repr=False)  # audio tokens of so many mel frames
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.hf.tokenizer
+
+    def prompt(self, attribute: Attribute, n_frames: int, labels: Sequence[str] | None = None) -> Prompt:
+        """AudioLens' P3 (question, options, forced answer prefix) about a clip of `n_frames` mel frames (10 ms)."""
+        pieces = self.pieces(attribute, labels or attribute.labels)
+        return self.expand(self.tokenize(pieces), self.n_audio(n_frames))
+
+    def pieces(self, attribute: Attribute, labels: Sequence[str]) -> list[Piece]:
+        """The rendered prompt, cut where the region changes."""
+        user = attribute.options(labels)
+        head, rest = self.render(_USER, _ANSWER).split(_USER)
+        between, tail = rest.split(_ANSWER)
+        if self.render(user, attribute.prefix) != head + user + between + attribute.prefix + tail:
+            raise PromptError("This model's chat template changes the text it is given; its positions cannot be told.")
+        return [
+            *self.clip_pieces(head),
+            *option_pieces(attribute, labels),
+            Piece(between, "template"),
+            *prefix_pieces(attribute.prefix),
+        ]
+
+    def render(self, user: str, answer: str) -> str:
+        messages = [
+            {
+                "role": "user",
+                "content": [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": user}],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        return self.hf.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+
+    def clip_pieces(self, head: str) -> list[Piece]:
+        before, placeholder, after = head.partition(self.marks.placeholder)
+        if not placeholder or self.marks.placeholder in after:
+            raise PromptError(
+                f"The chat template must hold {self.marks.placeholder} once before the question: {head!r}"
+            )
+        return [
+            Piece(before.removesuffix(self.marks.before), "text_before"),
+            Piece(self.marks.before, "audio_tag"),
+            Piece(placeholder, "audio"),
+            Piece(self.marks.after, "audio_tag"),
+            Piece(after.removeprefix(self.marks.after), "template"),
+        ]
+
+    def tokenize(self, pieces: Sequence[Piece]) -> Prompt:
+        """A token belongs to the piece of its last character: " male" begins with the space before the option."""
+        owner = [piece for piece in pieces for _ in piece.text]
+        encoding = self.tokenizer(
+            "".join(piece.text for piece in pieces), add_special_tokens=False, return_offsets_mapping=True
+        )
+        positions = []
+        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            piece = owner[max(end - 1, start)]
+            text = self.tokenizer.decode([token])
+            positions.append(Position(text, piece.region, piece.segment, piece.label))
+        positions[-1] = replace(positions[-1], region="last", segment="last")
+        return Prompt(tuple(encoding["input_ids"]), tuple(positions))
+
+    def expand(self, prompt: Prompt, n_audio: int) -> Prompt:
+        """The one placeholder, `n_audio` times."""
+        if prompt.tokens.count(self.cfg.audio_token) != 1:
+            raise PromptError(
+                f"{self.marks.placeholder} is not token {self.cfg.audio_token} of this tokenizer, exactly once in the "
+                "prompt. The tokenizer belongs to another model, or the prompt contains the placeholder."
+            )
+        at = prompt.tokens.index(self.cfg.audio_token)
+        times = [n_audio if pos == at else 1 for pos in range(len(prompt))]
+        return Prompt(
+            tuple(token for token, n in zip(prompt.tokens, times, strict=True) for _ in range(n)),
+            tuple(position for position, n in zip(prompt.positions, times, strict=True) for _ in range(n)),
+        )
+
+    def inputs(self, prompts: Sequence[Prompt], waveforms: Sequence[Waveform]) -> Inputs:
+        """One left-padded batch; each prompt holds one clip."""
+        mel, n_frames = mel_features(self.hf.feature_extractor, waveforms)
+        return Inputs(*self.pad(prompts), mel=mel, n_frames=n_frames)
+
+    def pad(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Bool[Tensor, "batch pos"]]:
+        n_pos = max(len(prompt) for prompt in prompts)
+        tokens = torch.full((len(prompts), n_pos), self.tokenizer.pad_token_id or 0)
+        is_token = torch.zeros(len(prompts), n_pos, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, n_pos - len(prompt) :] = torch.tensor(prompt.tokens)
+            is_token[row, n_pos - len(prompt) :] = True
+        if n_pos > self.cfg.decoder.n_ctx:
+            raise InputError(f"The prompt has {n_pos} positions; this model has {self.cfg.decoder.n_ctx}.")
+        return tokens, is_token
+
+    def n_frames(self, waveform: Waveform) -> int:
+        """Mel frames (10 ms) of a clip, the last one possibly begun only."""
+        return -(-len(waveform) // self.hf.feature_extractor.hop_length)
+
+    def label_tokens(self, labels: Sequence[str], label_space: bool = True) -> dict[str, int]:
+        """The first token of each label, as the model would emit it after the prefix: with a leading space.
+
+        `label_space=False` is what AudioLens' released code scores. Raises `PromptError` if two labels begin with
+        the same token, because then no argmax can tell them apart.
+        """
+        tokens = {}
+        for label in labels:
+            ids = self.tokenizer(" " * label_space + label, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise PromptError(f"The label {label!r} has no tokens. Leave out empty labels.")
+            tokens[label] = ids[0]
+        for token in tokens.values():
+            twins = [other for other, its in tokens.items() if its == token]
+            if len(twins) > 1:
+                raise PromptError(f"The labels {twins} begin with the same token {self.tokenizer.decode([token])!r}.")
+        return tokens
+
+
+def option_pieces(attribute: Attribute, labels: Sequence[str]) -> list[Piece]:
+    """The user turn of P3: question, options, separators. Its full stop is in no segment."""
+    early, _, _ = attribute.options(labels).partition(f" {', '.join(labels)}.")
+    pieces = [Piece(early, "early", "early")]
+    for n, label in enumerate(labels):
+        pieces += [Piece(",", "object_sep", "object")] * (n > 0) + [Piece(f" {label}", "object", "object", label)]
+    return [*pieces, Piece(".", "object_sep")]
+
+
+def prefix_pieces(prefix: str) -> list[Piece]:
+    """The forced answer prefix: its last word is where the answer is read, the word before names the attribute."""
+    late, attribute, last = prefix.rsplit(" ", 2)
+    return [
+        Piece(late, "late", "late"),
+        Piece(f" {attribute}", "attribute", "late"),
+        Piece(f" {last}", "late", "late"),  # its final token alone is "last", see `tokenize`
+    ]

@@ -1,0 +1,123 @@
+"""Results as tidy tables with the views that belong to them."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+
+from lalm_lens.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Kind = Literal["layer", "audio_layer", "token"]
+Status = Literal["kept", "clean_wrong", "corrupted_right", "no_gap"]
+EMBED_LAYER = -1  # rows of site "embed": the merged embedding, before block 0
+
+COLUMNS = {
+    "model": "str",
+    "attribute": "str",
+    "sample": "str",  # path of the clip, relative to its folder
+    "label": "str",
+    "status": "str",
+    "kind": "str",
+    "site": "str",
+    "layer": "int64",  # 0-based block; -1 is the embedding
+    "position": "Int64",  # absolute, without padding
+    "text_index": "Int64",  # from the end: -1 is the last position
+    "token": "str",
+    "region": "str",
+    "segment": "str",
+    "p_clean": "float64",
+    "p_corrupted": "float64",
+    "p_patched": "float64",
+    "recovery": "float64",
+}
+
+
+def summarise(attribute: str, rows: pd.DataFrame) -> dict[str, str | int | float]:
+    samples = rows.drop_duplicates("sample")
+    kept = samples[samples.status == "kept"]
+    text = rows[(rows.status == "kept") & (rows.kind == "layer")].groupby("layer").recovery.mean()
+    fused = text.index[text >= 0.5]
+    return {
+        "attribute": attribute,
+        "clips": len(samples),
+        "kept": len(kept),
+        "p_clean": kept.p_clean.mean(),
+        "p_corrupted": kept.p_corrupted.mean(),
+        "fusion_layer": fused.min() if len(fused) else float("nan"),
+    }
+
+
+@dataclass(frozen=True, repr=False)
+class CausalTrace:
+    """Recovery rates, one row per patched run; columns as in `COLUMNS`."""
+
+    frame: pd.DataFrame
+
+    @classmethod
+    def concat(cls, frames: list[pd.DataFrame]) -> "CausalTrace":
+        if not frames:
+            raise DataError("There is nothing to trace: give at least one sample.")
+        return cls(pd.concat(frames, ignore_index=True).reindex(columns=list(COLUMNS)).astype(COLUMNS))
+
+    def to_frame(self) -> pd.DataFrame:
+        """A copy of the table."""
+        return self.frame.copy()
+
+    @property
+    def kept(self) -> pd.DataFrame:
+        """The rows of samples that the paper's exclusions keep."""
+        return self.frame[self.frame.status == "kept"]
+
+    def only(self, attribute: str) -> "CausalTrace":
+        """The rows of one attribute."""
+        return CausalTrace(self.frame[self.frame.attribute == attribute])
+
+    def counts(self) -> pd.DataFrame:
+        """Samples by attribute and status."""
+        samples = self.frame.drop_duplicates(["model", "attribute", "sample"])
+        return samples.groupby(["attribute", "status"], observed=True).size().unstack(fill_value=0)
+
+    def summary(self) -> pd.DataFrame:
+        """One row per attribute: samples, kept samples, and over the kept ones the mean probability of the true label
+        in both runs and the first layer whose text states bring back half of it (NaN if none does)."""
+        return pd.DataFrame([summarise(str(name), rows) for name, rows in self.frame.groupby("attribute", sort=False)])
+
+    def plot(self, view: Literal["layers", "tokens"] = "layers") -> "Figure":
+        """`layers`: recovery by layer, text against audio. `tokens`: layer x position maps. A panel per attribute."""
+        from lalm_lens import plots  # matplotlib is an extra
+
+        return plots.layer_curves(self.frame) if view == "layers" else plots.token_maps(self.frame)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a Parquet file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        try:
+            self.frame.to_parquet(unfinished, index=False)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CausalTrace":
+        """Read what `save` wrote; raises `DataError` for another table."""
+        frame = pd.read_parquet(path)
+        missing = [column for column in COLUMNS if column not in frame]
+        if missing:
+            raise DataError(f"{path} is not a causal trace: it has no column {', '.join(missing)}.")
+        return cls(frame[list(COLUMNS)].astype(COLUMNS))
+
+    def __repr__(self) -> str:
+        counts = self.counts().astype(str)
+        parts = [
+            f"{attribute}: " + ", ".join(f"{n} {status}" for status, n in row.items() if n != "0")
+            for attribute, row in counts.iterrows()
+        ]
+        return f"CausalTrace({len(self.frame)} patched runs; {'; '.join(parts)})"

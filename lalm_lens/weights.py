@@ -1,0 +1,214 @@
+"""A conversion is a table: one row per tensor, in HF's own layout, strict and reversible.
+
+Every tensor of a checkpoint and every parameter of ours must be accounted for, by name and shape, before the first
+number is read. Then tensors stream from disk one by one into the model.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lalm_lens.config import LALMConfig
+from lalm_lens.encoders.base import AudioEncoder
+from lalm_lens.errors import ConversionError
+from lalm_lens.prompts import AudioMarks
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`hf` becomes `ours`. `{i}` stands for the index of a block."""
+
+    hf: str
+    ours: str
+
+    def under(self, hf: str = "", ours: str = "") -> "Rule":
+        return replace(self, hf=hf + self.hf, ours=ours + self.ours)
+
+
+@dataclass(frozen=True)
+class Tied:
+    """`hf` is the same tensor as `to`: it may be left out of a checkpoint, and if it is there it must be equal."""
+
+    hf: str
+    to: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """`hf` is not needed, for this reason."""
+
+    hf: str
+    why: str
+
+
+Row = Rule | Tied | Drop
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one generation of checkpoints names the tensors of the table: (prefix on disk, prefix in the table)."""
+
+    prefixes: tuple[tuple[str, str], ...] = ()
+
+    def to_table(self, name: str) -> str:
+        return self._swap(name, self.prefixes)
+
+    def to_disk(self, name: str) -> str:
+        return self._swap(name, [(table, disk) for disk, table in self.prefixes])
+
+    def _swap(self, name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+        for old, new in sorted(prefixes, key=lambda pair: -len(pair[0])):
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """All that lalm_lens knows about one HF model type."""
+
+    model_type: str
+    config: Callable[[Mapping[str, Any]], LALMConfig]  # config.json -> ours; raises on a key it does not know
+    encoder: Callable[[LALMConfig], AudioEncoder]
+    adapter: Callable[[LALMConfig], nn.Module]
+    rows: Callable[[LALMConfig], tuple[Row, ...]]
+    layouts: tuple[Layout, ...]  # every naming that is out in the world
+    marks: AudioMarks
+
+
+class Table:
+    """Rows as a lookup, both ways."""
+
+    def __init__(self, rows: tuple[Row, ...]):
+        self.rows = [(_pattern(row.hf), row) for row in rows]
+
+    def find(self, hf_name: str) -> tuple[Row, str] | None:
+        """The row of an HF tensor, and its name there with the block index filled in; None if there is none."""
+        hits = [(row, match) for pattern, row in self.rows if (match := pattern.fullmatch(hf_name))]
+        assert len(hits) < 2, f"{hf_name} matches two rows: {hits}"
+        if not hits:
+            return None
+        row, match = hits[0]
+        target = {Rule: "ours", Tied: "to", Drop: "hf"}[type(row)]
+        return row, getattr(row, target).format(**match.groupdict())
+
+    def hf_name(self, our_name: str) -> str | None:
+        """The HF name of one of our parameters."""
+        for _, row in self.rows:
+            if isinstance(row, Rule) and (match := _pattern(row.ours).fullmatch(our_name)):
+                return row.hf.format(**match.groupdict())
+        return None
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\*", r".*"))
+
+
+@dataclass
+class Checkpoint:
+    """The safetensors files of a folder, opened without reading their numbers."""
+
+    folder: Path
+    shapes: Shapes
+    files: dict[str, Any] = field(repr=False)  # tensor name -> the open shard that holds it
+
+    @classmethod
+    def open(cls, folder: Path, stack: ExitStack) -> "Checkpoint":
+        shards = sorted(folder.glob("*.safetensors"))
+        if not shards:
+            pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt")]
+            hint = f" It has {pickles[0]}, but a pickle can run code: convert it to safetensors." if pickles else ""
+            raise ConversionError(f"{folder} holds no .safetensors file.{hint}")
+        files, shapes = {}, {}
+        for path in shards:
+            try:
+                shard = stack.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise ConversionError(f"{path} is not a whole safetensors file ({error}). Download it again.") from None
+            for name in shard.keys():  # noqa: SIM118  safe_open is not a dict
+                files[name] = shard
+                shapes[name] = tuple(shard.get_slice(name).get_shape())
+        return cls(folder, shapes, files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.files[name].get_tensor(name)
+
+
+def load(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    rows: tuple[Row, ...],
+    layouts: tuple[Layout, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Fill `model`, whose parameters may be on the meta device, from a checkpoint. Never holds two copies.
+
+    Raises `ConversionError` that names what is missing, extra or misshapen, before anything is read.
+    """
+    table = Table(rows)
+    layout = choose_layout(checkpoint.shapes, table, layouts)
+    check(model, checkpoint, table, layout)
+    for name in checkpoint.shapes:
+        row, target = table.find(layout.to_table(name)) or (None, "")
+        if isinstance(row, Rule):
+            assign(model, target, checkpoint[name].to(device=device, dtype=dtype))
+        elif isinstance(row, Tied) and not torch.equal(checkpoint[name], checkpoint[layout.to_disk(target)]):
+            raise ConversionError(f"{name} is said to be tied to {layout.to_disk(target)}, but they differ.")
+
+
+def choose_layout(names: Iterable[str], table: Table, layouts: tuple[Layout, ...]) -> Layout:
+    """The naming under which the most tensors are known; what is still unknown is an error later, by name."""
+    names = list(names)
+    return max(layouts, key=lambda layout: sum(table.find(layout.to_table(name)) is not None for name in names))
+
+
+def check(model: nn.Module, checkpoint: Checkpoint, table: Table, layout: Layout) -> None:
+    """Every tensor has a row, every parameter has a tensor, and their shapes agree."""
+    ours = dict(model.named_parameters())
+    found = {name: table.find(layout.to_table(name)) for name in checkpoint.shapes}
+    extra = [name for name, hit in found.items() if hit is None]
+    filled = {hit[1]: name for name, hit in found.items() if hit is not None and isinstance(hit[0], Rule)}
+    extra += [name for target, name in filled.items() if target not in ours]
+    missing = [layout.to_disk(table.hf_name(name) or f"(no row makes {name})") for name in ours if name not in filled]
+    wrong = [
+        f"{name} is {checkpoint.shapes[name]}, expected {tuple(ours[target].shape)}"
+        for target, name in filled.items()
+        if target in ours and checkpoint.shapes[name] != ours[target].shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
+        for kind, names in (("unknown", extra), ("missing", missing), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ConversionError(
+            f"The {len(checkpoint.shapes)} tensors in {checkpoint.folder} do not fit the model: {'; '.join(problems)}. "
+            "Check that the checkpoint is whole and that its config.json belongs to it."
+        )
+
+
+def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let a parameter be `tensor`, without a copy."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, leaf)
+    module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
+
+
+def export(model: nn.Module, rows: tuple[Row, ...], layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters under their HF names: the table run backwards."""
+    table = Table(rows)
+    for name, parameter in model.named_parameters():
+        hf_name = table.hf_name(name)
+        assert hf_name is not None, f"no row makes {name}"
+        yield layout.to_disk(hf_name), parameter.detach()

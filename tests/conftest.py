@@ -1,0 +1,52 @@
+"""Options and fixtures that more than one test file needs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from reference import tiny_hf
+from transformers import Qwen2AudioForConditionalGeneration
+
+from lalm_lens.assets import TINY_LALM
+from lalm_lens.loading import from_pretrained
+from lalm_lens.model import HookedLALM
+
+HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", type=Path, default=HERE / "golden", help="folder of golden sets to compare with")
+    parser.addoption(
+        "--allow-missing", default="", help="comma-separated golden sets or arrays that need not be compared"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much the golden tests compared, gathered from all workers."""
+    reports = [report for group in terminalreporter.stats.values() for report in group if hasattr(report, "when")]
+    compared = [dict(r.user_properties)["compared"] for r in reports if "compared" in dict(r.user_properties)]
+    if compared:
+        terminalreporter.write_line(f"compared {sum(compared)} arrays in {len(compared)} sets")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """A tiny random HF model and ours, loaded from the files it was saved to."""
+
+    def make(seed: int = 0, **config: object) -> tuple[Qwen2AudioForConditionalGeneration, HookedLALM]:
+        folder = tmp_path_factory.mktemp("tiny")
+        hf = tiny_hf(seed, **config)
+        hf.save_pretrained(folder)
+        return hf, from_pretrained(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_lalm() -> HookedLALM:
+    return from_pretrained(TINY_LALM)
