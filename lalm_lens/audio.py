@@ -18,6 +18,7 @@ RATE_HZ = 16_000
 MIN_SAMPLES = 480  # 30 ms: less makes no audio token
 
 Waveform = Float[Tensor, " samples"]
+Waveforms = Sequence[Float[Tensor, " _samples"]]  # each of its own length
 
 
 @typed
@@ -48,16 +49,13 @@ def check_samples(samples: np.ndarray, name: str) -> None:
         raise AudioError(f"{name} holds NaN or infinity. Repair or leave out the clip.")
 
 
-def mel_features(
-    extractor: Any, waveforms: Sequence[Waveform]
-) -> tuple[Float[Tensor, "clip mel frames"], Int[Tensor, " clip"]]:
+def mel_features(extractor: Any, waveforms: Waveforms) -> tuple[Float[Tensor, "clip mel frames"], Int[Tensor, " clip"]]:
     """The HF feature extractor's log-mel features, padded to the length it was made for, and the frames of sound.
 
     Raises `AudioError` for a clip that is too short to make a token, or longer than the model hears.
     """
     for waveform in waveforms:
-        check_samples(waveform.numpy(), "A clip")
-        check_length(len(waveform), extractor)
+        check_audible(waveform, extractor, "A clip")
     batch = extractor(
         [waveform.numpy() for waveform in waveforms],
         sampling_rate=extractor.sampling_rate,
@@ -68,12 +66,11 @@ def mel_features(
     return batch["input_features"], batch["attention_mask"].sum(-1)
 
 
-def check_length(n_samples: int, extractor: Any) -> None:
-    rate_hz = extractor.sampling_rate
-    if n_samples < MIN_SAMPLES:
-        raise AudioError(f"A clip of {1000 * n_samples / rate_hz:.0f} ms is too short: a model hears 30 ms or more.")
-    if n_samples > extractor.n_samples:
-        raise AudioError(
-            f"A clip of {n_samples / rate_hz:.1f} s is too long: this model hears "
-            f"{extractor.n_samples / rate_hz:.1f} s. Cut it."
-        )
+def check_audible(waveform: Waveform, extractor: Any, name: str) -> None:
+    """Refuse a clip that the model behind this feature extractor cannot hear, or not to its end."""
+    check_samples(waveform.numpy(), name)
+    duration_s, heard_s = len(waveform) / extractor.sampling_rate, extractor.n_samples / extractor.sampling_rate
+    if len(waveform) < MIN_SAMPLES:
+        raise AudioError(f"{name} of {1000 * duration_s:.0f} ms is too short: a model hears 30 ms or more.")
+    if len(waveform) > extractor.n_samples:
+        raise AudioError(f"{name} of {duration_s:.1f} s is too long: this model hears {heard_s:.1f} s. Cut it.")

@@ -50,4 +50,6 @@ def read_row(folder: Path, number: int, line: str) -> Sample:
         raise DataError(f"{where} is not JSON ({error}).") from None
     if not isinstance(row, dict) or not {"file_name", "label"} <= set(row):
         raise DataError(f"{where} needs the keys file_name and label, got: {line[:80]}")
+    if not isinstance(row["file_name"], str) or not isinstance(row["label"], str):
+        raise DataError(f"{where}: file_name and label must be text, got: {line[:80]}")
     return Sample(name=row["file_name"], label=row["label"], waveform=read_audio(folder / row["file_name"]))

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoProcessor
 
-from lalm_lens.errors import ConversionError
+from lalm_lens.errors import ConversionError, InputError
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Processor
 from lalm_lens.weights import Checkpoint, Conversion, load
@@ -34,6 +34,7 @@ def from_pretrained(
     trace compares are small; bfloat16 halves the memory. Raises `ConversionError` if a tensor or a config key is
     unknown, missing or misshapen.
     """
+    device = usable_device(device)
     folder = local_folder(path_or_hub_id)
     config = read_config(folder)
     conversion = conversion or conversion_for(config)
@@ -42,13 +43,21 @@ def from_pretrained(
         model = HookedLALM(cfg, conversion.encoder(cfg), conversion.adapter(cfg), name=folder.name)
     with ExitStack() as stack:
         checkpoint = Checkpoint.open(folder, stack)
-        load(model, checkpoint, conversion.rows(cfg), conversion.layouts, dtype, torch.device(device))
+        load(model, checkpoint, conversion.rows(cfg), conversion.layouts, dtype, device)
     model.tie()
     model.follow_weights()
     hf_processor = read_processor(folder)
     if hf_processor is not None:
         model.processor = Processor(hf_processor, conversion.marks, cfg, model.audio_encoder.n_audio)
     return model.eval()
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"The device {str(device)!r} cannot be used here: {reason}") from None
 
 
 def local_folder(path_or_hub_id: str | Path) -> Path:

@@ -13,7 +13,7 @@ from lalm_lens.errors import HookError, InputError
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.prompts import Processor
 from lalm_lens.shapes import typed
-from lalm_lens.transformer import HookedTransformer, NamesFilter
+from lalm_lens.transformer import At, HookedTransformer, NamesFilter
 
 
 class HookedLALM(HookedTransformer):
@@ -39,21 +39,29 @@ class HookedLALM(HookedTransformer):
         inputs: Inputs | Embedded | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
         *,
         attention_mask: Bool[Tensor, "batch pos"] | None = None,
-        **layers: Any,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        logits_at: At = None,
     ) -> Float[Tensor, "batch at width"]:
-        """Logits, or the residual stream: `HookedTransformer.forward`, which also takes `Inputs` and `Embedded`."""
+        """Logits, or the residual stream: `HookedTransformer.forward`, which here also takes `Inputs` and `Embedded`.
+
+        Raises `HookError` if a hook on the encoder or adapter could not fire, because no audio is heard in this run.
+        """
         if not hears(inputs):
             self.refuse_front_end_hooks()
+        return self.decode(inputs, attention_mask, start_at_layer, stop_at_layer, logits_at)
+
+    def enter(
+        self, inputs: Inputs | Embedded | Tensor, attention_mask: Bool[Tensor, "batch pos"] | None
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None]:
         if isinstance(inputs, Tensor) and not inputs.is_floating_point():
-            inputs = Inputs(
-                inputs,
-                torch.ones_like(inputs, dtype=torch.bool) if attention_mask is None else attention_mask,
-            )
+            everything = torch.ones_like(inputs, dtype=torch.bool)
+            inputs = Inputs(inputs, everything if attention_mask is None else attention_mask)
         if isinstance(inputs, Inputs):
             inputs = self.embed_inputs(inputs)
         if isinstance(inputs, Embedded):
             inputs, attention_mask = inputs.embed, inputs.attention_mask
-        return super().forward(inputs, attention_mask=attention_mask, **layers)
+        return super().enter(inputs, attention_mask)
 
     @typed
     def embed_inputs(self, inputs: Inputs) -> Embedded:

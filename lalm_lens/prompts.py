@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lalm_lens.attributes import Attribute
-from lalm_lens.audio import Waveform, mel_features
+from lalm_lens.audio import Waveform, Waveforms, mel_features
 from lalm_lens.config import LALMConfig
 from lalm_lens.errors import InputError, PromptError
 from lalm_lens.inputs import Inputs
@@ -167,7 +167,7 @@ class Processor:
             tuple(position for position, n in zip(prompt.positions, times, strict=True) for _ in range(n)),
         )
 
-    def inputs(self, prompts: Sequence[Prompt], waveforms: Sequence[Waveform]) -> Inputs:
+    def inputs(self, prompts: Sequence[Prompt], waveforms: Waveforms) -> Inputs:
         """One left-padded batch; each prompt holds one clip."""
         mel, n_frames = mel_features(self.hf.feature_extractor, waveforms)
         return Inputs(*self.pad(prompts), mel=mel, n_frames=n_frames)

@@ -21,7 +21,7 @@ from lalm_lens.nn.rope import ROTARY
 from lalm_lens.shapes import typed
 
 NamesFilter = Callable[[str], bool] | str | list[str] | None
-Logits = Float[Tensor, "batch at d_vocab"]
+At = int | slice | Int[Tensor, " at"] | None  # positions; None is all
 
 
 def bridge_config(cfg: DecoderConfig, name: str) -> TransformerBridgeConfig:
@@ -89,7 +89,7 @@ class HookedTransformer(HookedRootModule):
         attention_mask: Bool[Tensor, "batch pos"] | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-        logits_at: int | slice | Int[Tensor, " at"] | None = None,
+        logits_at: At = None,
     ) -> Float[Tensor, "batch at width"]:
         """Logits [batch, at, d_vocab]; with `stop_at_layer`, the residual stream [batch, pos, d_model] before it.
 
@@ -97,21 +97,30 @@ class HookedTransformer(HookedRootModule):
         `attention_mask` is False on padding, which is on the left. `logits_at` names the positions to unembed
         (-1: the last one alone); the axis of positions stays.
         """
-        resid = self.embedded(inputs) if start_at_layer is None else self.resumed(inputs)
+        return self.decode(inputs, attention_mask, start_at_layer, stop_at_layer, logits_at)
+
+    def decode(
+        self,
+        inputs: Any,
+        attention_mask: Bool[Tensor, "batch pos"] | None,
+        start_at_layer: int | None,
+        stop_at_layer: int | None,
+        logits_at: At,
+    ) -> Float[Tensor, "batch at width"]:
+        if start_at_layer is None:
+            resid, attention_mask = self.enter(inputs, attention_mask)
+        else:
+            resid = resumed(inputs)
         resid = self.run_blocks(resid, attention_mask, slice(start_at_layer, stop_at_layer))
         if stop_at_layer is not None:
             return resid
         return self.unembed(self.ln_final(at_positions(resid, logits_at)))
 
-    def embedded(
-        self, inputs: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch pos d_model"]:
-        return self.hook_embed(inputs if inputs.is_floating_point() else self.embed(inputs))
-
-    def resumed(self, inputs: Tensor) -> Float[Tensor, "batch pos d_model"]:
-        if not inputs.is_floating_point():
-            raise InputError("With start_at_layer, give the residual stream before that block, not tokens.")
-        return inputs
+    def enter(
+        self, inputs: Tensor, attention_mask: Bool[Tensor, "batch pos"] | None
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None]:
+        """The residual stream before block 0, and which of its positions are no padding."""
+        return self.hook_embed(inputs if inputs.is_floating_point() else self.embed(inputs)), attention_mask
 
     def run_blocks(
         self,
@@ -218,9 +227,13 @@ class HookedTransformer(HookedRootModule):
     b_in, b_out = (_stacked("mlp", name) for name in ("b_in", "b_out"))
 
 
-def at_positions(
-    resid: Float[Tensor, "batch pos d_model"], at: int | slice | Int[Tensor, " at"] | None
-) -> Float[Tensor, "batch at d_model"]:
+def resumed(inputs: Any) -> Float[Tensor, "batch pos d_model"]:
+    if not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
+        raise InputError("With start_at_layer, give the residual stream before that block: [batch, pos, d_model].")
+    return inputs
+
+
+def at_positions(resid: Float[Tensor, "batch pos d_model"], at: At) -> Float[Tensor, "batch at d_model"]:
     if at is None:
         return resid
     return resid[:, [at]] if isinstance(at, int) else resid[:, at]

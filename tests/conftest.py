@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How much the golden tests compared, gathered from all workers."""
-    reports = [report for group in terminalreporter.stats.values() for report in group if hasattr(report, "when")]
+    reports = [r for group in terminalreporter.stats.values() for r in group if getattr(r, "when", "") == "call"]
     compared = [dict(r.user_properties)["compared"] for r in reports if "compared" in dict(r.user_properties)]
     if compared:
         terminalreporter.write_line(f"compared {sum(compared)} arrays in {len(compared)} sets")

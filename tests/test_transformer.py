@@ -1,0 +1,247 @@
+"""The hooked model: partial forwards, hooks, views of weights, and what is refused."""
+
+import pytest
+import torch
+from reference import chirps, hf_batch
+from torch.testing import assert_close
+from transformer_lens import ActivationCache
+
+from lalm_lens.errors import HookError, InputError, LensError
+from lalm_lens.inputs import Embedded, Inputs
+from lalm_lens.transformer import HookedTransformer
+
+
+@pytest.fixture(scope="module")
+def ours(pair):
+    return pair()[1]
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return Inputs.from_hf(hf_batch(chirps([1.2, 0.6])))
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def test_a_run_can_stop_and_start_at_any_layer(ours, inputs):
+    logits, cache = ours.run_with_cache(inputs, names_filter=lambda name: name.endswith("resid_pre"))
+    for layer in range(ours.cfg.n_layers):
+        resid = ours(inputs, stop_at_layer=layer)
+        assert_close(resid, cache["resid_pre", layer], rtol=0, atol=0)
+        again = ours(resid, start_at_layer=layer, attention_mask=inputs.attention_mask)
+        assert_close(again, logits, rtol=0, atol=0)
+
+
+def test_stopping_saves_the_blocks_above(ours, inputs):
+    _, cache = ours.run_with_cache(inputs, stop_at_layer=2)
+    assert "blocks.1.hook_resid_post" in cache
+    assert "blocks.2.hook_resid_pre" not in cache
+
+
+@pytest.mark.parametrize("at", [-1, slice(-3, None), torch.tensor([0, 5, 7])])
+def test_logits_at_are_those_of_the_whole_run(ours, inputs, at):
+    whole = ours(inputs)
+    expected = whole[:, [at]] if isinstance(at, int) else whole[:, at]
+    assert_close(ours(inputs, logits_at=at), expected)
+
+
+def test_the_encoder_runs_once_for_many_decoder_runs(ours, inputs):
+    runs = []
+    with ours.hooks(fwd_hooks=[("audio_encoder.hook_out", lambda out, hook: runs.append(1))]):
+        embedded = ours.embed_inputs(inputs)
+    first, second = ours(embedded), ours(embedded)
+    assert runs == [1]
+    assert_close(first, ours(inputs))
+    assert_close(first, second, rtol=0, atol=0)
+
+
+def test_hook_embed_is_the_whole_input_of_block_0(ours, inputs):
+    _, cache = ours.run_with_cache(inputs)
+    assert_close(cache["hook_embed"], cache["resid_pre", 0], rtol=0, atol=0)
+    is_audio = inputs.tokens == ours.lalm_cfg.audio_token
+    assert_close(cache["hook_embed"][is_audio], cache["hook_audio_embed"], rtol=0, atol=0)
+
+
+def test_the_residual_stream_is_the_sum_of_its_parts(ours, inputs):
+    _, cache = ours.run_with_cache(inputs)
+    parts = cache.decompose_resid(layer=None, mode="all")
+    assert_close(parts.sum(0), cache["resid_post", -1])
+
+
+def test_run_with_cache_gives_an_activation_cache_of_every_live_hook_point(ours, inputs):
+    _, cache = ours.run_with_cache(inputs)
+    assert isinstance(cache, ActivationCache)
+    off = {f"blocks.{layer}.attn.hook_result" for layer in range(ours.cfg.n_layers)}
+    assert set(cache.keys()) == set(ours.hook_dict) - off
+
+
+def test_every_hook_point_changes_the_output(ours, inputs):
+    before = ours(inputs)
+    ours.set_use_attn_result(True)
+    try:
+        for name in ours.hook_dict:
+            after = ours.run_with_hooks(inputs, fwd_hooks=[(name, lambda state, hook: state * 1.5)])
+            assert not torch.allclose(after[inputs.attention_mask], before[inputs.attention_mask]), name
+    finally:
+        ours.set_use_attn_result(False)
+
+
+def test_head_results_sum_to_the_attention_output(ours, inputs):
+    plain = ours(inputs)
+    ours.set_use_attn_result(True)
+    try:
+        logits, cache = ours.run_with_cache(inputs)
+    finally:
+        ours.set_use_attn_result(False)
+    assert_close(logits, plain)
+    assert_close(cache["blocks.1.attn.hook_result"].sum(2), cache["blocks.1.hook_attn_out"])
+
+
+def test_hooks_are_gone_after_an_exception(ours, inputs):
+    def fail(state, hook):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        ours.run_with_hooks(inputs, fwd_hooks=[("blocks.1.hook_resid_post", fail)])
+    assert not ours.list_hooks()
+
+
+def test_an_unknown_hook_is_refused_with_the_nearest_names(ours, inputs):
+    for call in (
+        lambda: ours.run_with_hooks(inputs, fwd_hooks=[("blocks.1.hook_resid_pots", print)]),
+        lambda: ours.run_with_cache(inputs, names_filter="blocks.1.hook_resid_pots"),
+        lambda: ours.run_with_cache(inputs, names_filter=["blocks.1.hook_resid_pots"]),
+        lambda: ours.add_hook("blocks.1.hook_resid_pots", print),
+    ):
+        with pytest.raises(HookError, match=r"nearest are blocks\.1\.hook_resid_post"):
+            call()
+
+
+def test_a_filter_that_matches_nothing_is_refused(ours, inputs):
+    with pytest.raises(HookError, match="matches no hook point"):
+        ours.run_with_cache(inputs, names_filter=lambda name: name == "nothing")
+    with pytest.raises(HookError, match="matches no hook point"):
+        ours.run_with_hooks(inputs, fwd_hooks=[(lambda name: False, print)])
+
+
+def test_a_hook_that_is_switched_off_is_refused(ours, inputs):
+    for names in ("blocks.0.attn.hook_result", lambda name: name.endswith("hook_result")):
+        with pytest.raises(HookError, match="set_use_attn_result"):
+            ours.run_with_hooks(inputs, fwd_hooks=[(names, print)])
+
+
+def test_an_encoder_hook_that_would_not_fire_is_refused(ours, inputs):
+    hook = [("audio_encoder.blocks.0.hook_resid_post", lambda state, hook: state)]
+    for silent in (ours.embed_inputs(inputs), torch.randint(10, 200, (1, 5))):
+        with pytest.raises(HookError, match="would not fire"):
+            ours.run_with_hooks(silent, fwd_hooks=hook)
+        ours.run_with_cache(silent)  # without a filter it caches what fires
+
+
+def test_audio_and_placeholders_must_match(ours, inputs):
+    with pytest.raises(InputError, match="audio placeholders"):
+        ours(inputs.tokens)
+    with pytest.raises(InputError, match="audio placeholders"):
+        ours(Inputs(inputs.tokens[:1], inputs.attention_mask[:1], inputs.mel, inputs.n_frames))
+    with pytest.raises(InputError, match="padded on the left"):
+        Inputs(inputs.tokens, torch.zeros_like(inputs.attention_mask))
+    with pytest.raises(InputError, match="NaN"):
+        Inputs(inputs.tokens, inputs.attention_mask, inputs.mel * torch.nan, inputs.n_frames)
+    with pytest.raises(InputError, match="mel bins"):
+        ours(Inputs(inputs.tokens, inputs.attention_mask, inputs.mel[..., :50], inputs.n_frames))
+    with pytest.raises(InputError, match="residual stream"):
+        ours(torch.randint(10, 200, (1, 5)), start_at_layer=1)
+
+
+def test_padding_may_hold_anything(ours, inputs):
+    embedded = ours.embed_inputs(inputs)
+    is_token = inputs.attention_mask
+    junk = torch.where(is_token[..., None], embedded.embed, 1e3)
+    assert_close(ours(Embedded(junk, is_token))[is_token], ours(embedded)[is_token])
+
+
+def test_weights_have_transformer_lens_shapes_and_share_memory(ours):
+    cfg, attn, mlp = ours.decoder_cfg, ours.blocks[1].attn, ours.blocks[1].mlp
+    shapes = {
+        attn.W_Q: (cfg.n_heads, cfg.d_model, cfg.d_head),
+        attn.W_K: (cfg.n_kv_heads, cfg.d_model, cfg.d_head),
+        attn.W_O: (cfg.n_heads, cfg.d_head, cfg.d_model),
+        attn.b_V: (cfg.n_kv_heads, cfg.d_head),
+        attn.b_O: (cfg.d_model,),
+        mlp.W_in: (cfg.d_model, cfg.d_mlp),
+        mlp.W_out: (cfg.d_mlp, cfg.d_model),
+        ours.W_E: (cfg.d_vocab, cfg.d_model),
+        ours.W_U: (cfg.d_model, cfg.d_vocab),
+        ours.W_gate: (cfg.n_layers, cfg.d_model, cfg.d_mlp),
+    }
+    for weight, shape in shapes.items():
+        assert weight.shape == shape
+    storage = attn.q_proj.weight.untyped_storage().data_ptr()
+    assert attn.W_Q.untyped_storage().data_ptr() == storage
+    assert ours.W_U.untyped_storage().data_ptr() == ours.unembed.linear.weight.untyped_storage().data_ptr()
+
+
+def test_views_compute_what_the_model_computes(ours, inputs):
+    _, cache = ours.run_with_cache(inputs)
+    attn = ours.blocks[2].attn
+    x = cache["blocks.2.ln1.hook_normalized"] * ours.blocks[2].ln1.w
+    assert_close(torch.einsum("bpd,hde->bphe", x, attn.W_Q) + attn.b_Q, cache["q", 2])
+    assert_close(torch.einsum("bphe,hed->bpd", cache["z", 2], attn.W_O) + attn.b_O, cache["attn_out", 2])
+
+
+def test_assigning_a_tensor_copies_and_a_parameter_is_refused(pair):
+    attn = pair(seed=3)[1].blocks[0].attn
+    attn.W_Q = torch.zeros_like(attn.W_Q)
+    assert not attn.q_proj.weight.any()
+    with pytest.raises(LensError, match="assign a tensor"):
+        attn.W_Q = torch.nn.Parameter(torch.ones_like(attn.W_Q))
+    with pytest.raises(LensError, match="has shape"):
+        attn.W_Q = torch.zeros(3)
+    with pytest.raises(LensError, match="no bias"):
+        attn.b_O = torch.zeros_like(attn.b_O)
+
+
+def test_a_view_of_wrapped_or_offloaded_weights_is_refused(pair):
+    attn = pair(seed=3)[1].blocks[0].attn
+    attn.q_proj = torch.nn.Sequential(attn.q_proj)
+    with pytest.raises(LensError, match="plain linear layer"):
+        _ = attn.W_Q
+    attn.k_proj = attn.k_proj.to("meta")
+    with pytest.raises(LensError, match="offloaded"):
+        _ = attn.W_K
+
+
+def test_cfg_follows_the_weights(pair):
+    ours = pair()[1]
+    assert ours.cfg.dtype == torch.float32
+    ours.to(torch.bfloat16)
+    assert ours.cfg.dtype == torch.bfloat16
+    assert str(ours.cfg.device) == "cpu"
+    assert ours.cfg.n_key_value_heads == 2
+
+
+def test_a_tied_unembedding_is_the_embedding(ours):
+    from dataclasses import replace
+
+    tied = HookedTransformer(replace(ours.decoder_cfg, tied=True))
+    assert tied.W_U.data_ptr() == tied.W_E.data_ptr()
+    tokens = torch.randint(10, 200, (1, 5))
+    resid = tied(tokens, stop_at_layer=tied.cfg.n_layers)
+    assert_close(tied(tokens), tied.ln_final(resid) @ tied.W_E.T)
+
+
+def test_bf16_is_as_close_to_hf_as_hf_is_to_itself(pair):
+    hf, ours = pair()
+    batch = hf_batch(chirps([1.2, 0.6]))
+    is_token = batch["attention_mask"].bool()
+    hf.to(torch.bfloat16)
+    sdpa = hf(**batch, use_cache=False).logits[is_token].float()
+    hf.set_attn_implementation("eager")
+    eager = hf(**batch, use_cache=False).logits[is_token].float()
+    mine = ours.to(torch.bfloat16)(Inputs.from_hf(batch))[is_token].float()
+    own_gap = (eager - sdpa).abs().mean()
+    assert (mine - sdpa).abs().mean() <= 1.5 * own_gap + 1e-6
