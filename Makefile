@@ -23,7 +23,7 @@ check: setup
 	$(BIN)/pytest -q tests/test_imports.py
 
 test: check
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 stress: setup
 	$(BIN)/pytest -m stress

@@ -65,7 +65,7 @@ def token_maps(frame: pd.DataFrame) -> Figure:
     )
     for ax, attribute in zip(axes[:, 0], attributes, strict=True):
         token_panel(ax, tokens[tokens.attribute == attribute])
-        ax.set_title(title(frame, attribute), fontsize=10, pad=16)
+        ax.set_title(title(frame, attribute), fontsize=10, pad=24)
     figure.suptitle(f"{frame.model.iloc[0]}: one clean state patched into the silent run", fontsize=11)
     return figure
 

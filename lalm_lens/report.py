@@ -23,7 +23,8 @@ th { border-bottom: 1px solid #999 } figcaption { color: #555 } figure { margin:
 <h1>Causal trace of {{ model }}</h1>
 <p>Clean states are patched into a run that hears silence. The recovery rate says how much of the true label's
 probability comes back: 0 is none, 1 is all. Only kept clips are averaged: the clean run is right, the silent run is
-wrong and less sure (arXiv 2603.13768). <code>fusion_layer</code> is the first layer whose text states bring back half.</p>
+wrong and less sure (arXiv 2603.13768). <code>fusion_layer</code> is the first layer whose text states bring back
+half.</p>
 {{ table }}
 {% for picture in pictures %}
 <figure><img src="{{ picture.name }}" alt="{{ picture.stem }}"><figcaption>{{ picture.name }}</figcaption></figure>

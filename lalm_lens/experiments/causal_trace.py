@@ -22,6 +22,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.attributes import Attribute, attribute_named
+from lalm_lens.audio import check_audible
 from lalm_lens.corrupt import silence
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import InputError, PromptError
@@ -83,7 +84,8 @@ def causal_trace(
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
     processor = processor_of(model)
     label_tokens = processor.label_tokens(attribute.labels)
-    for sample in samples:
+    for sample in samples:  # all of them, before the long work begins
+        check_audible(sample.waveform, processor.hf.feature_extractor, sample.name)
         if sample.label not in label_tokens:
             raise PromptError(
                 f"{sample.name} is labelled {sample.label!r}, which is not an option of {attribute.name}: "

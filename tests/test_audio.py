@@ -1,0 +1,121 @@
+"""Sound files: what is read, what is resampled, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from reference import extractor
+from torch.testing import assert_close
+
+from lalm_lens.audio import mel_features, read_audio
+from lalm_lens.corrupt import silence
+from lalm_lens.datasets import read_folder, read_sample
+from lalm_lens.errors import AudioError, DataError
+
+
+def tone(rate_hz: int, duration_s: float = 0.5, frequency_hz: float = 440.0) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * frequency_hz * np.arange(int(rate_hz * duration_s)) / rate_hz)
+
+
+@pytest.mark.parametrize(("suffix", "atol"), [("wav", 1e-4), ("flac", 1e-4), ("ogg", 0.05), ("mp3", 0.05)])
+def test_every_format_is_read(tmp_path, suffix, atol):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, tone(16_000), 16_000)
+    waveform = read_audio(path)
+    assert waveform.dtype == torch.float32
+    expected = torch.from_numpy(tone(16_000)).float()
+    middle = slice(2000, 6000)  # lossy codecs ring at the edges
+    assert_close(waveform[: len(expected)][middle], expected[middle], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 22_050, 44_100, 48_000])
+def test_other_rates_are_resampled_to_the_same_tone(tmp_path, rate_hz):
+    soundfile.write(tmp_path / "a.wav", tone(rate_hz), rate_hz)
+    waveform = read_audio(tmp_path / "a.wav")
+    assert len(waveform) == 8000
+    expected = torch.from_numpy(tone(16_000)).float()
+    assert_close(waveform[500:-500], expected[500:-500], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+def test_every_sample_format_has_the_same_scale(tmp_path, subtype):
+    soundfile.write(tmp_path / "a.wav", tone(16_000), 16_000, subtype)
+    assert read_audio(tmp_path / "a.wav").abs().max().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_channels_are_averaged(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.stack([tone(16_000), 0 * tone(16_000)], 1), 16_000)
+    assert_close(read_audio(tmp_path / "a.wav"), torch.from_numpy(tone(16_000) / 2).float(), rtol=0, atol=1e-4)
+
+
+def test_wrong_files_are_refused(tmp_path):
+    with pytest.raises(AudioError, match="no audio file"):
+        read_audio(tmp_path / "nowhere.wav")
+    (tmp_path / "text.wav").write_text("not a sound")
+    with pytest.raises(AudioError, match="not readable audio"):
+        read_audio(tmp_path / "text.wav")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
+    with pytest.raises(AudioError, match="no samples"):
+        read_audio(tmp_path / "empty.wav")
+    soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan, 0.1] * 1000), 16_000, "FLOAT")
+    with pytest.raises(AudioError, match="NaN or infinity"):
+        read_audio(tmp_path / "nan.wav")
+
+
+def test_clips_a_model_cannot_hear_are_refused():
+    with pytest.raises(AudioError, match="20 ms is too short"):
+        mel_features(extractor(), [torch.zeros(320)])
+    with pytest.raises(AudioError, match=r"2\.1 s is too long: this model hears 2\.0 s"):
+        mel_features(extractor(), [torch.zeros(33_000)])
+    with pytest.raises(AudioError, match="NaN"):
+        mel_features(extractor(), [torch.full((16_000,), torch.nan)])
+
+
+@pytest.mark.parametrize("n_samples", [480, 481, 639, 640, 16_000, 31_999, 32_000])
+def test_frames_are_counted_as_the_extractor_does(tiny_lalm, n_samples):
+    waveform = torch.randn(n_samples) / 10
+    _, n_frames = mel_features(tiny_lalm.processor.hf.feature_extractor, [waveform])
+    assert tiny_lalm.processor.n_frames(waveform) == int(n_frames)
+
+
+def test_silence_is_as_long_as_the_clip():
+    clip = torch.randn(777)
+    assert silence(clip).shape == clip.shape
+    assert not silence(clip).any()
+
+
+def test_a_folder_gives_clips_with_relative_names(tmp_path):
+    (tmp_path / "deep").mkdir()
+    soundfile.write(tmp_path / "deep" / "a.wav", tone(16_000), 16_000)
+    (tmp_path / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "deep/a.wav", "label": "male", "speaker": 7}) + "\n\n", encoding="utf-8"
+    )
+    (sample,) = read_folder(tmp_path)
+    assert (sample.name, sample.label, len(sample.waveform)) == ("deep/a.wav", "male", 8000)
+    assert read_sample(tmp_path / "deep" / "a.wav", "male").name == "a.wav"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (None, "no metadata.jsonl"),
+        ("", "lists no clips"),
+        ("{", "line 1 is not JSON"),
+        ('{"file_name": "a.wav"}', "needs the keys file_name and label"),
+        ('["a.wav", "male"]', "needs the keys file_name and label"),
+        ('{"file_name": "a.wav", "label": 3}', "must be text"),
+    ],
+)
+def test_a_folder_in_another_layout_is_refused(tmp_path, lines, message):
+    if lines is not None:
+        (tmp_path / "metadata.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=message):
+        read_folder(tmp_path)
+
+
+def test_a_missing_clip_is_named(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.wav", "label": "male"}')
+    with pytest.raises(AudioError, match=r"gone\.wav"):
+        read_folder(tmp_path)

@@ -1,0 +1,128 @@
+"""Prompts: the tokens are HF's own, and every position knows what it is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference import chirps, n_audio_tokens
+from transformers import AutoProcessor
+
+from lalm_lens.assets import TINY_LALM
+from lalm_lens.attributes import ATTRIBUTES
+from lalm_lens.encoders.whisper import n_pooled_states
+from lalm_lens.errors import InputError, PromptError
+
+GENDER = [
+    # (token, region, segment) of what follows the audio
+    ("<|audio_eos|>", "audio_tag", "none"),
+    ("\n", "template", "none"),
+    *((word, "early", "early") for word in "What| is| the| gender| of| the| speaker| in| the| speech|?".split("|")),
+    *((word, "early", "early") for word in (" Possible", " options", ":")),
+    (" male", "object", "object"),
+    (",", "object_sep", "object"),
+    (" female", "object", "object"),
+    (".", "object_sep", "none"),
+    *((word, "template", "none") for word in ("<|im_end|>", "\n", "<|im_start|>", "assistant", "\n")),
+    *((word, "late", "late") for word in ("The", " speaker", "'s")),
+    (" gender", "attribute", "late"),
+    (" is", "last", "last"),
+]
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_lalm):
+    return tiny_lalm.processor
+
+
+def test_token_count_matches_the_real_layers():
+    for n_frames in range(3, 3001):
+        assert n_pooled_states(n_frames) == n_audio_tokens(n_frames)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+@pytest.mark.parametrize("n_samples", [22_400, 16_001, 32_000, 480])
+def test_tokens_and_features_are_those_of_the_hf_processor(processor, name, n_samples):
+    attribute, clip = ATTRIBUTES[name], chirps([2.0])[0][:n_samples]
+    options = ", ".join(attribute.labels)
+    conversation = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "audio", "audio_url": "clip.wav"},
+                {"type": "text", "text": f"{attribute.question} Possible options: {options}."},
+            ],
+        },
+    ]
+    hf = AutoProcessor.from_pretrained(TINY_LALM)
+    text = hf.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False) + attribute.prefix
+    theirs = hf(text=text, audio=clip.numpy(), sampling_rate=16_000, return_tensors="pt")
+    ours = processor.inputs([processor.prompt(attribute, processor.n_frames(clip))], [clip])
+    assert torch.equal(ours.tokens, theirs["input_ids"])
+    assert torch.equal(ours.mel, theirs["input_features"])
+    assert ours.n_frames.tolist() == theirs["feature_attention_mask"].sum(-1).tolist()
+
+
+def test_every_position_of_the_gender_prompt_has_its_region_and_segment(processor):
+    prompt = processor.prompt(ATTRIBUTES["gender"], n_frames=20)
+    after = [(p.token, p.region, p.segment) for p in prompt.positions[-len(GENDER) :]]
+    assert after == GENDER
+    before = prompt.positions[: -len(GENDER)]
+    assert [p.region for p in before[-6:]] == ["audio_tag", *["audio"] * 5]
+    assert {p.region for p in before[:-6]} == {"text_before"}
+    assert "".join(p.token for p in before[:-6]).endswith("user\nAudio 1: ")
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_object_tokens_carry_their_label(processor, name):
+    attribute = ATTRIBUTES[name]
+    prompt = processor.prompt(attribute, n_frames=20)
+    objects = [p for p in prompt.positions if p.region == "object"]
+    assert [p.label for p in objects] == list(attribute.labels)
+    assert [p.token for p in objects] == [f" {label}" for label in attribute.labels]
+    assert all(p.label is None for p in prompt.positions if p.region != "object")
+    correct = [pos for pos in range(len(prompt)) if prompt.is_correct(pos, attribute.labels[-1])]
+    assert [prompt.positions[pos].token for pos in correct] == [f" {attribute.labels[-1]}"]
+
+
+def test_a_label_of_several_tokens_is_an_object_throughout(processor):
+    labels = ("male", "someone unheard of")
+    prompt = processor.prompt(ATTRIBUTES["gender"], n_frames=20, labels=labels)
+    pieces = [p.token for p in prompt.positions if p.label == labels[1]]
+    assert len(pieces) > 3
+    assert "".join(pieces) == f" {labels[1]}"
+
+
+def test_a_batch_is_padded_on_the_left(processor):
+    prompts = [processor.prompt(ATTRIBUTES[name], n_frames=n) for name, n in (("gender", 40), ("animal", 160))]
+    inputs = processor.inputs(prompts, chirps([0.4, 1.6]))
+    for row, prompt in enumerate(prompts):
+        assert inputs.tokens[row, -len(prompt) :].tolist() == list(prompt.tokens)
+        assert inputs.attention_mask[row].sum() == len(prompt)
+        assert inputs.attention_mask[row, -len(prompt) :].all()
+
+
+def test_label_tokens_begin_with_a_space_by_default(processor):
+    labels = ATTRIBUTES["animal"].labels
+    spaced = processor.label_tokens(labels)
+    assert [processor.tokenizer.decode([token]) for token in spaced.values()] == [f" {label}" for label in labels]
+    bare = processor.label_tokens(["male", "female"], label_space=False)
+    assert not processor.tokenizer.decode([bare["male"]]).startswith(" ")
+
+
+def test_labels_that_cannot_be_told_apart_are_refused(processor):
+    with pytest.raises(PromptError, match="begin with the same token"):
+        processor.label_tokens(["xa", "xb"])
+    with pytest.raises(PromptError, match="empty labels"):
+        processor.label_tokens(["male", ""], label_space=False)
+
+
+def test_a_tokenizer_of_another_model_is_refused(processor):
+    other = replace(processor, cfg=replace(processor.cfg, audio_token=7))
+    with pytest.raises(PromptError, match="belongs to another model"):
+        other.prompt(ATTRIBUTES["gender"], n_frames=20)
+
+
+def test_a_prompt_longer_than_the_model_reads_is_refused(processor):
+    with pytest.raises(InputError, match="this model has 512"):
+        processor.pad([processor.prompt(ATTRIBUTES["gender"], n_frames=2500)])
