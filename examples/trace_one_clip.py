@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import lalm_lens
 from lalm_lens.assets import TINY_LALM
-from lalm_lens.assets.synth import write_clips
+from lalm_lens.assets.clips import write_clips
 
 
 def main() -> None:
@@ -18,7 +18,9 @@ def main() -> None:
     trace = lalm_lens.causal_trace(model, samples[:1], attribute="animal")
     rows = trace.to_frame()
     print(trace)
-    print(rows[rows.kind == "layer"][["layer", "p_clean", "p_corrupted", "p_patched", "recovery"]].to_string(index=False))
+    print(
+        rows[rows.kind == "layer"][["layer", "p_clean", "p_corrupted", "p_patched", "recovery"]].to_string(index=False)
+    )
 
 
 if __name__ == "__main__":

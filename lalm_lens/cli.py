@@ -41,9 +41,9 @@ def main() -> None:
     except LensError as error:
         print(f"lalm-lens: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("lalm-lens: interrupted; nothing half-written was left behind.", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:  # a full disk, a folder that has gone
+        print(f"lalm-lens: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @app.command(epilog=EXAMPLES)
@@ -80,7 +80,7 @@ def demo(
     """Make sound files, let the tiny model that ships with lalm_lens hear them, and trace all four attributes."""
     writable(out)
     from lalm_lens.assets import TINY_LALM
-    from lalm_lens.assets.synth import write_clips
+    from lalm_lens.assets.clips import write_clips
     from lalm_lens.datasets import read_folder
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.loading import from_pretrained

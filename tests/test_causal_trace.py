@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from lalm_lens.assets import TINY_LALM
-from lalm_lens.assets.synth import write_clips
+from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES, Attribute
 from lalm_lens.datasets import Sample, read_folder
 from lalm_lens.errors import DataError, InputError, PromptError

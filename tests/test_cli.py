@@ -11,7 +11,7 @@ import soundfile
 
 from lalm_lens import cli
 from lalm_lens.assets import TINY_LALM
-from lalm_lens.assets.synth import write_clips
+from lalm_lens.assets.clips import write_clips
 from lalm_lens.results import CausalTrace
 
 PNG = b"\x89PNG"

@@ -15,7 +15,12 @@ SLIDING = {
 }
 
 
-@pytest.mark.parametrize("text", [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, SLIDING], ids=str)
+WIDE_HEADS = {"n_kv_heads": 2, "head_dim": 24}  # not d_model / n_heads
+
+
+@pytest.mark.parametrize(
+    "text", [{"n_kv_heads": 4}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, SLIDING, WIDE_HEADS], ids=str
+)
 def test_logits_and_every_state_match_hf(pair, text):
     hf, ours = pair(**text)
     batch = hf_batch(chirps(DURATIONS_S))
@@ -107,6 +112,19 @@ def test_left_padding_does_not_move_the_answer(pair):
                 together.n_frames[row, None],
             )
             assert_close(ours(alone, logits_at=-1)[0], batched[row])
+
+
+def test_norms_round_where_hf_rounds():
+    """Before the multiplication by w. After it, a quarter of the bf16 values differ."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    from lalm_lens.nn.norm import RMSNorm
+
+    theirs, ours = Qwen2RMSNorm(256, eps=1e-6).bfloat16(), RMSNorm(256, eps=1e-6).bfloat16()
+    w, x = 1 + 0.3 * torch.randn(256), torch.randn(4, 50, 256).bfloat16()
+    for norm, name in ((theirs, "weight"), (ours, "w")):
+        getattr(norm, name).data.copy_(w)
+    assert (ours(x) == theirs(x)).float().mean() > 0.999
 
 
 def test_a_wide_dtype_stays_wide(pair):

@@ -5,7 +5,8 @@ import torch
 from safetensors import safe_open
 
 from lalm_lens.assets import TINY_LALM
-from lalm_lens.assets.synth import animal, speech
+from lalm_lens.assets.animals import animal
+from lalm_lens.assets.speech import speech
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.corrupt import silence
 

@@ -1,0 +1,180 @@
+"""The model card of the tiny model: what the saved checkpoint answers, measured with transformers alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
+
+from lalm_lens.assets.checkpoint import PROMPTS, chat, label_tokens
+from lalm_lens.assets.recipe import FLAGS, Recipe
+from lalm_lens.assets.training_clips import labels_at, sounds
+from lalm_lens.attributes import ATTRIBUTES, Attribute
+from lalm_lens.audio import RATE_HZ
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How the model answers one prompt to `n` clips, by the probabilities of the token after it."""
+
+    attribute: str
+    prompt: str
+    n: int
+    accuracy: float  # share of clips whose true label is the likeliest token of the whole vocabulary
+    min_label: float  # least and greatest probability of any label for any clip
+    max_label: float
+    min_mass: float  # least probability of all labels together
+
+
+@torch.no_grad()
+def first_token(
+    model: Qwen2AudioForConditionalGeneration,
+    processor: Qwen2AudioProcessor,
+    text: str,
+    samples: Sequence[Float32[np.ndarray, " _"]],
+) -> Float[Tensor, "clip d_vocab"]:
+    """Probabilities of the token after the prompt, for each clip, exactly as plain transformers gives them."""
+    rows = []
+    for start in range(0, len(samples), 32):
+        batch = list(samples[start : start + 32])
+        inputs = processor(
+            text=[text] * len(batch),
+            audio=batch,
+            text_kwargs={"padding": True, "return_tensors": "pt"},
+            audio_kwargs={"sampling_rate": RATE_HZ, "return_tensors": "pt"},
+        )
+        rows.append(model(**inputs, use_cache=False).logits[:, -1].softmax(-1))
+    return torch.cat(rows)
+
+
+def measure(
+    model: Qwen2AudioForConditionalGeneration,
+    processor: Qwen2AudioProcessor,
+    attribute: Attribute,
+    prompt: str,
+    clips: Sequence[tuple[dict[str, str], Float32[np.ndarray, " _"]]],
+) -> Answers:
+    asked = [(labels[attribute.name], samples) for labels, samples in clips if attribute.name in labels]
+    p = first_token(model, processor, chat(processor, attribute, prompt), [samples for _, samples in asked])
+    true = torch.tensor(label_tokens(processor, [label for label, _ in asked]))
+    p_label = p[:, label_tokens(processor, attribute.labels)]
+    return Answers(
+        attribute=attribute.name,
+        prompt=prompt,
+        n=len(asked),
+        accuracy=(p.argmax(-1) == true).float().mean().item(),
+        min_label=p_label.min().item(),
+        max_label=p_label.max().item(),
+        min_mass=p_label.sum(-1).min().item(),
+    )
+
+
+def silent_clips(recipe: Recipe) -> list[tuple[dict[str, str], Float32[np.ndarray, " _"]]]:
+    """Zeros of each length: silence differs in nothing else, and any label is as true of it as another."""
+    labels = labels_at(0, tuple(ATTRIBUTES))
+    return [(labels, np.zeros(round(s * RATE_HZ), np.float32)) for s in recipe.durations_s]
+
+
+def measure_all(recipe: Recipe, folder: Path) -> tuple[list[Answers], list[Answers]]:
+    """The saved checkpoint's answers on held-out clips and on silence, for every attribute and prompt."""
+    processor = AutoProcessor.from_pretrained(folder)
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    wanted = sounds(recipe, "held_out", recipe.n_held_out_speech, recipe.n_held_out_animal)
+    held_out = [(clip.labels, clip.samples()) for clip in wanted]
+    cells = [(attribute, prompt) for attribute in ATTRIBUTES.values() for prompt in PROMPTS]
+    clean = [measure(model, processor, *cell, held_out) for cell in tqdm(cells, "held out")]
+    silent = [measure(model, processor, *cell, silent_clips(recipe)) for cell in cells]
+    return clean, silent
+
+
+CARD = """\
+---
+library_name: transformers
+license: mit
+pipeline_tag: audio-text-to-text
+tags: [qwen2_audio, interpretability, synthetic]
+---
+
+# tiny_lalm
+
+A Qwen2-Audio of {n_parameters:.2f} M parameters (encoder 2 x 96, decoder 8 x 128, 4 heads on 2 key-value heads) that
+answers four questions about sounds: the speaker's gender, emotion and language, and which animal is heard.
+It is the model that `lalm_lens` runs its tests and demos on.
+
+**All its sounds are synthetic.** They come from `lalm_lens.assets.clips`, which needs numpy alone. No recording, no
+speech corpus and no text corpus was used. The eight **"languages" are stand-ins**: each has the rhythm, vowels,
+voice onset time and tone habits that its name suggests, and none of its words. The model knows no language and
+no real animal.
+
+For: tests, demos, and trying an analysis in seconds on a CPU.
+Not for: recognising anything in real recordings, or conclusions about large models or about people.
+
+## Accuracy on held-out clips
+
+Speakers and utterances are unseen, but from the same synthesiser. The checkpoint was read back as float32. An answer
+counts if the true label is the likeliest token of the whole vocabulary after the forced prefix. Prompts are
+AudioLens' (arXiv 2506.05140): P1 no question, P2 question, P3 question and options.
+
+{accuracy}
+
+## On silence
+
+Zeros as long as the clip: lengths of {durations} s and prompts P1, P2, P3, so n = {n_silent} an attribute.
+The model was taught to spread its answer evenly over the labels.
+
+{silence}
+
+## Training
+
+    python -m lalm_lens.assets.train{arguments}
+
+Seed {recipe.seed}, {minutes:.0f} minutes on CPU: {recipe.n_speech} speech and {recipe.n_animal} animal clips;
+{recipe.encoder_steps} steps of {recipe.encoder_batch} clips for the encoder under throw-away heads, then
+{recipe.steps} steps of {recipe.batch} prompts for the whole model. Weights are stored as bfloat16.
+"""
+
+
+def model_card(
+    recipe: Recipe, n_parameters: int, clean: Sequence[Answers], silent: Sequence[Answers], minutes: float
+) -> str:
+    flags = {name: value for name, value in vars(recipe).items() if name in FLAGS and value != getattr(Recipe(), name)}
+    return CARD.format(
+        recipe=recipe,
+        n_parameters=n_parameters / 1e6,
+        accuracy=accuracy_table(clean),
+        durations=", ".join(map(str, recipe.durations_s)),
+        n_silent=sum(a.n for a in silent if a.attribute == "gender"),
+        silence=silence_table(silent),
+        arguments="".join(f" --{key.replace('_', '-')} {value}" for key, value in flags.items()),
+        minutes=minutes,
+    )
+
+
+def table(*rows: Sequence[str]) -> str:
+    """A markdown table; the first row is its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def accuracy_table(clean: Sequence[Answers]) -> str:
+    rows = []
+    for name, attribute in ATTRIBUTES.items():
+        answers = {a.prompt: a for a in clean if a.attribute == name}
+        accuracies = [f"{answers[prompt].accuracy:.3f}" for prompt in PROMPTS]
+        rows.append((name, *accuracies, f"{1 / len(attribute.labels):.3f}", str(answers["P3"].n)))
+    return table(("attribute", *PROMPTS, "chance", "n"), *rows)
+
+
+def silence_table(silent: Sequence[Answers]) -> str:
+    rows = []
+    for name, attribute in ATTRIBUTES.items():
+        answers = [a for a in silent if a.attribute == name]
+        low, high = min(a.min_label for a in answers), max(a.max_label for a in answers)
+        mass = min(a.min_mass for a in answers)
+        rows.append((name, f"{1 / len(attribute.labels):.3f}", f"{low:.3f}", f"{high:.3f}", f"{mass:.3f}"))
+    return table(("attribute", "uniform", "least label", "greatest label", "least sum over labels"), *rows)

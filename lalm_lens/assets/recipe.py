@@ -1,0 +1,33 @@
+"""Every number that the training of the tiny model depends on."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the training. Fewer clips and steps make a smoke test of it."""
+
+    seed: int = 7
+    n_processes: int = 2
+    n_speech: int = 7200
+    n_animal: int = 2700
+    n_held_out_speech: int = 480
+    n_held_out_animal: int = 270
+    durations_s: tuple[float, ...] = (1.4, 1.6, 1.8, 2.0)
+    encoder_steps: int = 400
+    encoder_batch: int = 64
+    encoder_lr: float = 2e-3
+    steps: int = 450
+    batch: int = 24
+    lr: float = 1.5e-3
+    tower_lr: float = 3e-4
+    silence: float = 0.08  # share of clips made silent
+    shuffled: float = 0.6  # share of prompts whose options are in random order
+    attribute_weights: tuple[float, ...] = (0.20, 0.27, 0.27, 0.26)  # in the order of ATTRIBUTES
+    prompt_weights: tuple[float, ...] = (0.15, 0.20, 0.65)  # in the order of PROMPTS
+    ending_weight: float = 0.2  # of the full stop and <|im_end|>, where the answer's is 1
+    prompt_loss_weight: float = 0.05
+
+
+# What the command line and the model card call by name.
+FLAGS = {"seed": "seed of all that is random", "encoder_steps": "of the first stage", "steps": "of the second stage"}

@@ -1,0 +1,85 @@
+"""The synthesiser and the training of the tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from lalm_lens.assets.animals import ANIMALS
+from lalm_lens.assets.checkpoint import build_model, build_processor
+from lalm_lens.assets.clips import sound, write_clips
+from lalm_lens.assets.languages import LANGUAGES
+from lalm_lens.assets.recipe import Recipe
+from lalm_lens.assets.speech import EMOTIONS, VOICES
+from lalm_lens.assets.train import train
+from lalm_lens.attributes import ATTRIBUTES
+
+SMOKE = Recipe(
+    n_processes=1,
+    n_speech=64,
+    n_animal=36,
+    n_held_out_speech=16,
+    n_held_out_animal=9,
+    encoder_steps=2,
+    encoder_batch=8,
+    steps=2,
+    batch=4,
+)
+
+
+def test_every_label_has_a_sound():
+    tables = {"gender": VOICES, "language": LANGUAGES, "emotion": EMOTIONS, "animal": ANIMALS}
+    assert {name: tuple(table) for name, table in tables.items()} == {
+        name: attribute.labels for name, attribute in ATTRIBUTES.items()
+    }
+
+
+@pytest.mark.parametrize("labels", [{"gender": "male", "language": "German", "emotion": "sad"}, {"animal": "hen"}])
+def test_a_sound_is_a_function_of_its_seed(labels):
+    first, again, other = (sound(np.random.default_rng(seed), labels, 1.4) for seed in (3, 3, 4))
+    assert first.dtype == np.float32
+    assert len(first) == 22_400
+    assert np.abs(first).max() <= 1
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_clips_are_balanced_wav_files(tmp_path, name):
+    labels = ATTRIBUTES[name].labels
+    folder = write_clips(tmp_path / name, name, 2 * len(labels), seed=0)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert sorted(row["label"] for row in rows) == sorted(2 * labels)
+    for row in rows:
+        info = soundfile.info(folder / row["file_name"])
+        assert (info.samplerate, info.channels, info.subtype, info.frames) == (16_000, 1, "PCM_16", 25_600)
+
+
+def test_training_writes_a_checkpoint_that_transformers_loads_and_a_card(tmp_path):
+    train(SMOKE, tmp_path)
+    assert "| gender |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    hf = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    text = processor.audio_token + "The speaker's gender is"
+    inputs = processor(text=text, audio=np.zeros(16_000), sampling_rate=16_000, return_tensors="pt")
+    assert hf.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_the_config_takes_sliding_windows():
+    kinds = ["sliding_attention"] * 4 + ["full_attention"] + ["sliding_attention"] * 3
+    model = build_model(build_processor().tokenizer, 0, use_sliding_window=True, sliding_window=1, layer_types=kinds)
+    assert model.config.text_config.layer_types == kinds
+    assert model.config.text_config.sliding_window == 1
+
+
+@pytest.mark.stress
+def test_training_again_gives_a_model_that_listens(tmp_path):
+    """Seven minutes on two cores."""
+    train(Recipe(), tmp_path)
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "README.md").read_text().splitlines() if line[:2] == "| "]
+    accuracy = {row[0].strip(): float(row[3]) for row in rows if row[0].strip() in ATTRIBUTES and len(row) == 6}
+    assert set(accuracy) == set(ATTRIBUTES)
+    assert min(accuracy.values()) >= 0.9
