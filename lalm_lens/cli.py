@@ -14,21 +14,24 @@ if TYPE_CHECKING:
     from lalm_lens.datasets import Sample
     from lalm_lens.results import CausalTrace
 
+EXAMPLES = """[bold]Examples[/bold]
+
+lalm-lens trace Qwen/Qwen2-Audio-7B-Instruct clip.wav --attribute gender --label male --out traced
+
+lalm-lens demo --out demo_out
+
+lalm-lens trace ./checkpoint ./clips --attribute emotion --out traced --device cuda --dtype bfloat16
+"""
+
 app = typer.Typer(
     name="lalm-lens",
     help="Look inside large audio language models.",
+    epilog=EXAMPLES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode="rich",
 )
-
-EXAMPLES = """[bold]Examples[/bold]
-
-lalm-lens trace Qwen/Qwen2-Audio-7B-Instruct clip.wav --attribute gender --label male --out traced
-
-lalm-lens trace ./checkpoint ./clips --attribute emotion --out traced --device cuda --dtype bfloat16
-"""
 
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")]
@@ -72,7 +75,7 @@ def trace(
     show(causal_trace(lens, samples, attribute=asked, batch_size=batch_size), out)
 
 
-@app.command()
+@app.command(epilog=EXAMPLES)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the clips, the table and the pictures.")] = Path("demo_out"),
     clips: Annotated[int, typer.Option(min=2, help="Sound files to make for each attribute.")] = 12,

@@ -1,6 +1,5 @@
 """`from_pretrained`: a folder or a Hub id becomes a `HookedLALM`. Nothing that was downloaded is executed."""
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,12 +13,14 @@ from transformers import AutoProcessor
 from lalm_lens.errors import ConversionError, InputError
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Processor
-from lalm_lens.weights import Checkpoint, Conversion, load
+from lalm_lens.shapes import typed
+from lalm_lens.weights import Checkpoint, Conversion, load, read_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 
+@typed
 def from_pretrained(
     path_or_hub_id: str | Path,
     *,
@@ -40,7 +41,7 @@ def from_pretrained(
     conversion = conversion or conversion_for(config)
     cfg = conversion.config(config)
     with torch.device("meta"):
-        model = HookedLALM(cfg, conversion.encoder(cfg), conversion.adapter(cfg), name=folder.name)
+        model = HookedLALM(cfg, conversion.encoder(cfg), conversion.adapter(cfg), model_name(path_or_hub_id))
     with ExitStack() as stack:
         checkpoint = Checkpoint.open(folder, stack)
         load(model, checkpoint, conversion.rows(cfg), conversion.layouts, dtype, device)
@@ -50,6 +51,12 @@ def from_pretrained(
     if hf_processor is not None:
         model.processor = Processor(hf_processor, conversion.marks, cfg, model.audio_encoder.n_audio)
     return model.eval()
+
+
+def model_name(path_or_hub_id: str | Path) -> str:
+    """The Hub id, or the name of the folder: a downloaded snapshot's folder is named by a hash."""
+    path = Path(path_or_hub_id).expanduser()
+    return path.resolve().name if path.is_dir() else str(path_or_hub_id)
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -83,11 +90,8 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ConversionError(f"{folder} has no config.json, so it is not a model. Give the folder of a checkpoint.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not JSON ({error}). Download it again.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_json(path)
+    if "model_type" not in config:
         raise ConversionError(f"{path} names no model_type, so nobody knows how to convert it.")
     return config
 

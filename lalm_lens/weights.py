@@ -4,6 +4,7 @@ Every tensor of a checkpoint and every parameter of ours must be accounted for, 
 number is read. Then tensors stream from disk one by one into the model.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -123,13 +124,8 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, stack: ExitStack) -> "Checkpoint":
-        shards = sorted(folder.glob("*.safetensors"))
-        if not shards:
-            pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt")]
-            hint = f" It has {pickles[0]}, but a pickle can run code: convert it to safetensors." if pickles else ""
-            raise ConversionError(f"{folder} holds no .safetensors file.{hint}")
         files, shapes = {}, {}
-        for path in shards:
+        for path in shards_of(folder):
             try:
                 shard = stack.enter_context(safe_open(path, framework="pt"))
             except SafetensorError as error:
@@ -141,6 +137,37 @@ class Checkpoint:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.files[name].get_tensor(name)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The weight files: those that the index names, else model.safetensors, else every safetensors file.
+
+    Some repositories hold the same weights a second time in another format, which the index leaves out.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        shards = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    gone = [path.name for path in shards if not path.is_file()]
+    if gone:
+        raise ConversionError(f"{index} names {gone[0]}, which is not in the folder. Download it again.")
+    if not shards:
+        pickles = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt")]
+        hint = f" It has {pickles[0]}, but a pickle can run code: convert it to safetensors." if pickles else ""
+        raise ConversionError(f"{folder} holds no .safetensors file.{hint}")
+    return shards
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises `ConversionError` for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not JSON ({error}). Download it again.") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds no JSON object. Download it again.")
+    return content
 
 
 def load(

@@ -145,11 +145,13 @@ def test_an_output_folder_that_cannot_be_written_is_refused_first(monkeypatch, f
 
 
 def test_help_of_every_command_says_how_to_use_it():
-    for command, example in (((), "trace"), (("trace",), "--attribute"), (("demo",), "--clips")):
+    for command, option in (((), "trace"), (("trace",), "--attribute"), (("demo",), "--clips")):
         done = subprocess.run(
             [sys.executable, "-c", "from lalm_lens.cli import main; main()", *command, "--help"],
             capture_output=True,
             text=True,
             check=True,
         )
-        assert example in done.stdout
+        assert option in done.stdout
+        assert "Examples" in done.stdout
+        assert "lalm-lens trace" in done.stdout

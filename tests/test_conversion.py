@@ -68,6 +68,18 @@ def test_shards_load_like_one_file(folder):
         assert torch.equal(a, b)
 
 
+def test_an_index_names_the_files_to_read(folder):
+    names = sorted(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / "shard-1.safetensors")
+    save_file({"another.format": torch.zeros(1)}, folder / "consolidated.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "shard-1.safetensors")}))
+    from_pretrained(folder)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "shard-2.safetensors")}))
+    with pytest.raises(ConversionError, match=r"names shard-2\.safetensors, which is not in the folder"):
+        from_pretrained(folder)
+
+
 def test_every_parameter_is_loaded_and_none_is_left_on_meta(folder):
     model = from_pretrained(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -63,6 +63,7 @@ class Recovery:
     p_patched: Float[Tensor, " patch"]
 
 
+@typed
 def causal_trace(
     model: HookedLALM,
     samples: Sequence[Sample],
@@ -92,7 +93,7 @@ def causal_trace(
                 f"{', '.join(attribute.labels)}."
             )
     bar = tqdm(samples, desc=f"tracing {attribute.name}", unit="clip", disable=not progress)
-    frames = [trace_sample(model, processor, sample, attribute, label_tokens, site, batch_size) for sample in bar]
+    frames = [trace_sample(model, sample, attribute, label_tokens, site, batch_size) for sample in bar]
     return CausalTrace.concat(frames)
 
 
@@ -107,13 +108,13 @@ def processor_of(model: HookedLALM) -> Processor:
 
 def trace_sample(
     model: HookedLALM,
-    processor: Processor,
     sample: Sample,
     attribute: Attribute,
     label_tokens: dict[str, int],
     site: Site,
     batch_size: int,
 ) -> pd.DataFrame:
+    processor = processor_of(model)
     prompt = processor.prompt(attribute, processor.n_frames(sample.waveform))
     clean, corrupted = (
         run(model, processor.inputs([prompt], [waveform]), site)
