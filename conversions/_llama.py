@@ -31,18 +31,20 @@ def qwen2_config(read: ConfigReader) -> DecoderConfig:
     read.expect("hidden_act", "silu")
     read.expect("use_mrope", False)
     read.expect("tie_word_embeddings", False)
-    n_heads = read("num_attention_heads", 32)
-    d_model = read("hidden_size", 4096)
-    n_layers = read("num_hidden_layers", 32)
+    n_heads = read.size("num_attention_heads", 32)
+    d_model = read.size("hidden_size", 4096)
+    n_layers = read.size("num_hidden_layers", 32)
     cfg = DecoderConfig(
         n_layers=n_layers,
         d_model=d_model,
         n_heads=n_heads,
-        n_kv_heads=read.optional("num_key_value_heads", 32) or n_heads,
-        d_head=read("head_dim", d_model // n_heads),
-        d_mlp=read("intermediate_size", 22016),
-        d_vocab=read("vocab_size", 151936),
-        n_ctx=read("max_position_embeddings", 32768),
+        n_kv_heads=n_heads
+        if read.optional("num_key_value_heads", 32) is None
+        else read.size("num_key_value_heads", 32),
+        d_head=read.size("head_dim", d_model // n_heads),
+        d_mlp=read.size("intermediate_size", 22016),
+        d_vocab=read.size("vocab_size", 151936),
+        n_ctx=read.size("max_position_embeddings", 32768),
         eps=read("rms_norm_eps", 1e-6),
         rope=rope(read),
         qkv_bias=True,
@@ -64,7 +66,7 @@ def rope(read: ConfigReader) -> Rope:
 
 def windows(read: ConfigReader, n_layers: int) -> tuple[int | None, ...]:
     """The sliding window of each block: `layer_types` where given, else the rule of Qwen2Config."""
-    width = read.optional("sliding_window", 4096) or 4096
+    width = None if read.optional("sliding_window", 4096) is None else read.size("sliding_window", 4096)
     first_sliding = read("max_window_layers", 28)
     layer_types = read.optional("layer_types")
     if not read("use_sliding_window", False):

@@ -35,15 +35,15 @@ def whisper_config(read: ConfigReader, model_type: str) -> EncoderConfig:
     read.expect("activation_function", "gelu")
     read.expect("scale_embedding", False)
     read.ignore("encoder_layerdrop", "activation_dropout")
-    n_layers = read("encoder_layers", 32)
+    n_layers = read.size("encoder_layers", 32)
     read.expect("num_hidden_layers", n_layers)
     cfg = EncoderConfig(
         n_layers=n_layers,
-        d_model=read("d_model", 1280),
-        n_heads=read("encoder_attention_heads", 20),
-        d_mlp=read("encoder_ffn_dim", 5120),
-        n_mels=read("num_mel_bins", 128),
-        n_ctx=read("max_source_positions", 1500),
+        d_model=read.size("d_model", 1280),
+        n_heads=read.size("encoder_attention_heads", 20),
+        d_mlp=read.size("encoder_ffn_dim", 5120),
+        n_mels=read.size("num_mel_bins", 128),
+        n_ctx=read.size("max_source_positions", 1500),
     )
     read.finish()
     return cfg

@@ -1,5 +1,6 @@
 """The command `lalm-lens`. What takes seconds to import is imported by the command that needs it."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -65,7 +66,7 @@ def trace(
     """Trace when and where a model fuses what it hears with what it reads."""
     asked = attribute_named(attribute)
     samples = read_samples(clips, asked, label)
-    writable(out)
+    ready(out)
     import torch
 
     from lalm_lens.experiments.causal_trace import causal_trace
@@ -81,7 +82,7 @@ def demo(
     clips: Annotated[int, typer.Option(min=2, help="Sound files to make for each attribute.")] = 12,
 ) -> None:
     """Make sound files, let the tiny model that ships with lalm_lens hear them, and trace all four attributes."""
-    writable(out)
+    ready(out)
     from lalm_lens.assets import TINY_LALM
     from lalm_lens.assets.clips import write_clips
     from lalm_lens.datasets import read_folder
@@ -101,6 +102,8 @@ def demo(
 def read_samples(clips: Path, attribute: "Attribute", label: str | None) -> "list[Sample]":
     from lalm_lens.datasets import read_folder, read_sample
 
+    if not clips.exists():
+        raise DataError(f"There is nothing at {clips}. Give a sound file, or a folder with metadata.jsonl.")
     if clips.is_dir():
         if label is not None:
             raise DataError("--label is for a single sound file; a folder has its labels in metadata.jsonl.")
@@ -110,15 +113,14 @@ def read_samples(clips: Path, attribute: "Attribute", label: str | None) -> "lis
     return [read_sample(clips, label)]
 
 
-def writable(out: Path) -> None:
-    """Find out before the long work whether its result can be kept."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".lalm_lens"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DataError(f"Nothing can be written to {out} ({error.strerror}). Choose another --out.") from None
+def ready(out: Path) -> None:
+    """Find out before the long work whether its result can be drawn and kept; make nothing yet."""
+    from lalm_lens.results import plots_module
+
+    plots_module()
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise DataError(f"Nothing can be written to {out}: {there} is no folder that you may write to.")
 
 
 def show(trace: "CausalTrace", out: Path) -> None:
@@ -134,6 +136,6 @@ def show(trace: "CausalTrace", out: Path) -> None:
     report = write_report(trace, data, pictures)
     print(trace.summary().to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
     if not len(trace.kept):
-        print("No clip was kept: see the column `status` for why. The pictures have nothing to average.")
+        print("No clip was kept, so the pictures show the excluded ones. docs/causal_tracing.md says what excludes.")
     for path in (data, *pictures, report):
         print(path)

@@ -5,9 +5,11 @@ The truth about a model is its `LALMConfig`; TransformerLens' `model.cfg` is der
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from lalm_lens.errors import ConversionError
+
+Value = TypeVar("Value", bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,20 @@ class ConfigReader:
         self.where = where
         self.known: set[str] = set(_IRRELEVANT)
 
-    def __call__(self, key: str, default: Any = None) -> Any:
-        """The value of `key`; a key without `default` must be there."""
+    def __call__(self, key: str, default: Value) -> Value:
+        """The value of `key`, of the same type as its default."""
         self.known.add(key)
-        value = self.section.get(key, default)
-        if value is None:
-            raise ConversionError(f"{self.where} has no {key!r}, which this conversion needs.")
-        return value
+        value: Any = self.section.get(key, default)
+        as_float = isinstance(default, float) and type(value) is int
+        if type(value) is not type(default) and not as_float:
+            raise ConversionError(f"{self.where}: {key} = {value!r} should be of type {type(default).__name__}.")
+        return type(default)(value)
+
+    def size(self, key: str, default: int) -> int:
+        """A number of things: at least one."""
+        if self(key, default) < 1:
+            raise ConversionError(f"{self.where}: {key} = {self(key, default)} should be 1 or more.")
+        return self(key, default)
 
     def optional(self, key: str, default: Any = None) -> Any:
         """The value of `key`, which may be null."""
@@ -114,7 +123,10 @@ class ConfigReader:
     def inner(self, key: str) -> "ConfigReader":
         """A nested section; absent means that all its keys have their defaults."""
         self.known.add(key)
-        return ConfigReader(self.section.get(key) or {}, f"{self.where}: {key}")
+        section = self.section.get(key, {})
+        if not isinstance(section, Mapping):
+            raise ConversionError(f"{self.where}: {key} must be a JSON object, got {section!r}.")
+        return ConfigReader(section, f"{self.where}: {key}")
 
     def finish(self) -> None:
         """Raise for each key that nobody asked about."""

@@ -1,6 +1,8 @@
 """Labelled clips: single files, and folders in Hugging Face's audiofolder layout."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +26,8 @@ def read_sample(path: str | Path, label: str) -> Sample:
 def read_folder(folder: str | Path) -> list[Sample]:
     """The clips of `metadata.jsonl`: one JSON object a line, with `file_name` (relative to the folder) and `label`.
 
-    Raises `DataError` for a line that is not that, and `AudioError` for a clip that cannot be read.
+    Raises `DataError` for a line that is not that or a clip that is listed twice, `AudioError` for a clip that cannot
+    be read.
     """
     folder = Path(folder)
     path = folder / "metadata.jsonl"
@@ -33,13 +36,23 @@ def read_folder(folder: str | Path) -> list[Sample]:
             f"{folder} has no metadata.jsonl. Write one JSON object a line: "
             '{"file_name": "clip.wav", "label": "male"}.'
         )
-    rows = [
-        (number, line) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()
-    ]
-    samples = [read_row(folder, number, line) for number, line in rows]
-    if not samples:
-        raise DataError(f"{path} lists no clips.")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
+    samples = [read_row(folder, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    refuse_repeated(samples)
     return samples
+
+
+def refuse_repeated(samples: Sequence[Sample]) -> None:
+    """A clip listed twice would count twice, or contradict itself. Raises `DataError`; also if there are no clips."""
+    if not samples:
+        raise DataError("There is nothing to trace: no clip is listed.")
+    name, n = Counter(sample.name for sample in samples).most_common(1)[0]
+    if n > 1:
+        labels = sorted({sample.label for sample in samples if sample.name == name})
+        raise DataError(f"{name} is listed {n} times, labelled {', '.join(labels)}. Name every clip once.")
 
 
 def read_row(folder: Path, number: int, line: str) -> Sample:
@@ -52,4 +65,7 @@ def read_row(folder: Path, number: int, line: str) -> Sample:
         raise DataError(f"{where} needs the keys file_name and label, got: {line[:80]}")
     if not isinstance(row["file_name"], str) or not isinstance(row["label"], str):
         raise DataError(f"{where}: file_name and label must be text, got: {line[:80]}")
+    file_name = Path(row["file_name"])
+    if file_name.is_absolute() or ".." in file_name.parts:
+        raise DataError(f"{where}: file_name must be a path inside the folder, got {row['file_name']}")
     return Sample(name=row["file_name"], label=row["label"], waveform=read_audio(folder / row["file_name"]))

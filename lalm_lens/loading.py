@@ -78,7 +78,7 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
         )
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no code, no pickles
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted, ignore_patterns=["consolidated*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ConversionError(f"{folder} has no config.json, so it is not a model. Give the folder of a checkpoint.")
     config = read_json(path)
-    if "model_type" not in config:
+    if not isinstance(config.get("model_type"), str):
         raise ConversionError(f"{path} names no model_type, so nobody knows how to convert it.")
     return config
 
@@ -125,4 +125,11 @@ def read_processor(folder: Path) -> "ProcessorMixin | None":
     """The model's own tokenizer and feature extractor; None for a checkpoint that ships without them."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConversionError(
+            f"The tokenizer or feature extractor in {folder} cannot be read ({type(error).__name__}: {reason}). Put "
+            "the model's own processor files beside its weights."
+        ) from error

@@ -9,11 +9,11 @@ from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
-from lalm_lens.errors import HookError, InputError
+from lalm_lens.errors import InputError
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.prompts import Processor
 from lalm_lens.shapes import typed
-from lalm_lens.transformer import At, HookedTransformer, NamesFilter
+from lalm_lens.transformer import At, HookedTransformer
 
 
 class HookedLALM(HookedTransformer):
@@ -45,15 +45,16 @@ class HookedLALM(HookedTransformer):
     ) -> Float[Tensor, "batch at width"]:
         """Logits, or the residual stream: `HookedTransformer.forward`, which here also takes `Inputs` and `Embedded`.
 
-        Raises `HookError` if a hook on the encoder or adapter could not fire, because no audio is heard in this run.
+        Raises `HookError` if a hook on the encoder or adapter could not fire, because no audio is heard in this run;
+        `InputError` if placeholders and audio do not match, or the mask of `Inputs` is given a second time.
         """
-        if not hears(inputs):
-            self.refuse_front_end_hooks()
         return self.decode(inputs, attention_mask, start_at_layer, stop_at_layer, logits_at)
 
     def enter(
         self, inputs: Inputs | Embedded | Tensor, attention_mask: Bool[Tensor, "batch pos"] | None
     ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None]:
+        if attention_mask is not None and not isinstance(inputs, Tensor):
+            raise InputError("The attention mask is part of `Inputs` and `Embedded`: do not give another one.")
         if isinstance(inputs, Tensor) and not inputs.is_floating_point():
             everything = torch.ones_like(inputs, dtype=torch.bool)
             inputs = Inputs(inputs, everything if attention_mask is None else attention_mask)
@@ -71,39 +72,19 @@ class HookedLALM(HookedTransformer):
         """
         text = self.embed(inputs.tokens)
         is_audio = inputs.tokens == self.lalm_cfg.audio_token
-        audio = self.hear(inputs)
-        if is_audio.sum() != len(audio):
-            raise InputError(
-                f"The prompts have {int(is_audio.sum())} audio placeholders and the clips make {len(audio)} audio "
-                "embeddings. Give `Inputs` with the clips that the prompts were made for."
-            )
-        return Embedded(splice(text, audio.to(text.dtype), is_audio), inputs.attention_mask)
-
-    def hear(self, inputs: Inputs) -> Float[Tensor, "audio_pos d_model"]:
+        n_audio = inputs.tokens.new_zeros(0) if inputs.n_frames is None else self.audio_encoder.n_audio(inputs.n_frames)
+        check_placeholders(is_audio, n_audio)
         if inputs.mel is None or inputs.n_frames is None:
-            return self.embed.table.weight[:0]
+            return Embedded(text, inputs.attention_mask)
         audio = self.adapter(self.audio_encoder(inputs.mel, inputs.n_frames))
-        n_audio = self.audio_encoder.n_audio(inputs.n_frames)
         is_sound = torch.arange(audio.shape[1], device=audio.device) < n_audio[:, None]
-        return self.hook_audio_embed(audio[is_sound])
+        return Embedded(splice(text, self.hook_audio_embed(audio[is_sound]), is_audio), inputs.attention_mask)
 
-    def run_with_cache(self, *args: Any, names_filter: NamesFilter = None, **kwargs: Any) -> tuple:
-        if names_filter is None and args and not hears(args[0]):
-            front_end = self.front_end()
-            return super().run_with_cache(*args, names_filter=lambda name: name not in front_end, **kwargs)
-        return super().run_with_cache(*args, names_filter=names_filter, **kwargs)
-
-    def front_end(self) -> set[str]:
-        """Hook points that fire only where audio is heard."""
-        return {name for name in self.hook_dict if name.startswith(("audio_encoder.", "adapter.", "hook_audio_embed"))}
-
-    def refuse_front_end_hooks(self) -> None:
-        silent = [name for name in self.front_end() if self.hook_dict[name].has_hooks()]
-        if silent:
-            raise HookError(
-                f"A hook on {min(silent)} would not fire: these inputs hold no audio, or audio that was embedded "
-                "before. Give the model `Inputs` with audio."
-            )
+    def live(self, inputs: Any = None, *, start_at_layer: int | None = None, **rest: Any) -> set[str]:
+        live = super().live(inputs, start_at_layer=start_at_layer, **rest)
+        if isinstance(inputs, Inputs) and inputs.mel is not None and start_at_layer is None:
+            return live
+        return {name for name in live if not name.startswith(("audio_encoder.", "adapter.", "hook_audio_embed"))}
 
     def __repr__(self) -> str:
         encoder, decoder = self.lalm_cfg.encoder, self.lalm_cfg.decoder
@@ -115,8 +96,15 @@ class HookedLALM(HookedTransformer):
         )
 
 
-def hears(inputs: Any) -> bool:
-    return isinstance(inputs, Inputs) and inputs.mel is not None
+def check_placeholders(is_audio: Bool[Tensor, "batch pos"], n_audio: Int[Tensor, " clip"]) -> None:
+    """Clips fill the placeholders in order; none may reach over into the next prompt."""
+    wanted, made = is_audio.sum(-1), n_audio
+    ends = torch.cat([made.new_zeros(1), made.cumsum(0)])
+    if wanted.sum() != made.sum() or not torch.isin(wanted.cumsum(0), ends).all():
+        raise InputError(
+            f"The prompts have {wanted.tolist()} audio placeholders and the clips make {made.tolist()} audio "
+            "embeddings. Give `Inputs` with the clips that the prompts were made for, in their order."
+        )
 
 
 def splice(
@@ -125,4 +113,4 @@ def splice(
     is_audio: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, "batch pos d_model"]:
     """Put audio embeddings where the prompt has audio placeholders."""
-    return text.masked_scatter(is_audio[..., None], audio)
+    return text.masked_scatter(is_audio[..., None], audio.to(text.dtype))

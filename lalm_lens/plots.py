@@ -1,14 +1,11 @@
-"""Pictures of tidy tables. Only samples that are kept are averaged, and every picture says how many they are."""
+"""Pictures of tidy tables. Only samples that are kept are averaged, and every picture says how many they are.
 
-import matplotlib
-
-matplotlib.use("Agg")  # files, not windows: it works without a screen
+Figures are made without pyplot: they need no screen, leave a notebook's backend alone and are freed when unused.
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,13 +18,12 @@ BANDS = {"early": "#8fb8de", "object": "#f2c46d", "late": "#a8d5a2", "last": "#e
 def layer_curves(frame: pd.DataFrame) -> Figure:
     """Mean recovery by patched layer with one standard error, text against audio; a panel per attribute."""
     attributes = list(frame.attribute.unique())
-    figure, axes = plt.subplots(
-        1, len(attributes), figsize=(3.6 * len(attributes) + 0.6, 3.5), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(max(5.5, 3.6 * len(attributes) + 0.6), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(attributes), sharey=True, squeeze=False)
     for ax, attribute in zip(axes[0], attributes, strict=True):
         layer_panel(ax, frame[frame.attribute == attribute])
         ax.set_title(title(frame, attribute), fontsize=10)
-    axes[0, 0].set_ylabel("recovery rate")
+    axes[0, 0].set_ylabel("recovery rate (mean, band: 1 s.e.)")
     axes[0, -1].legend(frameon=False, fontsize=9, loc="center right")
     figure.suptitle(f"{frame.model.iloc[0]}: clean states of one layer patched into the silent run", fontsize=11)
     return figure
@@ -36,9 +32,9 @@ def layer_curves(frame: pd.DataFrame) -> Figure:
 def layer_panel(ax: Axes, frame: pd.DataFrame) -> None:
     ax.axhline(0, color="0.8", lw=0.8)
     ax.axhline(1, color="0.8", lw=0.8)
-    kept = frame[frame.status == "kept"]
+    rows = shown(frame)
     for kind, label in LABELS.items():
-        by_layer = kept[kept.kind == kind].groupby("layer").recovery
+        by_layer = rows[rows.kind == kind].groupby("layer").recovery
         mean, error = by_layer.mean(), by_layer.sem().fillna(0)
         ax.plot(mean.index, mean, marker="o", ms=3.5, color=COLOURS[kind], label=label)
         ax.fill_between(mean.index, mean - error, mean + error, color=COLOURS[kind], alpha=0.2, lw=0)
@@ -60,9 +56,8 @@ def token_maps(frame: pd.DataFrame) -> Figure:
     attributes = list(frame.attribute.unique())
     tokens = frame[frame.kind == "token"]
     width = tokens.groupby("attribute").text_index.nunique().max()
-    figure, axes = plt.subplots(
-        len(attributes), 1, figsize=(0.24 * width + 2.5, 3.6 * len(attributes)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(max(6, 0.24 * width + 2.5), 3.6 * len(attributes)), layout="constrained")
+    axes = figure.subplots(len(attributes), 1, squeeze=False)
     for ax, attribute in zip(axes[:, 0], attributes, strict=True):
         token_panel(ax, tokens[tokens.attribute == attribute])
         ax.set_title(title(frame, attribute), fontsize=10, pad=24)
@@ -71,18 +66,16 @@ def token_maps(frame: pd.DataFrame) -> Figure:
 
 
 def token_panel(ax: Axes, frame: pd.DataFrame) -> None:
-    kept = frame[frame.status == "kept"]
-    grid = frame.pivot_table(index="layer", columns="text_index", values="p_clean", aggfunc="size") * np.nan
-    if len(kept):
-        grid = kept.pivot_table(index="layer", columns="text_index", values="recovery").reindex_like(grid)
+    grid = shown(frame).pivot_table(index="layer", columns="text_index", values="recovery")
     words = frame.drop_duplicates("text_index").set_index("text_index").loc[grid.columns]
-    shown = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-1, vmax=1)
+    image = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-1, vmax=1)
     ax.set_xticks(range(len(words)), [printable(token) for token in words.token], rotation=90, fontsize=7)
     layer_ticks(lambda layers, names, **style: ax.set_yticks([layer + 1 for layer in layers], names, **style), frame)
     ax.set_ylabel("patched layer")
-    ax.set_xlabel("text position after the audio")
+    elsewhere = grid.drop(columns=-1).abs().max().max()
+    ax.set_xlabel(f"text position after the audio (before the last, at most |{elsewhere:.3f}|)")
     segment_bands(ax, list(words.segment))
-    bar = ax.figure.colorbar(shown, ax=ax, pad=0.01, extend="both")
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both")
     bar.set_label("recovery rate")
 
 
@@ -99,9 +92,19 @@ def segment_bands(ax: Axes, segments: list[str]) -> None:
             )
 
 
+def shown(frame: pd.DataFrame) -> pd.DataFrame:
+    """The kept samples; if there are none, the excluded ones, as `title` then says."""
+    kept = frame[frame.status == "kept"]
+    return kept if len(kept) else frame
+
+
 def title(frame: pd.DataFrame, attribute: str) -> str:
-    samples = frame[frame.attribute == attribute].drop_duplicates("sample")
-    return f"{attribute} (n = {(samples.status == 'kept').sum()} kept of {len(samples)})"
+    statuses = frame[frame.attribute == attribute].drop_duplicates("sample").status.value_counts()
+    n_kept = statuses.get("kept", 0)
+    if n_kept:
+        return f"{attribute} (n = {n_kept} kept of {statuses.sum()})"
+    reasons = ", ".join(f"{n} {status}" for status, n in statuses.items())
+    return f"{attribute} (n = 0 kept; drawn though excluded: {reasons})"
 
 
 def printable(token: str) -> str:

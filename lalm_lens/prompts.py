@@ -53,6 +53,7 @@ class Position:
     region: Region
     segment: Segment = "none"
     label: str | None = None  # of an object token: the option it belongs to
+    is_correct: bool = False  # and whether that option is the answer
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,6 @@ class Prompt:
     def is_region(self, *regions: Region) -> Bool[Tensor, " pos"]:
         return torch.tensor([position.region in regions for position in self.positions])
 
-    def is_correct(self, pos: int, label: str) -> bool:
-        """Whether the token at `pos` is part of the option that answers the question."""
-        return self.positions[pos].label == label
-
 
 @dataclass(frozen=True)
 class Processor:
@@ -96,10 +93,17 @@ class Processor:
     def tokenizer(self) -> Any:
         return self.hf.tokenizer
 
-    def prompt(self, attribute: Attribute, n_frames: int, labels: Sequence[str] | None = None) -> Prompt:
-        """AudioLens' P3 (question, options, forced answer prefix) about a clip of `n_frames` mel frames (10 ms)."""
+    def prompt(
+        self, attribute: Attribute, n_frames: int, labels: Sequence[str] | None = None, answer: str | None = None
+    ) -> Prompt:
+        """AudioLens' P3 (question, options, forced answer prefix) about a clip of `n_frames` mel frames (10 ms).
+
+        `labels` are the options, the attribute's own by default; tokens of the option `answer` are marked as correct.
+        """
         pieces = self.pieces(attribute, labels or attribute.labels)
-        return self.expand(self.tokenize(pieces), self.n_audio(n_frames))
+        prompt = self.expand(self.tokenize(pieces), self.n_audio(n_frames))
+        marked = (replace(p, is_correct=p.label is not None and p.label == answer) for p in prompt.positions)
+        return replace(prompt, positions=tuple(marked))
 
     def pieces(self, attribute: Attribute, labels: Sequence[str]) -> list[Piece]:
         """The rendered prompt, cut where the region changes."""
@@ -217,6 +221,8 @@ def option_pieces(attribute: Attribute, labels: Sequence[str]) -> list[Piece]:
 
 def prefix_pieces(prefix: str) -> list[Piece]:
     """The forced answer prefix: its last word is where the answer is read, the word before names the attribute."""
+    if len(prefix.split(" ")) < 3:
+        raise PromptError(f"The forced answer prefix {prefix!r} needs three words or more, as in 'The animal is'.")
     late, attribute, last = prefix.rsplit(" ", 2)
     return [
         Piece(late, "late", "late"),

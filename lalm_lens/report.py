@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment
-from markupsafe import Markup
 
 from lalm_lens.results import CausalTrace
 
@@ -25,7 +24,7 @@ th { border-bottom: 1px solid #999 } figcaption { color: #555 } figure { margin:
 probability comes back: 0 is none, 1 is all. Only kept clips are averaged: the clean run is right, the silent run is
 wrong and less sure (arXiv 2603.13768). <code>fusion_layer</code> is the first layer whose text states bring back
 half.</p>
-{{ table }}
+{{ table | safe }}
 {% for picture in pictures %}
 <figure><img src="{{ picture.name }}" alt="{{ picture.stem }}"><figcaption>{{ picture.name }}</figcaption></figure>
 {% endfor %}
@@ -42,7 +41,7 @@ def write_report(trace: CausalTrace, data: Path, pictures: Sequence[Path]) -> Pa
     table = trace.summary().to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="-")
     text = page.render(
         model=trace.frame.model.iloc[0],
-        table=Markup(table),
+        table=table,
         pictures=pictures,
         data=data,
         n_rows=len(trace.frame),

@@ -3,9 +3,11 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, get_args
 
 import pandas as pd
+from pyarrow import ArrowInvalid
 
 from lalm_lens.errors import DataError
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["layer", "audio_layer", "token"]
 Status = Literal["kept", "clean_wrong", "corrupted_right", "no_gap"]
+View = Literal["layers", "tokens"]
+BY_SAMPLE = ["model", "attribute", "sample"]
 EMBED_LAYER = -1  # rows of site "embed": the merged embedding, before block 0
 
 COLUMNS = {
@@ -37,15 +41,23 @@ COLUMNS = {
 }
 
 
-def summarise(attribute: str, rows: pd.DataFrame) -> dict[str, str | int | float]:
+def plots_module() -> ModuleType:
+    """`lalm_lens.plots`; raises `DataError` where matplotlib, an extra, is missing."""
+    try:
+        from lalm_lens import plots
+    except ModuleNotFoundError as error:
+        raise DataError(f"Pictures need {error.name}: pip install 'lalm_lens[plots]'.") from None
+    return plots
+
+
+def summarise(rows: pd.DataFrame) -> dict[str, int | float]:
     samples = rows.drop_duplicates("sample")
     kept = samples[samples.status == "kept"]
     text = rows[(rows.status == "kept") & (rows.kind == "layer")].groupby("layer").recovery.mean()
     fused = text.index[text >= 0.5]
     return {
-        "attribute": attribute,
         "clips": len(samples),
-        "kept": len(kept),
+        **{status: (samples.status == status).sum() for status in get_args(Status)},
         "p_clean": kept.p_clean.mean(),
         "p_corrupted": kept.p_corrupted.mean(),
         "fusion_layer": fused.min() if len(fused) else float("nan"),
@@ -78,20 +90,27 @@ class CausalTrace:
         return CausalTrace(self.frame[self.frame.attribute == attribute])
 
     def counts(self) -> pd.DataFrame:
-        """Samples by attribute and status."""
-        samples = self.frame.drop_duplicates(["model", "attribute", "sample"])
-        return samples.groupby(["attribute", "status"], observed=True).size().unstack(fill_value=0)
+        """Samples by model, attribute and status."""
+        samples = self.frame.drop_duplicates(BY_SAMPLE)
+        return samples.groupby(["model", "attribute", "status"]).size().unstack(fill_value=0)
 
     def summary(self) -> pd.DataFrame:
-        """One row per attribute: samples, kept samples, and over the kept ones the mean probability of the true label
-        in both runs and the first layer whose text states bring back half of it (NaN if none does)."""
-        return pd.DataFrame([summarise(str(name), rows) for name, rows in self.frame.groupby("attribute", sort=False)])
+        """One row per model and attribute: samples, how many are kept and why others are not, and over the kept ones
+        the mean probability of the true label in both runs and the first layer whose text states bring back half of
+        it (NaN if none does)."""
+        groups = self.frame.groupby(["model", "attribute"], sort=False)
+        return pd.DataFrame([{"attribute": name, **summarise(rows)} for (_, name), rows in groups])
 
-    def plot(self, view: Literal["layers", "tokens"] = "layers") -> "Figure":
-        """`layers`: recovery by layer, text against audio. `tokens`: layer x position maps. A panel per attribute."""
-        from lalm_lens import plots  # matplotlib is an extra
+    def plot(self, view: View = "layers") -> "Figure":
+        """`layers`: recovery by layer, text against audio. `tokens`: layer x position maps. A panel per attribute.
 
-        return plots.layer_curves(self.frame) if view == "layers" else plots.token_maps(self.frame)
+        Without a kept sample the excluded ones are drawn, and the title says so. Raises `DataError` for several models
+        in one table, and without matplotlib.
+        """
+        if self.frame.model.nunique() > 1:
+            raise DataError(f"One picture shows one model, and the table has {sorted(self.frame.model.unique())}.")
+        plots = plots_module()
+        return {"layers": plots.layer_curves, "tokens": plots.token_maps}[view](self.frame)
 
     def save(self, path: str | Path) -> Path:
         """Write a Parquet file, whole or not at all."""
@@ -108,7 +127,10 @@ class CausalTrace:
     @classmethod
     def load(cls, path: str | Path) -> "CausalTrace":
         """Read what `save` wrote; raises `DataError` for another table."""
-        frame = pd.read_parquet(path)
+        try:
+            frame = pd.read_parquet(path)
+        except ArrowInvalid as error:
+            raise DataError(f"{path} is not a Parquet file ({error}).") from None
         missing = [column for column in COLUMNS if column not in frame]
         if missing:
             raise DataError(f"{path} is not a causal trace: it has no column {', '.join(missing)}.")
@@ -117,7 +139,7 @@ class CausalTrace:
     def __repr__(self) -> str:
         counts = self.counts().astype(str)
         parts = [
-            f"{attribute}: " + ", ".join(f"{n} {status}" for status, n in row.items() if n != "0")
-            for attribute, row in counts.iterrows()
+            " ".join(index) + ": " + ", ".join(f"{n} {status}" for status, n in row.items() if n != "0")
+            for index, row in zip(counts.index.to_list(), counts.to_dict("records"), strict=True)
         ]
         return f"CausalTrace({len(self.frame)} patched runs; {'; '.join(parts)})"

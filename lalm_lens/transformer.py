@@ -1,18 +1,17 @@
 """`HookedTransformer`: a decoder on TransformerLens' hook points, under TransformerLens' names."""
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.config import DecoderConfig
-from lalm_lens.errors import HookError, InputError
+from lalm_lens.errors import InputError
+from lalm_lens.hooks import StrictHooks
 from lalm_lens.nn.attention import RotaryAttention, causal_mask
 from lalm_lens.nn.block import DecoderBlock
 from lalm_lens.nn.embed import Embed, Unembed
@@ -20,7 +19,6 @@ from lalm_lens.nn.norm import RMSNorm
 from lalm_lens.nn.rope import ROTARY
 from lalm_lens.shapes import typed
 
-NamesFilter = Callable[[str], bool] | str | list[str] | None
 At = int | slice | Int[Tensor, " at"] | None  # positions; None is all
 
 
@@ -55,7 +53,7 @@ def _stacked(part: str, name: str) -> property:
     return property(lambda self: torch.stack([getattr(getattr(block, part), name) for block in self.blocks]))
 
 
-class HookedTransformer(HookedRootModule):
+class HookedTransformer(StrictHooks):
     """A decoder whose every activation can be cached and replaced.
 
     Hook points: `hook_embed`, `blocks.{l}.hook_resid_pre/mid/post`, `blocks.{l}.hook_attn_out/mlp_out`,
@@ -107,11 +105,13 @@ class HookedTransformer(HookedRootModule):
         stop_at_layer: int | None,
         logits_at: At,
     ) -> Float[Tensor, "batch at width"]:
+        layers = self.layers(start_at_layer, stop_at_layer)
+        self.refuse_silent_hooks(inputs, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
         if start_at_layer is None:
             resid, attention_mask = self.enter(inputs, attention_mask)
         else:
             resid = resumed(inputs)
-        resid = self.run_blocks(resid, attention_mask, slice(start_at_layer, stop_at_layer))
+        resid = self.run_blocks(resid, attention_mask, layers)
         if stop_at_layer is not None:
             return resid
         return self.unembed(self.ln_final(at_positions(resid, logits_at)))
@@ -120,13 +120,14 @@ class HookedTransformer(HookedRootModule):
         self, inputs: Tensor, attention_mask: Bool[Tensor, "batch pos"] | None
     ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None]:
         """The residual stream before block 0, and which of its positions are no padding."""
-        return self.hook_embed(inputs if inputs.is_floating_point() else self.embed(inputs)), attention_mask
+        # A copy: hooks may edit in place (TransformerLens' own setters do), and the caller runs these again.
+        return self.hook_embed(inputs.clone() if inputs.is_floating_point() else self.embed(inputs)), attention_mask
 
     def run_blocks(
         self,
         resid: Float[Tensor, "batch pos d_model"],
         is_token: Bool[Tensor, "batch pos"] | None,
-        layers: slice,
+        layers: range,
     ) -> Float[Tensor, "batch pos d_model"]:
         n_pos, device = resid.shape[1], resid.device
         if is_token is not None and is_token.all():
@@ -137,69 +138,40 @@ class HookedTransformer(HookedRootModule):
             else (is_token.cumsum(-1) - 1).clamp(min=0)  # the first word of a padded prompt is at position 0
         )
         rotation = self.rotary(positions, resid.dtype)
-        windows = self.decoder_cfg.windows[layers]
+        windows = self.decoder_cfg.windows
         masks = {window: causal_mask(is_token, n_pos, window, device) for window in set(windows)}
-        for block, window in zip(self.blocks[layers], windows, strict=True):
-            resid = block(resid, masks[window], rotation)
+        for layer in layers:
+            resid = self.blocks[layer](resid, masks[windows[layer]], rotation)
         return resid
 
-    def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]  an ActivationCache, not its dict
-        self,
-        *args: Any,
-        names_filter: NamesFilter = None,
-        return_cache_object: bool = True,
-        remove_batch_dim: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, ActivationCache | dict[str, Tensor]]:
-        """TransformerLens' `run_with_cache`; a filter that matches no hook point raises `HookError`."""
-        out, cache = super().run_with_cache(
-            *args, names_filter=names_filter, remove_batch_dim=remove_batch_dim, **kwargs
-        )
-        if not return_cache_object:
-            return out, cache
-        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+    def live(
+        self, inputs: Any = None, *, start_at_layer: int | None = None, stop_at_layer: int | None = None, **_: Any
+    ) -> set[str]:
+        layers = self.layers(start_at_layer, stop_at_layer)
+        passed = {
+            "blocks": lambda name: int(name.split(".")[1]) in layers,
+            "hook_embed": lambda name: start_at_layer is None,
+            "ln_final": lambda name: stop_at_layer is None,
+        }
+        return {
+            name
+            for name in self.hook_dict
+            if passed.get(name.split(".")[0], lambda name: True)(name) and not self.switched_off(name)
+        }
 
-    def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> tuple:
-        return super().get_caching_hooks(self.names(names_filter).__contains__, *args, **kwargs)
-
-    def names(self, names_filter: NamesFilter) -> set[str]:
-        """The hook points that a filter selects; without one, all that are switched on."""
-        if names_filter is None:
-            return {name for name in self.hook_dict if not self.switched_off(name)}
-        if callable(names_filter):
-            chosen = {name for name in self.hook_dict if names_filter(name)}
-            if not chosen:
-                raise HookError("The names filter matches no hook point. `model.hook_dict` lists them all.")
-            return {name for name in chosen if not self.switched_off(name)} or self.names(min(chosen))
-        chosen = {names_filter} if isinstance(names_filter, str) else set(names_filter)
-        for name in chosen:
-            self.check_name(name)
-        return chosen
+    def layers(self, start: int | None, stop: int | None) -> range:
+        """The blocks from `start` to before `stop`."""
+        n_layers = self.decoder_cfg.n_layers
+        for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if layer is not None and not -n_layers <= layer <= n_layers:
+                raise InputError(f"{name} = {layer}, but this model has {n_layers} blocks.")
+        first, last, _ = slice(start, stop).indices(n_layers)
+        if first > last:
+            raise InputError(f"start_at_layer = {start} is behind stop_at_layer = {stop}.")
+        return range(first, last)
 
     def switched_off(self, name: str) -> bool:
-        """Whether a hook point exists and never fires as the model is set."""
         return name.endswith("attn.hook_result") and not self.cfg.use_attn_result
-
-    def check_name(self, name: str) -> None:
-        if name not in self.hook_dict:
-            nearest = difflib.get_close_matches(name, self.hook_dict, n=3, cutoff=0.0)
-            raise HookError(f"There is no hook point {name!r}. The nearest are {', '.join(nearest)}.")
-        if self.switched_off(name):
-            raise HookError(f"{name} never fires: call `model.set_use_attn_result(True)` first.")
-
-    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
-        for chosen in [name] if isinstance(name, str) else self.names(name):
-            self.check_name(chosen)
-            super().add_hook(chosen, *args, **kwargs)
-
-    def _enable_hook_with_name(self, name: str, hook: Callable, dir: Any) -> None:
-        self.check_name(name)
-        super()._enable_hook_with_name(name, hook, dir)
-
-    def _enable_hooks_for_points(
-        self, hook_points: Iterable[tuple[str, HookPoint]], enabled: Callable, hook: Callable, dir: Any
-    ) -> None:
-        super()._enable_hooks_for_points(hook_points, self.names(enabled).__contains__, hook, dir)
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Whether every head's own contribution is computed: `attn.hook_result` [batch, pos, head, d_model]."""
@@ -230,7 +202,7 @@ class HookedTransformer(HookedRootModule):
 def resumed(inputs: Any) -> Float[Tensor, "batch pos d_model"]:
     if not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
         raise InputError("With start_at_layer, give the residual stream before that block: [batch, pos, d_model].")
-    return inputs
+    return inputs.clone()  # as in `enter`
 
 
 def at_positions(resid: Float[Tensor, "batch pos d_model"], at: At) -> Float[Tensor, "batch at d_model"]:

@@ -22,6 +22,7 @@ from lalm_lens.errors import ConversionError
 from lalm_lens.prompts import AudioMarks
 
 Shapes = dict[str, tuple[int, ...]]
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,16 @@ class Checkpoint:
             except SafetensorError as error:
                 raise ConversionError(f"{path} is not a whole safetensors file ({error}). Download it again.") from None
             for name in shard.keys():  # noqa: SIM118  safe_open is not a dict
+                header = shard.get_slice(name)
+                if name in files:
+                    raise ConversionError(f"{name} is in two files of {folder}, {path.name} the second. Remove one.")
+                if header.get_dtype() not in FLOATS:
+                    raise ConversionError(
+                        f"{name} in {path.name} is {header.get_dtype()}: quantised checkpoints are not supported. "
+                        f"Use one in {', '.join(FLOATS)}."
+                    )
                 files[name] = shard
-                shapes[name] = tuple(shard.get_slice(name).get_shape())
+                shapes[name] = tuple(header.get_shape())
         return cls(folder, shapes, files)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -101,17 +101,37 @@ def test_a_folder_gives_clips_with_relative_names(tmp_path):
     ("lines", "message"),
     [
         (None, "no metadata.jsonl"),
-        ("", "lists no clips"),
+        ("", "no clip is listed"),
         ("{", "line 1 is not JSON"),
         ('{"file_name": "a.wav"}', "needs the keys file_name and label"),
         ('["a.wav", "male"]', "needs the keys file_name and label"),
         ('{"file_name": "a.wav", "label": 3}', "must be text"),
+        ('{"file_name": "../a.wav", "label": "male"}', "inside the folder"),
+        ('{"file_name": "/a.wav", "label": "male"}', "inside the folder"),
     ],
 )
 def test_a_folder_in_another_layout_is_refused(tmp_path, lines, message):
     if lines is not None:
         (tmp_path / "metadata.jsonl").write_text(lines)
     with pytest.raises(DataError, match=message):
+        read_folder(tmp_path)
+
+
+def test_metadata_is_read_with_any_line_ends_and_a_byte_order_mark(tmp_path):
+    soundfile.write(tmp_path / "a\u2028b.wav", tone(16_000), 16_000)
+    line = '{"file_name": "a\u2028b.wav", "label": "male"}'
+    (tmp_path / "metadata.jsonl").write_text(line + "\r\n", encoding="utf-8-sig")
+    assert read_folder(tmp_path)[0].name == "a\u2028b.wav"
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "\xe4.wav", "label": "male"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_folder(tmp_path)
+
+
+def test_a_clip_listed_twice_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(16_000), 16_000)
+    rows = [json.dumps({"file_name": "a.wav", "label": label}) for label in ("male", "female")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"a\.wav is listed 2 times, labelled female, male"):
         read_folder(tmp_path)
 
 

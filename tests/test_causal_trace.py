@@ -11,9 +11,11 @@ from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES, Attribute
 from lalm_lens.datasets import Sample, read_folder
-from lalm_lens.errors import DataError, InputError, PromptError
+from lalm_lens.errors import AudioError, DataError, HookError, InputError, PromptError
 from lalm_lens.experiments.causal_trace import Recovery, causal_trace, patched_logits, recover, run, status_of
 from lalm_lens.inputs import Inputs
+from lalm_lens.loading import from_pretrained
+from lalm_lens.report import write_report
 from lalm_lens.results import COLUMNS, CausalTrace
 
 N_CLIPS = 4
@@ -271,7 +273,7 @@ def test_a_trace_is_saved_whole_and_loaded_again(traces, tmp_path):
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(DataError, match="not a causal trace"):
         CausalTrace.load(tmp_path / "other.parquet")
-    assert "patched runs; emotion:" in repr(trace)
+    assert "patched runs; tiny_lalm emotion:" in repr(trace)
 
 
 def test_the_summary_averages_what_is_kept(traces):
@@ -294,13 +296,72 @@ def test_plots_show_every_attribute_with_its_n(traces, view):
         n = traces[name].kept["sample"].nunique()
         assert f"{name} (n = {n} kept of {N_CLIPS})" in titles
     labels = {ax.get_xlabel() for ax in figure.axes} | {ax.get_ylabel() for ax in figure.axes}
-    assert {"patched layer", "recovery rate"} <= labels
+    assert "patched layer" in labels
+    assert any(label.startswith("recovery rate") for label in labels)
 
 
-def test_plots_of_a_trace_without_kept_samples_are_empty_not_wrong(traces):
+def test_the_curves_are_the_means_of_what_is_kept(traces):
+    trace = traces["gender"]
+    assert len(trace.kept) < len(trace.frame)
+    (ax,) = trace.plot("layers").axes
+    lines = {line.get_label(): line for line in ax.lines}
+    for kind, label in (("layer", "text positions"), ("audio_layer", "audio positions")):
+        mean = trace.kept[trace.kept.kind == kind].groupby("layer").recovery.mean()
+        assert lines[label].get_xdata().tolist() == mean.index.tolist()
+        assert lines[label].get_ydata().tolist() == pytest.approx(mean.tolist())
+
+
+def test_the_map_is_the_mean_of_what_is_kept(traces):
+    trace = traces["gender"]
+    ax = trace.plot("tokens").axes[0]
+    (image,) = ax.images
+    assert image.origin == "lower"  # the embedding at the bottom
+    tokens = trace.kept[trace.kept.kind == "token"]
+    mean = tokens.pivot_table(index="layer", columns="text_index", values="recovery").to_numpy()
+    assert image.get_array().ravel().tolist() == pytest.approx(mean.ravel().tolist())
+    assert [label.get_text() for label in ax.get_xticklabels()][-2:] == ["\N{OPEN BOX}gender", "\N{OPEN BOX}is"]
+    assert [text.get_text() for text in ax.texts] == ["early", "object", "late", "last"]
+    assert len(ax.patches) == 4
+
+
+def test_plots_of_a_trace_without_kept_samples_say_so(traces):
     frame = traces["gender"].to_frame().assign(status="clean_wrong")
     for view in ("layers", "tokens"):
-        assert "n = 0 kept" in CausalTrace(frame).plot(view).axes[0].get_title()
+        title = CausalTrace(frame).plot(view).axes[0].get_title()
+        assert "n = 0 kept; drawn though excluded: 4 clean_wrong" in title
+
+
+def test_several_models_are_counted_apart_and_not_drawn_together(traces):
+    frame = traces["gender"].to_frame()
+    both = CausalTrace(pd.concat([frame, frame.assign(model="another")], ignore_index=True))
+    assert both.summary().clips.tolist() == [N_CLIPS, N_CLIPS]
+    with pytest.raises(DataError, match="one model"):
+        both.plot()
+
+
+def test_the_report_shows_the_summary_and_the_pictures(traces, tmp_path):
+    trace = traces["emotion"]
+    data = trace.save(tmp_path / "trace.parquet")
+    page = write_report(trace, data, [tmp_path / "layers.png"]).read_text(encoding="utf-8")
+    assert f"<td>{trace.summary().p_clean.iloc[0]:.3f}</td>" in page
+    assert '<img src="layers.png"' in page
+    assert "&lt;table" not in page
+
+
+def test_a_hook_left_on_the_model_is_refused(tiny_lalm):
+    tiny_lalm.add_perma_hook("blocks.0.hook_resid_post", lambda state, hook: state * 0)
+    try:
+        with pytest.raises(HookError, match=r"blocks\.0\.hook_resid_post would be part of every run"):
+            causal_trace(tiny_lalm, [Sample("a.wav", "male", chirps([1.0])[0])], attribute="gender")
+    finally:
+        tiny_lalm.reset_hooks(including_permanent=True)
+
+
+def test_runs_that_are_not_finite_are_refused():
+    broken = from_pretrained(TINY_LALM)
+    broken.unembed.linear.weight.data[3] = torch.inf
+    with pytest.raises(InputError, match="logits are not finite"):
+        causal_trace(broken, [Sample("a.wav", "male", chirps([1.0])[0])], attribute="gender", progress=False)
 
 
 def test_what_cannot_be_traced_is_refused(tiny_lalm, pair):
@@ -311,5 +372,12 @@ def test_what_cannot_be_traced_is_refused(tiny_lalm, pair):
         causal_trace(tiny_lalm, [sample], attribute="colour")
     with pytest.raises(DataError, match="nothing to trace"):
         causal_trace(tiny_lalm, [], attribute="gender")
+    male = Sample("a.wav", "male", sample.waveform)
+    with pytest.raises(DataError, match="listed 2 times"):
+        causal_trace(tiny_lalm, [male, male], attribute="gender")
+    with pytest.raises(InputError, match="batch_size"):
+        causal_trace(tiny_lalm, [male], attribute="gender", batch_size=0)
+    with pytest.raises(AudioError, match=r"a\.wav of 3\.0 s is too long"):
+        causal_trace(tiny_lalm, [Sample("a.wav", "male", chirps([3.0])[0])], attribute="gender")
     with pytest.raises(InputError, match="without tokenizer"):
         causal_trace(pair()[1], [sample], attribute="gender")

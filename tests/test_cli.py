@@ -108,7 +108,7 @@ def broken(kind: str, folder: Path, tmp_path: Path) -> list[object]:
 
 
 WRONG = {
-    "no such file": "no audio file",
+    "no such file": "There is nothing at",
     "empty": "holds no samples",
     "non-finite": "NaN or infinity",
     "not audio": "not readable audio",

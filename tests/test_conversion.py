@@ -1,21 +1,27 @@
 """Checkpoints: exact both ways, and refused by name when anything does not fit."""
 
 import json
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from reference import tiny_hf
+from reference import randomise, tiny_hf
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 import lalm_lens.loading
+from conversions._llama import DECODER, windows
 from conversions.qwen2_audio import PUBLISHED, ROWS, TRANSFORMERS_5
+from lalm_lens.assets import TINY_LALM
+from lalm_lens.config import ConfigReader, DecoderConfig, Rope
 from lalm_lens.errors import ConversionError
 from lalm_lens.loading import from_pretrained, our_conversions
-from lalm_lens.weights import Checkpoint, Drop, Layout, Rule, Table, Tied, export, load
+from lalm_lens.transformer import HookedTransformer
+from lalm_lens.weights import Checkpoint, Drop, Layout, Rule, Table, Tied, assign, export, load
 
 
 @pytest.fixture
@@ -130,6 +136,10 @@ def test_an_unknown_config_key_is_refused_by_name(folder, section):
         ("text_config", {"num_key_value_heads": 3}),
         ("audio_config", {"activation_function": "relu"}),
         ("audio_config", {"scale_embedding": True}),
+        ("audio_config", {"encoder_attention_heads": 0}),
+        ("text_config", {"num_attention_heads": "4"}),
+        (None, {"text_config": "qwen2"}),
+        (None, {"model_type": ["qwen2_audio"]}),
         (None, {"model_type": "never_heard_of"}),
     ],
     ids=str,
@@ -168,6 +178,76 @@ def test_the_published_config_of_the_7b_is_understood():
     assert (decoder.d_head, decoder.d_mlp, decoder.eps, decoder.rope.theta) == (128, 11008, 1e-5, 1e4)
     assert set(decoder.windows) == {None}
     assert (cfg.encoder.n_layers, cfg.encoder.d_model, cfg.encoder.n_frames) == (32, 1280, 3000)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+        {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 2},
+        {"use_sliding_window": False, "sliding_window": 5},
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"] * 3},
+        {},
+    ],
+    ids=str,
+)
+def test_windows_are_those_of_qwen2config(asked):
+    hf = Qwen2Config(num_hidden_layers=6, **asked)
+    theirs = tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types)
+    assert windows(ConfigReader(asked, "text_config"), 6) == theirs
+
+
+def test_a_decoder_without_biases_matches_llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 60}
+    hf = randomise(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))).eval()
+    cfg = DecoderConfig(
+        n_layers=2,
+        d_model=32,
+        n_heads=4,
+        n_kv_heads=2,
+        d_head=8,
+        d_mlp=48,
+        d_vocab=60,
+        n_ctx=64,
+        eps=hf.config.rms_norm_eps,
+        rope=Rope(10_000.0),
+        qkv_bias=False,
+        windows=(None, None),
+    )
+    ours = HookedTransformer(cfg)
+    table = Table((*(rule.under(hf="model.") for rule in DECODER), Rule("lm_head.weight", "unembed.linear.weight")))
+    for name, tensor in hf.state_dict().items():
+        assign(ours, table.find(name)[1], tensor)
+    tokens = torch.randint(0, 60, (2, 11))
+    with torch.no_grad():
+        assert_close(ours(tokens), hf(tokens, use_cache=False).logits)
+
+
+def test_a_tensor_in_two_files_and_a_quantised_one_are_refused(folder):
+    whole = folder / "model.safetensors"
+    whole.rename(folder / "a.safetensors")
+    save_file({"audio_tower.conv1.bias": torch.zeros(32)}, folder / "b.safetensors")
+    with pytest.raises(ConversionError, match=r"audio_tower\.conv1\.bias is in two files"):
+        from_pretrained(folder)
+    (folder / "b.safetensors").unlink()
+    (folder / "a.safetensors").rename(whole)
+    rewrite(folder, **{"audio_tower.conv1.bias": torch.zeros(32, dtype=torch.int8)})
+    with pytest.raises(ConversionError, match="I8: quantised"):
+        from_pretrained(folder)
+
+
+def test_a_broken_processor_is_refused(tmp_path):
+    shutil.copytree(TINY_LALM, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(ConversionError, match="cannot be read"):
+        from_pretrained(tmp_path / "model")
+
+
+def test_a_model_is_called_by_its_folder_or_its_hub_id(folder, monkeypatch):
+    assert from_pretrained(folder).cfg.model_name == folder.name
+    monkeypatch.setattr(lalm_lens.loading, "snapshot_download", lambda *args, **kwargs: str(folder))
+    assert from_pretrained("someone/some-model").cfg.model_name == "someone/some-model"
 
 
 def test_files_that_are_no_checkpoint_are_refused(folder, tmp_path_factory):

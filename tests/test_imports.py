@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = (
-    "errors shapes attributes config nn encoders adapters audio inputs prompts corrupt datasets transformer model "
-    "weights loading interventions engine plots results experiments runner report assets cli __init__"
+    "errors shapes attributes config nn encoders adapters audio inputs prompts corrupt datasets hooks transformer "
+    "model weights loading interventions engine plots results experiments runner report assets cli __init__ __main__"
 ).split()
 FOR_CONVERSIONS = {"config", "errors", "weights", "nn", "encoders", "adapters", "prompts"}
 
@@ -27,6 +27,7 @@ def imported(path: Path, package: str) -> set[str]:
     """The parts of `package` that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert path in CONVERSIONS or not getattr(node, "level", 0), f"{path.name} imports relatively: {node}"
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in names:

@@ -1,6 +1,7 @@
 """Prompts: the tokens are HF's own, and every position knows what it is."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lalm_lens.assets import TINY_LALM
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.encoders.whisper import n_pooled_states
 from lalm_lens.errors import InputError, PromptError
+from lalm_lens.prompts import Piece
 
 GENDER = [
     # (token, region, segment) of what follows the audio
@@ -76,13 +78,30 @@ def test_every_position_of_the_gender_prompt_has_its_region_and_segment(processo
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_object_tokens_carry_their_label(processor, name):
     attribute = ATTRIBUTES[name]
-    prompt = processor.prompt(attribute, n_frames=20)
+    prompt = processor.prompt(attribute, n_frames=20, answer=attribute.labels[-1])
     objects = [p for p in prompt.positions if p.region == "object"]
     assert [p.label for p in objects] == list(attribute.labels)
     assert [p.token for p in objects] == [f" {label}" for label in attribute.labels]
     assert all(p.label is None for p in prompt.positions if p.region != "object")
-    correct = [pos for pos in range(len(prompt)) if prompt.is_correct(pos, attribute.labels[-1])]
-    assert [prompt.positions[pos].token for pos in correct] == [f" {attribute.labels[-1]}"]
+    assert [p.token for p in prompt.positions if p.is_correct] == [f" {attribute.labels[-1]}"]
+    assert not any(p.is_correct for p in processor.prompt(attribute, n_frames=20).positions)
+
+
+def test_a_token_across_a_border_belongs_to_the_piece_of_its_last_character(processor):
+    """Real vocabularies merge ">" with the newline after it, say."""
+
+    class Merging:
+        def __call__(self, text, **_):
+            assert text == "is it>\nThe end"
+            return {"input_ids": [0, 1, 2, 3], "offset_mapping": [(0, 2), (2, 5), (5, 7), (7, 14)]}
+
+        def decode(self, tokens):
+            return f"token {tokens[0]}"
+
+    merging = replace(processor, hf=SimpleNamespace(tokenizer=Merging()))
+    pieces = [Piece("is it>", "early", "early"), Piece("\n", "template"), Piece("The end", "late", "late")]
+    regions = [position.region for position in merging.tokenize(pieces).positions]
+    assert regions == ["early", "early", "template", "last"]
 
 
 def test_a_label_of_several_tokens_is_an_object_throughout(processor):
@@ -121,6 +140,11 @@ def test_a_tokenizer_of_another_model_is_refused(processor):
     other = replace(processor, cfg=replace(processor.cfg, audio_token=7))
     with pytest.raises(PromptError, match="belongs to another model"):
         other.prompt(ATTRIBUTES["gender"], n_frames=20)
+
+
+def test_a_prefix_without_a_word_for_the_attribute_is_refused(processor):
+    with pytest.raises(PromptError, match="three words"):
+        processor.prompt(replace(ATTRIBUTES["animal"], prefix="It is"), n_frames=20)
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(processor):

@@ -139,7 +139,80 @@ def test_an_encoder_hook_that_would_not_fire_is_refused(ours, inputs):
     for silent in (ours.embed_inputs(inputs), torch.randint(10, 200, (1, 5))):
         with pytest.raises(HookError, match="would not fire"):
             ours.run_with_hooks(silent, fwd_hooks=hook)
-        ours.run_with_cache(silent)  # without a filter it caches what fires
+        with pytest.raises(HookError, match="would not fire"), ours.hooks(fwd_hooks=hook):
+            ours(silent)
+        _, cache = ours.run_with_cache(silent)  # without a filter it caches what fires
+        assert "hook_embed" in cache
+        assert not [name for name in cache.cache_dict if name.startswith(("audio_encoder", "adapter"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("blocks.1.hook_resid_post", {"start_at_layer": 2}),
+        ("hook_embed", {"start_at_layer": 0}),
+        ("blocks.2.hook_resid_pre", {"stop_at_layer": 2}),
+        ("blocks.3.mlp.hook_post", {"stop_at_layer": -1}),
+        ("ln_final.hook_scale", {"stop_at_layer": 4}),
+    ],
+)
+def test_a_hook_outside_of_the_run_is_refused(ours, inputs, name, layers):
+    resid = ours(inputs, stop_at_layer=layers["start_at_layer"]) if "start_at_layer" in layers else inputs
+    hook = [(name, lambda state, hook: state)]
+    with pytest.raises(HookError, match="would not fire"):
+        ours.run_with_hooks(resid, fwd_hooks=hook, **layers)
+    with pytest.raises(HookError, match="would not fire"):
+        ours.run_with_cache(resid, names_filter=name, **layers)
+    with pytest.raises(HookError, match="would not fire"), ours.hooks(fwd_hooks=hook):
+        ours(resid, **layers)
+    assert not ours.list_hooks()
+
+
+def test_a_filter_selects_among_what_the_run_passes(ours, inputs):
+    seen = []
+    hook = [(lambda name: name.endswith("hook_resid_post"), lambda state, hook: seen.append(hook.name))]
+    ours.run_with_hooks(ours.embed_inputs(inputs), fwd_hooks=hook, stop_at_layer=2)
+    assert seen == ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    _, cache = ours.run_with_cache(inputs, names_filter=hook[0][0], stop_at_layer=1)
+    assert sorted(cache.keys()) == [
+        *(f"audio_encoder.blocks.{n}.hook_resid_post" for n in (0, 1)),
+        "blocks.0.hook_resid_post",
+    ]
+    with pytest.raises(HookError, match="list of hook names is empty"):
+        ours.run_with_cache(inputs, names_filter=[])
+
+
+def test_hooks_that_edit_in_place_leave_the_callers_tensors_alone(ours, inputs):
+    def zero(state, hook):
+        state[:, :5] = 0
+        return state
+
+    embedded = ours.embed_inputs(inputs)
+    resid = ours(embedded, stop_at_layer=2)
+    for given, kept, name, start in (
+        (embedded, embedded.embed, "blocks.0.hook_resid_pre", None),
+        (embedded, embedded.embed, "hook_embed", None),
+        (resid, resid, "blocks.2.hook_resid_pre", 2),
+    ):
+        before = kept.clone()
+        ours.run_with_hooks(given, fwd_hooks=[(name, zero)], start_at_layer=start)
+        assert torch.equal(kept, before), name
+
+
+def test_layers_that_are_not_there_are_refused(ours, inputs):
+    for layers in ({"stop_at_layer": 5}, {"start_at_layer": -5}):
+        with pytest.raises(InputError, match="this model has 4 blocks"):
+            ours(inputs, **layers)
+    with pytest.raises(InputError, match="is behind"):
+        ours(inputs, start_at_layer=3, stop_at_layer=1)
+
+
+def test_a_batch_of_several_has_no_batch_dimension_to_remove(ours, inputs):
+    with pytest.raises(InputError, match="Run one at a time"):
+        ours.run_with_cache(inputs, remove_batch_dim=True)
+    alone = Inputs(*(x[:1] for x in (inputs.tokens, inputs.attention_mask, inputs.mel, inputs.n_frames)))
+    _, cache = ours.run_with_cache(alone, remove_batch_dim=True)
+    assert cache["resid_post", 0].shape == (alone.tokens.shape[1], ours.cfg.d_model)
 
 
 def test_audio_and_placeholders_must_match(ours, inputs):
@@ -147,6 +220,11 @@ def test_audio_and_placeholders_must_match(ours, inputs):
         ours(inputs.tokens)
     with pytest.raises(InputError, match="audio placeholders"):
         ours(Inputs(inputs.tokens[:1], inputs.attention_mask[:1], inputs.mel, inputs.n_frames))
+    swapped = Inputs(inputs.tokens, inputs.attention_mask, inputs.mel.flip(0), inputs.n_frames.flip(0))
+    with pytest.raises(InputError, match=r"\[30, 15\] audio placeholders and the clips make \[15, 30\]"):
+        ours(swapped)
+    with pytest.raises(InputError, match="do not give another"):
+        ours(inputs, attention_mask=inputs.attention_mask)
     with pytest.raises(InputError, match="padded on the left"):
         Inputs(inputs.tokens, torch.zeros_like(inputs.attention_mask))
     with pytest.raises(InputError, match="NaN"):
@@ -195,8 +273,11 @@ def test_views_compute_what_the_model_computes(ours, inputs):
 
 def test_assigning_a_tensor_copies_and_a_parameter_is_refused(pair):
     attn = pair(seed=3)[1].blocks[0].attn
-    attn.W_Q = torch.zeros_like(attn.W_Q)
-    assert not attn.q_proj.weight.any()
+    new = torch.randn_like(attn.W_Q)
+    attn.W_Q = new
+    assert torch.equal(attn.W_Q, new)
+    x = torch.randn(2, 3, attn.q_proj.in_features)
+    assert_close(attn.q_proj(x).unflatten(-1, (4, 16)), torch.einsum("bpd,hde->bphe", x, new) + attn.b_Q)
     with pytest.raises(LensError, match="assign a tensor"):
         attn.W_Q = torch.nn.Parameter(torch.ones_like(attn.W_Q))
     with pytest.raises(LensError, match="has shape"):

@@ -24,8 +24,8 @@ from transformer_lens.hook_points import HookPoint
 from lalm_lens.attributes import Attribute, attribute_named
 from lalm_lens.audio import check_audible
 from lalm_lens.corrupt import silence
-from lalm_lens.datasets import Sample
-from lalm_lens.errors import InputError, PromptError
+from lalm_lens.datasets import Sample, refuse_repeated
+from lalm_lens.errors import HookError, InputError, PromptError
 from lalm_lens.inputs import Inputs
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Processor, Prompt
@@ -80,8 +80,13 @@ def causal_trace(
     in every block, and the merged embedding beside it. `batch_size` patched runs share a forward. A sample is `kept`
     unless the clean run is wrong, the corrupted run is right, or its probability is not below the clean one
     (section 3.1); what is not kept is traced as well and keeps its rows. A prediction is the largest logit among the
-    labels. Raises `PromptError` for a label that the attribute does not have.
+    labels. Raises `PromptError` for a label that the attribute does not have, `AudioError` for a clip that the model
+    cannot hear, `DataError` for a clip that comes twice, `InputError` if a run is not finite.
     """
+    refuse_foreign_hooks(model)
+    refuse_repeated(samples)
+    if batch_size < 1:
+        raise InputError(f"batch_size is a number of patched runs, 1 or more; got {batch_size}.")
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
     processor = processor_of(model)
     label_tokens = processor.label_tokens(attribute.labels)
@@ -92,9 +97,18 @@ def causal_trace(
                 f"{sample.name} is labelled {sample.label!r}, which is not an option of {attribute.name}: "
                 f"{', '.join(attribute.labels)}."
             )
-    bar = tqdm(samples, desc=f"tracing {attribute.name}", unit="clip", disable=not progress)
-    frames = [trace_sample(model, sample, attribute, label_tokens, site, batch_size) for sample in bar]
+    with tqdm(samples, desc=f"tracing {attribute.name}", unit="clip", disable=not progress) as bar:
+        frames = [trace_sample(model, sample, attribute, label_tokens, site, batch_size) for sample in bar]
     return CausalTrace.concat(frames)
+
+
+def refuse_foreign_hooks(model: HookedLALM) -> None:
+    attached = model.list_hooks()
+    if attached:
+        raise HookError(
+            f"A hook on {min(attached)} would be part of every run. `model.reset_hooks(including_permanent=True)` "
+            "removes it."
+        )
 
 
 def processor_of(model: HookedLALM) -> Processor:
@@ -115,7 +129,7 @@ def trace_sample(
     batch_size: int,
 ) -> pd.DataFrame:
     processor = processor_of(model)
-    prompt = processor.prompt(attribute, processor.n_frames(sample.waveform))
+    prompt = processor.prompt(attribute, processor.n_frames(sample.waveform), answer=sample.label)
     clean, corrupted = (
         run(model, processor.inputs([prompt], [waveform]), site)
         for waveform in (sample.waveform, silence(sample.waveform))
@@ -138,6 +152,11 @@ def run(model: HookedLALM, inputs: Inputs, site: Site) -> Run:
             names_filter=lambda name: name.startswith("blocks.") and name.endswith((site, "resid_pre")),
             logits_at=-1,
         )
+    if not logits.isfinite().all():
+        raise InputError(
+            f"The logits are not finite in {model.cfg.dtype}. Load the model as bfloat16 or float32; if they still are "
+            "not, its weights are broken."
+        )
     return Run(embedded.embed, cache, logits[0, -1])
 
 
@@ -158,7 +177,7 @@ def recover(
         of_layer = [n for n, patch in enumerate(patches) if patch.layer == layer]
         for chunk in chunks(of_layer, batch_size):
             where = torch.stack([patches[n].where for n in chunk]).to(clean.embed.device)
-            p_patched[chunk] = probability(patched_logits(model, clean, corrupted, layer, where, site), target).cpu()
+            p_patched[chunk] = probability(patched_logits(model, clean, corrupted, layer, where, site), target)
     return Recovery(
         float(probability(clean.logits, target)), float(probability(corrupted.logits, target)), patches, p_patched
     )
@@ -195,8 +214,9 @@ def restore(
 
 
 def probability(logits: Float[Tensor, "*batch d_vocab"], target: int) -> Float[Tensor, "*batch"]:
-    # float64: a recovery rate divides differences of probabilities, which may both be close to 1.
-    return logits.double().softmax(-1)[..., target]
+    # float64: a recovery rate divides differences of probabilities, which may both be close to 1. On the CPU, because
+    # not every accelerator has it.
+    return logits.cpu().double().softmax(-1)[..., target]
 
 
 def status_of(

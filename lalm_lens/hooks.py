@@ -1,0 +1,133 @@
+"""TransformerLens' hook interface, made strict: a hook that would never fire raises, and says which names are near."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.hook_points import HookPoint
+
+from lalm_lens.errors import HookError, InputError
+
+NamesFilter = Callable[[str], bool] | str | list[str] | None
+NamedHook = tuple[str | Callable, Callable]  # a name or a filter of names, and what to do there
+
+
+class StrictHooks(HookedRootModule):
+    """A `HookedRootModule` that knows which of its hook points a run passes."""
+
+    def switched_off(self, name: str) -> bool:
+        """Whether a hook point never fires as the model is set now."""
+        raise NotImplementedError
+
+    def live(self, *args: Any, **kwargs: Any) -> set[str]:
+        """The hook points that fire in a run with these arguments."""
+        raise NotImplementedError
+
+    def run_with_hooks(
+        self, *args: Any, fwd_hooks: Iterable[NamedHook] = (), bwd_hooks: Iterable[NamedHook] = (), **kwargs: Any
+    ) -> Any:
+        """TransformerLens' `run_with_hooks`. A name that this run does not pass raises `HookError`; a filter selects
+        among the hook points that it does pass, and raises if there is none."""
+        model_kwargs = {key: value for key, value in kwargs.items() if key not in ("reset_hooks_end", "clear_contexts")}
+        live = self.live(*args, **model_kwargs) if fwd_hooks or bwd_hooks else set()
+        fwd, bwd = self.by_name(fwd_hooks, live), self.by_name(bwd_hooks, live)
+        return super().run_with_hooks(*args, fwd_hooks=fwd, bwd_hooks=bwd, **kwargs)
+
+    def by_name(self, hooks: Iterable[NamedHook], live: set[str]) -> list[NamedHook]:
+        return [(name, hook) for names, hook in hooks for name in sorted(self.chosen(names, live))]
+
+    def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride]  an ActivationCache, not its dict
+        self,
+        *args: Any,
+        names_filter: NamesFilter = None,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        device: Any = None,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Any = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """TransformerLens' `run_with_cache`, by default of all that the run passes; names and filters as above."""
+        names = self.chosen(names_filter, self.live(*args, **model_kwargs))
+        out, cache = super().run_with_cache(
+            *args,
+            names_filter=names.__contains__,
+            remove_batch_dim=remove_batch_dim,
+            device=device,
+            incl_bwd=incl_bwd,
+            reset_hooks_end=reset_hooks_end,
+            clear_contexts=clear_contexts,
+            pos_slice=pos_slice,
+            **model_kwargs,
+        )
+        if remove_batch_dim and len(out) != 1:
+            raise InputError(f"The batch dimension of {len(out)} prompts cannot be removed. Run one at a time.")
+        if not return_cache_object:
+            return out, cache
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    def chosen(self, names_filter: NamesFilter, live: set[str]) -> set[str]:
+        """The hook points that a filter selects among the live ones; None selects them all."""
+        if names_filter is None:
+            return live
+        if callable(names_filter):
+            matched = self.matched(names_filter)
+            if not matched & live:
+                raise self.silent(min(matched))
+            return matched & live
+        names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
+        if not names:
+            raise HookError("The list of hook names is empty. Leave it out to take all.")
+        for name in sorted(names):
+            self.check_name(name)
+            if name not in live:
+                raise self.silent(name)
+        return names
+
+    def matched(self, names_filter: Callable[[str], bool]) -> set[str]:
+        matched = {name for name in self.hook_dict if names_filter(name)}
+        if not matched:
+            raise HookError("The names filter matches no hook point. `model.hook_dict` lists them all.")
+        on = {name for name in matched if not self.switched_off(name)}
+        if not on:
+            self.check_name(min(matched))
+        return on
+
+    def check_name(self, name: str) -> None:
+        if name not in self.hook_dict:
+            nearest = difflib.get_close_matches(name, self.hook_dict, n=3, cutoff=0.0)
+            raise HookError(f"There is no hook point {name!r}. The nearest are {', '.join(nearest)}.")
+        if self.switched_off(name):
+            raise HookError(f"{name} never fires: call `model.set_use_attn_result(True)` first.")
+
+    def silent(self, name: str) -> HookError:
+        return HookError(
+            f"A hook on {name} would not fire in this run: it lies outside of start_at_layer and stop_at_layer, or the "
+            "inputs hold no audio (or audio that was embedded before; give the model `Inputs` to hear it again)."
+        )
+
+    def refuse_silent_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Raise for a hook that is attached where this run does not pass. Permanent hooks are there for other runs."""
+        hooked = {name for name, point in self.hook_dict.items() if point.fwd_hooks or point.bwd_hooks}
+        hooked = {name for name in hooked if self.hook_dict[name].has_hooks(including_permanent=False)}
+        silent = hooked - self.live(*args, **kwargs) if hooked else set()
+        if silent:
+            raise self.silent(min(silent))
+
+    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
+        for chosen in [name] if isinstance(name, str) else sorted(self.matched(name)):
+            self.check_name(chosen)
+            super().add_hook(chosen, *args, **kwargs)
+
+    def _enable_hook_with_name(self, name: str, hook: Callable, dir: Any) -> None:
+        self.check_name(name)
+        super()._enable_hook_with_name(name, hook, dir)
+
+    def _enable_hooks_for_points(
+        self, hook_points: Iterable[tuple[str, HookPoint]], enabled: Callable, hook: Callable, dir: Any
+    ) -> None:
+        super()._enable_hooks_for_points(hook_points, self.matched(enabled).__contains__, hook, dir)
