@@ -64,6 +64,25 @@ def test_the_demo_traces_all_four_attributes(monkeypatch, tmp_path, capsys):
     assert "fusion_layer" in capsys.readouterr().out
 
 
+def test_the_dtype_is_that_of_the_weights(monkeypatch, folder, tmp_path):
+    p_clean = []
+    for dtype in ("float32", "bfloat16"):
+        args = ("--attribute", "gender", "--out", tmp_path / dtype, "--dtype", dtype)
+        assert lalm_lens(monkeypatch, "trace", TINY_LALM, folder, *args) == 0
+        p_clean.append(CausalTrace.load(tmp_path / dtype / "trace.parquet").frame.p_clean.iloc[0])
+    assert 0 < abs(p_clean[0] - p_clean[1]) < 0.05
+
+
+def test_without_matplotlib_nothing_is_begun(monkeypatch, folder, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "lalm_lens.plots", raising=False)
+    monkeypatch.delattr("lalm_lens.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    assert lalm_lens(monkeypatch, "trace", TINY_LALM, folder, "--attribute", "gender", "--out", tmp_path / "o") == 2
+    assert "pip install 'lalm_lens[plots]'" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def broken(kind: str, folder: Path, tmp_path: Path) -> list[object]:
     """The command line for one wrong input."""
     clip = folder / "male_000.wav"
@@ -101,6 +120,12 @@ def broken(kind: str, folder: Path, tmp_path: Path) -> list[object]:
     elif kind == "folder without metadata":
         del args["--label"]
         args["clips"] = TINY_LALM
+    elif kind == "clip listed twice":
+        del args["--label"]
+        args["clips"] = tmp_path / "clips"
+        shutil.copytree(folder, args["clips"])
+        rows = (folder / "metadata.jsonl").read_text()
+        (tmp_path / "clips" / "metadata.jsonl").write_text(rows + rows)
     elif kind == "no such device":
         args["--device"] = "abacus"
     positional = [args.pop("model"), args.pop("clips")]
@@ -120,6 +145,7 @@ WRONG = {
     "no such model": "config.json",
     "wrong model type": "no conversion for model type 'bert'",
     "folder without metadata": "metadata.jsonl",
+    "clip listed twice": "is listed 2 times",
     "no such device": "abacus",
 }
 
@@ -134,7 +160,7 @@ def test_a_wrong_input_ends_in_one_line(monkeypatch, folder, tmp_path, capfd, ki
     assert len(errors) == 1, errors
     assert errors[0].startswith("lalm-lens: ")
     assert WRONG[kind] in errors[0]
-    assert not list((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_first(monkeypatch, folder, tmp_path, capsys):
@@ -147,7 +173,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_first(monkeypatch, f
 def test_help_of_every_command_says_how_to_use_it():
     for command, option in (((), "trace"), (("trace",), "--attribute"), (("demo",), "--clips")):
         done = subprocess.run(
-            [sys.executable, "-c", "from lalm_lens.cli import main; main()", *command, "--help"],
+            [sys.executable, "-m", "lalm_lens", *command, "--help"],
             capture_output=True,
             text=True,
             check=True,

@@ -142,13 +142,20 @@ class GoldenSet:
             "rr_layer": (p_layer - p_corrupted[:, None]) / gap[:, None],
             "rr_token": (p_token - p_corrupted[:, None, None]) / gap[:, None, None],
             "target_ids": self.targets,
+            "label_ids": self.label_ids(),
             "text_after_positions": self.text_after,
         }
+
+    def label_ids(self) -> Tensor:
+        """The labels are asked of us. A wrong one makes the lens arrays differ."""
+        labels = self.stored["label_ids"]
+        assert len(set(labels.tolist())) == len(labels) > 1, "label_ids are not distinct labels"
+        return labels
 
     def lens(self, name: str) -> dict[str, Tensor]:
         """Label probabilities from every block's last state, with and without the final norm."""
         _, cache = self.runs[name]
-        labels = self.stored["label_ids"]
+        labels = self.label_ids()
         last = torch.stack(
             [cache[f"blocks.{layer}.hook_resid_post"][:, -1] for layer in range(self.model.cfg.n_layers)], dim=1
         )
@@ -201,44 +208,54 @@ def compare(name: str, ours: Tensor, stored: Tensor) -> None:
     )
 
 
-def check_labels(golden: GoldenSet) -> None:
-    """The labels are asked of us, not told by us: they are right if the lens arrays are, and name the targets."""
-    labels = golden.stored["label_ids"].tolist()
-    assert len(set(labels)) == len(labels)
-    for name in RUNS:
-        for key, value in golden.lens(name).items():
-            compare(f"lens.{name}.{key}", value, golden.stored[f"lens.{name}.{key}"])
-
-
 def compare_all(golden: GoldenSet, allowed: set[str]) -> int:
     """Compare every stored array; returns how many were compared."""
+    name = golden.folder.name
+    for file in ("meta.json", "inputs.safetensors", "expected.safetensors"):
+        assert (golden.folder / file).is_file(), f"{name}: no {file}"
     conversions = our_conversions()
-    assert golden.meta["model"] in conversions, f"{golden.folder.name}: no conversion for {golden.meta['model']}"
+    assert golden.meta["model"] in conversions, f"{name}: no conversion for {golden.meta['model']}"
+    stored = set(golden.stored) - allowed
+    lost = set(golden.meta.get("shapes", {}).get("expected", {})) - set(golden.stored)
+    assert not lost, f"{name}: meta.json lists {sorted(lost)}, which are not stored"
+    empty = [key for key in stored if golden.stored[key].numel() == 0]
+    assert not empty, f"{name}: {empty} hold nothing to compare"
+    assert stored, f"{name}: nothing to compare"
     computed = golden.computed()
-    missing = set(golden.stored) - set(computed) - {"label_ids"} - allowed
-    assert not missing, f"{golden.folder.name}: nothing compares {sorted(missing)}"
-    check_labels(golden)
-    for name in sorted(set(golden.stored) & set(computed)):
-        compare(name, computed[name], golden.stored[name])
-    return len(golden.stored) - len(set(golden.stored) & allowed - set(computed))
+    missing = stored - set(computed)
+    assert not missing, f"{name}: nothing compares {sorted(missing)}"
+    for key in sorted(stored):
+        compare(key, computed[key], golden.stored[key])
+    return len(stored)
+
+
+def sets_in(root: Path) -> list[Path]:
+    """Every folder is a set: one that lacks its files must fail, not go unseen."""
+    return sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] not in "._")
+
+
+def names_allowed(config: pytest.Config) -> set[str]:
+    return {name for name in config.getoption("allow_missing").split(",") if name}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_folder" in metafunc.fixturenames:
-        root = metafunc.config.getoption("golden")
-        allowed = metafunc.config.getoption("allow_missing").split(",")
-        folders = sorted(path.parent for path in root.glob("*/meta.json"))
+        root, allowed = metafunc.config.getoption("golden"), names_allowed(metafunc.config)
+        folders = sets_in(root) if root.is_dir() else []
         metafunc.parametrize("golden_folder", [f for f in folders if f.name not in allowed], ids=lambda f: f.name)
 
 
 def test_golden_sets_are_there(pytestconfig):
-    root = pytestconfig.getoption("golden")
-    assert list(root.glob("*/meta.json")), f"{root} holds no golden set"
+    root, allowed = pytestconfig.getoption("golden"), names_allowed(pytestconfig)
+    assert root.is_dir(), f"{root} is no folder"
+    names = {path.name for path in sets_in(root)}
+    assert names - allowed, f"{root} holds no golden set that is to be compared"
+    arrays = {key for folder in sets_in(root) for key in GoldenSet(folder).stored}
+    assert allowed <= names | arrays, f"--allow-missing names {sorted(allowed - names - arrays)}, which are not there"
 
 
 def test_every_stored_array_is_ours(golden_folder, pytestconfig, record_property):
-    allowed = set(pytestconfig.getoption("allow_missing").split(","))
-    record_property("compared", compare_all(GoldenSet(golden_folder), allowed))
+    record_property("compared", compare_all(GoldenSet(golden_folder), names_allowed(pytestconfig)))
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +282,22 @@ def test_an_array_that_nothing_compares_fails(small, monkeypatch):
     assert compare_all(small, {"clean.something_new"}) == len(SMALL_ARRAYS)
 
 
+@pytest.mark.parametrize("name", ["lens.clean.label_probs", "clean.logits"])
+def test_an_array_that_was_taken_out_or_emptied_fails(small, monkeypatch, name):
+    monkeypatch.setitem(small.stored, name, small.stored[name][:0])
+    with pytest.raises(AssertionError, match="nothing to compare"):
+        compare_all(small, set())
+    monkeypatch.delitem(small.stored, name)
+    with pytest.raises(AssertionError, match="which are not stored"):
+        compare_all(small, set())
+
+
 def test_a_set_without_a_conversion_fails(small, monkeypatch):
     monkeypatch.setitem(small.meta, "model", "never_heard_of")
     with pytest.raises(AssertionError, match="no conversion"):
         compare_all(small, set())
+
+
+def test_a_folder_without_its_files_fails(tmp_path):
+    with pytest.raises(AssertionError, match=r"no meta\.json"):
+        compare_all(GoldenSet(tmp_path), set())

@@ -199,6 +199,9 @@ def main() -> None:
         "batch": len(is_audio),
         "padding": "left",
         "audio_token_id": AUDIO_TOKEN,
+        "shapes": {
+            "expected": {key: [str(v.dtype).removeprefix("torch."), list(v.shape)] for key, v in arrays.items()}
+        },
         "values": {key: arrays[key].tolist() for key in ("p_clean", "p_corrupted", "target_ids")},
     }
     (OUT / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
