@@ -79,7 +79,7 @@ def trace(
 @app.command(epilog=EXAMPLES)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the clips, the table and the pictures.")] = Path("demo_out"),
-    clips: Annotated[int, typer.Option(min=2, help="Sound files to make for each attribute.")] = 12,
+    clips: Annotated[int, typer.Option(min=2, help="Sound files to make for each attribute.")] = 10,
 ) -> None:
     """Make sound files, let the tiny model that ships with lalm_lens hear them, and trace all four attributes."""
     ready(out)

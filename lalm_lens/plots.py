@@ -73,7 +73,7 @@ def token_panel(ax: Axes, frame: pd.DataFrame) -> None:
     layer_ticks(lambda layers, names, **style: ax.set_yticks([layer + 1 for layer in layers], names, **style), frame)
     ax.set_ylabel("patched layer")
     elsewhere = grid.drop(columns=-1).abs().max().max()
-    ax.set_xlabel(f"text position after the audio (before the last, at most |{elsewhere:.3f}|)")
+    ax.set_xlabel(f"text position after the audio (largest |recovery| before the last: {elsewhere:.3f})")
     segment_bands(ax, list(words.segment))
     bar = ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both")
     bar.set_label("recovery rate")
