@@ -69,8 +69,13 @@ class LALMConfig:
     audio_token: int  # id of the placeholder that audio embeddings replace
 
 
-# What a config.json may say that does not change a forward pass at inference.
+# What a config.json may say that does not change a forward pass at inference: training, bookkeeping, generation.
 _IRRELEVANT = frozenset(
+    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id length_penalty "
+    "max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix "
+    "remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens "
+    "task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torchscript typical_p use_bfloat16 "
     "_attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation auto_map "
     "bos_token_id chunk_size_feed_forward decoder_start_token_id dropout dtype eos_token_id id2label ignore_index "
     "init_std initializer_range is_decoder is_encoder_decoder label2id output_attentions output_hidden_states "

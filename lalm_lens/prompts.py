@@ -107,17 +107,20 @@ class Processor:
 
     def pieces(self, attribute: Attribute, labels: Sequence[str]) -> list[Piece]:
         """The rendered prompt, cut where the region changes."""
-        user = attribute.options(labels)
-        head, rest = self.render(_USER, _ANSWER).split(_USER)
-        between, tail = rest.split(_ANSWER)
-        if self.render(user, attribute.prefix) != head + user + between + attribute.prefix + tail:
-            raise PromptError("This model's chat template changes the text it is given; its positions cannot be told.")
-        return [
+        head, _, rest = self.render(_USER, _ANSWER).partition(_USER)
+        pieces = [
             *self.clip_pieces(head),
             *option_pieces(attribute, labels),
-            Piece(between, "template"),
+            Piece(rest.removesuffix(_ANSWER), "template"),
             *prefix_pieces(attribute.prefix),
         ]
+        rendered = self.render(attribute.options(labels), attribute.prefix)
+        if rendered != "".join(piece.text for piece in pieces):
+            raise PromptError(
+                f"This chat template does more than to put question and answer prefix in their places, so the parts of "
+                f"the prompt cannot be told apart: {rendered!r}"
+            )
+        return pieces
 
     def render(self, user: str, answer: str) -> str:
         messages = [

@@ -136,6 +136,22 @@ def test_labels_that_cannot_be_told_apart_are_refused(processor):
         processor.label_tokens(["male", ""], label_space=False)
 
 
+@pytest.mark.parametrize("edit", [str.upper, lambda text: text + "<|im_end|>"], ids=["upper", "tail"])
+def test_a_template_that_changes_the_text_is_refused(processor, edit):
+    def render(*args, **kwargs):
+        return edit(processor.hf.apply_chat_template(*args, **kwargs))
+
+    other = replace(processor, hf=SimpleNamespace(tokenizer=processor.tokenizer, apply_chat_template=render))
+    with pytest.raises(PromptError):
+        other.prompt(ATTRIBUTES["gender"], n_frames=20)
+
+
+def test_audio_marks_of_another_model_are_refused(processor):
+    other = replace(processor, marks=replace(processor.marks, before="<|sound|>"))
+    with pytest.raises(PromptError, match="cannot be told apart"):
+        other.prompt(ATTRIBUTES["gender"], n_frames=20)
+
+
 def test_a_tokenizer_of_another_model_is_refused(processor):
     other = replace(processor, cfg=replace(processor.cfg, audio_token=7))
     with pytest.raises(PromptError, match="belongs to another model"):
