@@ -59,9 +59,9 @@ def rope(read: ConfigReader) -> Rope:
     read.expect("rope_scaling", None)
     parameters = read.inner("rope_parameters")
     parameters.expect("rope_type", "default")
-    theta = Rope(theta=float(parameters("rope_theta", read("rope_theta", 10_000.0))))
+    rotary = Rope(theta=parameters("rope_theta", read("rope_theta", 10_000.0)))
     parameters.finish()
-    return theta
+    return rotary
 
 
 def windows(read: ConfigReader, n_layers: int) -> tuple[int | None, ...]:
@@ -69,6 +69,10 @@ def windows(read: ConfigReader, n_layers: int) -> tuple[int | None, ...]:
     width = None if read.optional("sliding_window", 4096) is None else read.size("sliding_window", 4096)
     first_sliding = read("max_window_layers", 28)
     layer_types = read.optional("layer_types")
+    if layer_types is not None and (not isinstance(layer_types, list) or len(layer_types) != n_layers):
+        raise ConversionError(
+            f"{read.where}: layer_types = {layer_types!r} should name a type for each of {n_layers} layers."
+        )
     if not read("use_sliding_window", False):
         if layer_types and set(layer_types) != {"full_attention"}:
             raise ConversionError(f"{read.where}: layer_types ask for sliding windows, use_sliding_window does not.")

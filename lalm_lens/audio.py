@@ -73,4 +73,7 @@ def check_audible(waveform: Waveform, extractor: Any, name: str) -> None:
     if len(waveform) < MIN_SAMPLES:
         raise AudioError(f"{name} of {1000 * duration_s:.0f} ms is too short: a model hears 30 ms or more.")
     if len(waveform) > extractor.n_samples:
-        raise AudioError(f"{name} of {duration_s:.1f} s is too long: this model hears {heard_s:.1f} s. Cut it.")
+        raise AudioError(
+            f"{name} of {duration_s:.2f} s ({len(waveform)} samples) is too long: this model hears {heard_s:.1f} s "
+            f"({extractor.n_samples} samples). Cut it."
+        )

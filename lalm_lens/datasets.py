@@ -68,4 +68,4 @@ def read_row(folder: Path, number: int, line: str) -> Sample:
     file_name = Path(row["file_name"])
     if file_name.is_absolute() or ".." in file_name.parts:
         raise DataError(f"{where}: file_name must be a path inside the folder, got {row['file_name']}")
-    return Sample(name=row["file_name"], label=row["label"], waveform=read_audio(folder / row["file_name"]))
+    return Sample(name=file_name.as_posix(), label=row["label"], waveform=read_audio(folder / row["file_name"]))

@@ -106,14 +106,17 @@ class StrictHooks(HookedRootModule):
 
     def silent(self, name: str) -> HookError:
         return HookError(
-            f"A hook on {name} would not fire in this run: it lies outside of start_at_layer and stop_at_layer, or the "
-            "inputs hold no audio (or audio that was embedded before; give the model `Inputs` to hear it again)."
+            f"A hook on {name} would not fire: this run, from start_at_layer to stop_at_layer, is elsewhere."
         )
 
-    def refuse_silent_hooks(self, *args: Any, **kwargs: Any) -> None:
-        """Raise for a hook that is attached where this run does not pass. Permanent hooks are there for other runs."""
+    def hooked(self) -> set[str]:
+        """Where hooks are attached, but for permanent ones: they are there for other runs too."""
         hooked = {name for name, point in self.hook_dict.items() if point.fwd_hooks or point.bwd_hooks}
-        hooked = {name for name in hooked if self.hook_dict[name].has_hooks(including_permanent=False)}
+        return {name for name in hooked if self.hook_dict[name].has_hooks(including_permanent=False)}
+
+    def refuse_silent_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Raise for a hook that is attached where this run does not pass."""
+        hooked = self.hooked()
         silent = hooked - self.live(*args, **kwargs) if hooked else set()
         if silent:
             raise self.silent(min(silent))

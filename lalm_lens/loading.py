@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoProcessor
 
 from lalm_lens.errors import ConversionError, InputError
@@ -18,6 +18,10 @@ from lalm_lens.weights import Checkpoint, Conversion, load, read_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
+
+
+# What transformers raises for a tokenizer, feature extractor or config file that it cannot use.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
 
 
 @typed
@@ -127,7 +131,7 @@ def read_processor(folder: Path) -> "ProcessorMixin | None":
         return None
     try:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(
             f"The tokenizer or feature extractor in {folder} cannot be read ({type(error).__name__}: {reason}). Put "

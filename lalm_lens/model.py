@@ -9,7 +9,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
-from lalm_lens.errors import InputError
+from lalm_lens.errors import HookError, InputError
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.prompts import Processor
 from lalm_lens.shapes import typed
@@ -75,6 +75,8 @@ class HookedLALM(HookedTransformer):
         n_audio = inputs.tokens.new_zeros(0) if inputs.n_frames is None else self.audio_encoder.n_audio(inputs.n_frames)
         check_placeholders(is_audio, n_audio)
         if inputs.mel is None or inputs.n_frames is None:
+            if silent := self.hooked() & self.front_end():
+                raise self.silent(min(silent))
             return Embedded(text, inputs.attention_mask)
         audio = self.adapter(self.audio_encoder(inputs.mel, inputs.n_frames))
         is_sound = torch.arange(audio.shape[1], device=audio.device) < n_audio[:, None]
@@ -84,7 +86,19 @@ class HookedLALM(HookedTransformer):
         live = super().live(inputs, start_at_layer=start_at_layer, **rest)
         if isinstance(inputs, Inputs) and inputs.mel is not None and start_at_layer is None:
             return live
-        return {name for name in live if not name.startswith(("audio_encoder.", "adapter.", "hook_audio_embed"))}
+        return live - self.front_end()
+
+    def front_end(self) -> set[str]:
+        """The hook points that fire only where audio is heard."""
+        return {name for name in self.hook_dict if name.startswith(("audio_encoder.", "adapter.", "hook_audio_embed"))}
+
+    def silent(self, name: str) -> HookError:
+        if name not in self.front_end():
+            return super().silent(name)
+        return HookError(
+            f"A hook on {name} would not fire: this run holds no audio, or audio that was embedded before. Give the "
+            "model `Inputs` to hear it again."
+        )
 
     def __repr__(self) -> str:
         encoder, decoder = self.lalm_cfg.encoder, self.lalm_cfg.decoder

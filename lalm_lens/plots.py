@@ -5,6 +5,7 @@ Figures are made without pyplot: they need no screen, leave a notebook's backend
 
 from collections.abc import Callable
 from itertools import pairwise
+from textwrap import fill
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,14 +19,14 @@ BANDS = {"early": "#8fb8de", "object": "#f2c46d", "late": "#a8d5a2", "last": "#e
 def layer_curves(frame: pd.DataFrame) -> Figure:
     """Mean recovery by patched layer with one standard error, text against audio; a panel per attribute."""
     attributes = list(frame.attribute.unique())
-    figure = Figure(figsize=(max(5.5, 3.6 * len(attributes) + 0.6), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(5.5, 3.6 * len(attributes) + 0.6), 3.8), layout="constrained")
     axes = figure.subplots(1, len(attributes), sharey=True, squeeze=False)
     for ax, attribute in zip(axes[0], attributes, strict=True):
         layer_panel(ax, frame[frame.attribute == attribute])
         ax.set_title(title(frame, attribute), fontsize=10)
     axes[0, 0].set_ylabel("recovery rate (mean, band: 1 s.e.)")
     axes[0, -1].legend(frameon=False, fontsize=9, loc="center right")
-    figure.suptitle(f"{frame.model.iloc[0]}: clean states of one layer patched into the silent run", fontsize=11)
+    figure.suptitle(f"{frame.model.iloc[0]}\nclean states of one layer patched into the silent run", fontsize=10)
     return figure
 
 
@@ -61,12 +62,12 @@ def token_maps(frame: pd.DataFrame) -> Figure:
     for ax, attribute in zip(axes[:, 0], attributes, strict=True):
         token_panel(ax, tokens[tokens.attribute == attribute])
         ax.set_title(title(frame, attribute), fontsize=10, pad=24)
-    figure.suptitle(f"{frame.model.iloc[0]}: one clean state patched into the silent run", fontsize=11)
+    figure.suptitle(f"{frame.model.iloc[0]}\none clean state patched into the silent run", fontsize=10)
     return figure
 
 
 def token_panel(ax: Axes, frame: pd.DataFrame) -> None:
-    grid = shown(frame).pivot_table(index="layer", columns="text_index", values="recovery")
+    grid = shown(frame).pivot_table(index="layer", columns="text_index", values="recovery", dropna=False)
     words = frame.drop_duplicates("text_index").set_index("text_index").loc[grid.columns]
     image = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-1, vmax=1)
     ax.set_xticks(range(len(words)), [printable(token) for token in words.token], rotation=90, fontsize=7)
@@ -104,7 +105,7 @@ def title(frame: pd.DataFrame, attribute: str) -> str:
     if n_kept:
         return f"{attribute} (n = {n_kept} kept of {statuses.sum()})"
     reasons = ", ".join(f"{n} {status}" for status, n in statuses.items())
-    return f"{attribute} (n = 0 kept; drawn though excluded: {reasons})"
+    return f"{attribute} (n = 0 kept)\ndrawn though excluded:\n" + fill(reasons, 40)
 
 
 def printable(token: str) -> str:

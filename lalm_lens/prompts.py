@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
+from jinja2 import TemplateError
 from torch import Tensor
 
 from lalm_lens.attributes import Attribute
@@ -130,7 +131,10 @@ class Processor:
             },
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
-        return self.hf.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+        try:
+            return self.hf.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+        except (TemplateError, ValueError) as error:
+            raise PromptError(f"This model's chat template cannot be used: {str(error).splitlines()[0]}") from error
 
     def clip_pieces(self, head: str) -> list[Piece]:
         before, placeholder, after = head.partition(self.marks.placeholder)

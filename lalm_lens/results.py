@@ -87,7 +87,10 @@ class CausalTrace:
 
     def only(self, attribute: str) -> "CausalTrace":
         """The rows of one attribute."""
-        return CausalTrace(self.frame[self.frame.attribute == attribute])
+        rows = self.frame[self.frame.attribute == attribute]
+        if not len(rows):
+            raise DataError(f"The table has no rows of {attribute!r}, only of {sorted(self.frame.attribute.unique())}.")
+        return CausalTrace(rows)
 
     def counts(self) -> pd.DataFrame:
         """Samples by model, attribute and status."""
@@ -110,7 +113,10 @@ class CausalTrace:
         if self.frame.model.nunique() > 1:
             raise DataError(f"One picture shows one model, and the table has {sorted(self.frame.model.unique())}.")
         plots = plots_module()
-        return {"layers": plots.layer_curves, "tokens": plots.token_maps}[view](self.frame)
+        views = {"layers": plots.layer_curves, "tokens": plots.token_maps}
+        if view not in views:
+            raise DataError(f"There is no view {view!r}. Choose one of {', '.join(views)}.")
+        return views[view](self.frame)
 
     def save(self, path: str | Path) -> Path:
         """Write a Parquet file, whole or not at all."""

@@ -155,7 +155,10 @@ def shards_of(folder: Path) -> list[Path]:
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ConversionError(f"{index} has no weight_map from tensors to files. Download it again.")
+        shards = [folder / name for name in sorted(set(weight_map.values()))]
     else:
         shards = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     gone = [path.name for path in shards if not path.is_file()]

@@ -67,7 +67,7 @@ def test_wrong_files_are_refused(tmp_path):
 def test_clips_a_model_cannot_hear_are_refused():
     with pytest.raises(AudioError, match="20 ms is too short"):
         mel_features(extractor(), [torch.zeros(320)])
-    with pytest.raises(AudioError, match=r"2\.1 s is too long: this model hears 2\.0 s"):
+    with pytest.raises(AudioError, match=r"2\.06 s \(33000 samples\) is too long: this model hears 2\.0 s \(32000"):
         mel_features(extractor(), [torch.zeros(33_000)])
     with pytest.raises(AudioError, match="NaN"):
         mel_features(extractor(), [torch.full((16_000,), torch.nan)])
@@ -129,7 +129,8 @@ def test_metadata_is_read_with_any_line_ends_and_a_byte_order_mark(tmp_path):
 
 def test_a_clip_listed_twice_is_refused(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(16_000), 16_000)
-    rows = [json.dumps({"file_name": "a.wav", "label": label}) for label in ("male", "female")]
+    pairs = (("a.wav", "male"), (".//a.wav", "female"))
+    rows = [json.dumps({"file_name": name, "label": label}) for name, label in pairs]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     with pytest.raises(DataError, match=r"a\.wav is listed 2 times, labelled female, male"):
         read_folder(tmp_path)

@@ -1,5 +1,8 @@
 """Causal tracing: against plain HF hooks, and by the identities that hold for any weights."""
 
+import zlib
+from itertools import combinations
+
 import pandas as pd
 import pytest
 import torch
@@ -277,10 +280,11 @@ def test_a_trace_is_saved_whole_and_loaded_again(traces, tmp_path):
 
 
 def test_the_summary_averages_what_is_kept(traces):
-    trace = traces["emotion"]
+    trace = traces["gender"]
     row = trace.summary().iloc[0]
     kept = trace.kept.drop_duplicates("sample")
-    assert (row.clips, row.kept) == (N_CLIPS, len(kept))
+    assert (row.clips, row.kept, row.corrupted_right) == (N_CLIPS, len(kept), N_CLIPS - len(kept))
+    assert 0 < row.kept < N_CLIPS
     assert row.p_clean == pytest.approx(kept.p_clean.mean())
     curve = trace.kept[trace.kept.kind == "layer"].groupby("layer").recovery.mean()
     assert curve[row.fusion_layer] >= 0.5
@@ -328,7 +332,30 @@ def test_plots_of_a_trace_without_kept_samples_say_so(traces):
     frame = traces["gender"].to_frame().assign(status="clean_wrong")
     for view in ("layers", "tokens"):
         title = CausalTrace(frame).plot(view).axes[0].get_title()
-        assert "n = 0 kept; drawn though excluded: 4 clean_wrong" in title
+        assert title == "gender (n = 0 kept)\ndrawn though excluded:\n4 clean_wrong"
+
+
+@pytest.mark.parametrize("view", ["layers", "tokens"])
+@pytest.mark.parametrize("names", [["gender"], ["gender", "emotion", "animal"]])
+def test_no_title_is_cut_off_or_overlaps(traces, view, names):
+    frame = pd.concat([traces[name].frame for name in names], ignore_index=True)
+    statuses = ["clean_wrong", "corrupted_right", "no_gap"]
+    excluded = frame.assign(
+        model="Somebody/Some-Audio-Model-7B-Instruct",
+        status=[statuses[zlib.crc32(name.encode()) % 3] for name in frame["sample"]],
+    )
+    figure = CausalTrace(excluded).plot(view)
+    figure.draw_without_rendering()
+    boxes = [figure.get_suptitle() and figure._suptitle.get_window_extent()]
+    boxes += [ax.title.get_window_extent() for ax in figure.axes if ax.get_title()]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+    assert all(not a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_a_trace_without_a_gap_is_drawn_empty(traces):
+    frame = traces["gender"].to_frame().assign(recovery=float("nan"), status="no_gap")
+    for view in ("layers", "tokens"):
+        assert "no_gap" in CausalTrace(frame).plot(view).axes[0].get_title()
 
 
 def test_several_models_are_counted_apart_and_not_drawn_together(traces):
@@ -377,7 +404,9 @@ def test_what_cannot_be_traced_is_refused(tiny_lalm, pair):
         causal_trace(tiny_lalm, [male, male], attribute="gender")
     with pytest.raises(InputError, match="batch_size"):
         causal_trace(tiny_lalm, [male], attribute="gender", batch_size=0)
-    with pytest.raises(AudioError, match=r"a\.wav of 3\.0 s is too long"):
+    with pytest.raises(AudioError, match=r"a\.wav of 3\.00 s"):
         causal_trace(tiny_lalm, [Sample("a.wav", "male", chirps([3.0])[0])], attribute="gender")
+    with pytest.raises(AudioError, match=r"a\.wav is digital silence"):
+        causal_trace(tiny_lalm, [Sample("a.wav", "male", torch.zeros(16_000))], attribute="gender")
     with pytest.raises(InputError, match="without tokenizer"):
         causal_trace(pair()[1], [sample], attribute="gender")

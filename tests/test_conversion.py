@@ -17,8 +17,9 @@ import lalm_lens.loading
 from conversions._llama import DECODER, windows
 from conversions.qwen2_audio import PUBLISHED, ROWS, TRANSFORMERS_5
 from lalm_lens.assets import TINY_LALM
+from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.config import ConfigReader, DecoderConfig, Rope
-from lalm_lens.errors import ConversionError
+from lalm_lens.errors import ConversionError, PromptError
 from lalm_lens.loading import from_pretrained, our_conversions
 from lalm_lens.transformer import HookedTransformer
 from lalm_lens.weights import Checkpoint, Drop, Layout, Rule, Table, Tied, assign, export, load
@@ -137,6 +138,8 @@ def test_an_unknown_config_key_is_refused_by_name(folder, section):
         ("audio_config", {"activation_function": "relu"}),
         ("audio_config", {"scale_embedding": True}),
         ("audio_config", {"encoder_attention_heads": 0}),
+        ("text_config", {"layer_types": ["full_attention"] * 3}),
+        ("text_config", {"layer_types": 3}),
         ("text_config", {"num_attention_heads": "4"}),
         (None, {"text_config": "qwen2"}),
         (None, {"model_type": ["qwen2_audio"]}),
@@ -237,11 +240,39 @@ def test_a_tensor_in_two_files_and_a_quantised_one_are_refused(folder):
         from_pretrained(folder)
 
 
-def test_a_broken_processor_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", None),
+        ("processor_config.json", "[]"),
+        ("processor_config.json", None),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+    ],
+)
+def test_a_broken_processor_is_refused(tmp_path, file, content):
     shutil.copytree(TINY_LALM, tmp_path / "model")
-    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    (tmp_path / "model" / file).unlink()
+    if content is not None:
+        (tmp_path / "model" / file).write_text(content)
     with pytest.raises(ConversionError, match="cannot be read"):
         from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ nothing.at.all }}", "{{ messages[0]['content'] }}"])
+def test_a_broken_chat_template_is_refused(tmp_path, template):
+    shutil.copytree(TINY_LALM, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    model = from_pretrained(tmp_path / "model")
+    with pytest.raises(PromptError):
+        model.processor.prompt(ATTRIBUTES["gender"], n_frames=20)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "[]"])
+def test_a_broken_index_is_refused(folder, content):
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConversionError, match="Download it again"):
+        from_pretrained(folder)
 
 
 def test_a_model_is_called_by_its_folder_or_its_hub_id(folder, monkeypatch):

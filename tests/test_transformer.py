@@ -168,6 +168,13 @@ def test_a_hook_outside_of_the_run_is_refused(ours, inputs, name, layers):
     assert not ours.list_hooks()
 
 
+def test_text_alone_is_not_embedded_past_an_encoder_hook(ours):
+    tokens = torch.randint(10, 200, (1, 5))
+    hook = [("audio_encoder.blocks.0.hook_resid_post", lambda state, hook: state)]
+    with pytest.raises(HookError, match="holds no audio"), ours.hooks(fwd_hooks=hook):
+        ours.embed_inputs(Inputs(tokens, torch.ones_like(tokens).bool()))
+
+
 def test_a_filter_selects_among_what_the_run_passes(ours, inputs):
     seen = []
     hook = [(lambda name: name.endswith("hook_resid_post"), lambda state, hook: seen.append(hook.name))]

@@ -25,7 +25,7 @@ from lalm_lens.attributes import Attribute, attribute_named
 from lalm_lens.audio import check_audible
 from lalm_lens.corrupt import silence
 from lalm_lens.datasets import Sample, refuse_repeated
-from lalm_lens.errors import HookError, InputError, PromptError
+from lalm_lens.errors import AudioError, HookError, InputError, PromptError
 from lalm_lens.inputs import Inputs
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Processor, Prompt
@@ -92,6 +92,8 @@ def causal_trace(
     label_tokens = processor.label_tokens(attribute.labels)
     for sample in samples:  # all of them, before the long work begins
         check_audible(sample.waveform, processor.hf.feature_extractor, sample.name)
+        if not sample.waveform.any():
+            raise AudioError(f"{sample.name} is digital silence, which is what the corrupted run hears. Leave it out.")
         if sample.label not in label_tokens:
             raise PromptError(
                 f"{sample.name} is labelled {sample.label!r}, which is not an option of {attribute.name}: "
@@ -153,10 +155,9 @@ def run(model: HookedLALM, inputs: Inputs, site: Site) -> Run:
             logits_at=-1,
         )
     if not logits.isfinite().all():
-        raise InputError(
-            f"The logits are not finite in {model.cfg.dtype}. Load the model as bfloat16 or float32; if they still are "
-            "not, its weights are broken."
-        )
+        narrow = model.cfg.dtype == torch.float16
+        advice = "Load the model as bfloat16 or float32." if narrow else "The weights of this checkpoint are broken."
+        raise InputError(f"The logits are not finite in {model.cfg.dtype}. {advice}")
     return Run(embedded.embed, cache, logits[0, -1])
 
 
