@@ -57,7 +57,7 @@ def token_maps(frame: pd.DataFrame) -> Figure:
     attributes = list(frame.attribute.unique())
     tokens = frame[frame.kind == "token"]
     width = tokens.groupby("attribute").text_index.nunique().max()
-    figure = Figure(figsize=(max(6, 0.24 * width + 2.5), 3.6 * len(attributes)), layout="constrained")
+    figure = Figure(figsize=(max(6, 0.24 * width + 2.5), 4.0 * len(attributes)), layout="constrained")
     axes = figure.subplots(len(attributes), 1, squeeze=False)
     for ax, attribute in zip(axes[:, 0], attributes, strict=True):
         token_panel(ax, tokens[tokens.attribute == attribute])
