@@ -38,9 +38,7 @@ def qwen2_config(read: ConfigReader) -> DecoderConfig:
         n_layers=n_layers,
         d_model=d_model,
         n_heads=n_heads,
-        n_kv_heads=n_heads
-        if read.optional("num_key_value_heads", 32) is None
-        else read.size("num_key_value_heads", 32),
+        n_kv_heads=read.optional_size("num_key_value_heads", 32) or n_heads,
         d_head=read.size("head_dim", d_model // n_heads),
         d_mlp=read.size("intermediate_size", 22016),
         d_vocab=read.size("vocab_size", 151936),
@@ -66,7 +64,7 @@ def rope(read: ConfigReader) -> Rope:
 
 def windows(read: ConfigReader, n_layers: int) -> tuple[int | None, ...]:
     """The sliding window of each block: `layer_types` where given, else the rule of Qwen2Config."""
-    width = None if read.optional("sliding_window", 4096) is None else read.size("sliding_window", 4096)
+    width = read.optional_size("sliding_window", 4096)
     first_sliding = read("max_window_layers", 28)
     layer_types = read.optional("layer_types")
     if layer_types is not None and (not isinstance(layer_types, list) or len(layer_types) != n_layers):

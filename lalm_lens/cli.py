@@ -42,10 +42,7 @@ def main() -> None:
     """Run the command line; what a user can mend ends in one line and exit code 2."""
     try:
         app()
-    except LensError as error:
-        print(f"lalm-lens: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a full disk, a folder that has gone
+    except (LensError, OSError) as error:  # OSError: a full disk, a folder that has gone
         print(f"lalm-lens: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -105,9 +105,14 @@ class ConfigReader:
 
     def size(self, key: str, default: int) -> int:
         """A number of things: at least one."""
-        if self(key, default) < 1:
-            raise ConversionError(f"{self.where}: {key} = {self(key, default)} should be 1 or more.")
-        return self(key, default)
+        value = self(key, default)
+        if value < 1:
+            raise ConversionError(f"{self.where}: {key} = {value} should be 1 or more.")
+        return value
+
+    def optional_size(self, key: str, default: int) -> int | None:
+        """A number of things, or null."""
+        return None if self.optional(key, default) is None else self.size(key, default)
 
     def optional(self, key: str, default: Any = None) -> Any:
         """The value of `key`, which may be null."""

@@ -112,11 +112,11 @@ class HookedLALM(HookedTransformer):
 
 def check_placeholders(is_audio: Bool[Tensor, "batch pos"], n_audio: Int[Tensor, " clip"]) -> None:
     """Clips fill the placeholders in order; none may reach over into the next prompt."""
-    wanted, made = is_audio.sum(-1), n_audio
-    ends = torch.cat([made.new_zeros(1), made.cumsum(0)])
-    if wanted.sum() != made.sum() or not torch.isin(wanted.cumsum(0), ends).all():
+    wanted = is_audio.sum(-1)
+    ends = torch.cat([n_audio.new_zeros(1), n_audio.cumsum(0)])
+    if wanted.sum() != n_audio.sum() or not torch.isin(wanted.cumsum(0), ends).all():
         raise InputError(
-            f"The prompts have {wanted.tolist()} audio placeholders and the clips make {made.tolist()} audio "
+            f"The prompts have {wanted.tolist()} audio placeholders and the clips make {n_audio.tolist()} audio "
             "embeddings. Give `Inputs` with the clips that the prompts were made for, in their order."
         )
 

@@ -44,7 +44,7 @@ def labels_at(index: int, attributes: Sequence[str]) -> dict[str, str]:
 class Sound:
     """One clip to be made: everything its samples depend on."""
 
-    stream: str  # of synth.STREAMS
+    stream: str  # of clips.STREAMS
     seed: int
     attributes: tuple[str, ...]
     index: int
