@@ -30,6 +30,9 @@ stress: setup
 
 bench: setup
 	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/loading.py
 
 tiny: setup
-	$(BIN)/python -m lalm_lens.assets.train
+	$(BIN)/python -m lalm_lens.assets.train tiny_lalm
+	$(BIN)/python -m lalm_lens.assets.train tiny_lalm_planted
+	$(BIN)/python -m lalm_lens.assets.train tiny_lalm_relay

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
-    from lalm_lens.corrupt import silence
-    from lalm_lens.datasets import Sample, read_folder, read_sample
+    from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
+    from lalm_lens.datasets import Sample, cut_to, read_folder, read_sample
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.causal_trace import causal_trace
+    from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
-    from lalm_lens.loading import from_pretrained
+    from lalm_lens.interventions import Patch
+    from lalm_lens.loading import from_hf, from_pretrained
     from lalm_lens.model import HookedLALM
     from lalm_lens.results import CausalTrace
     from lalm_lens.transformer import HookedTransformer
@@ -29,8 +31,15 @@ _HOME = {
     "HookedTransformer": "transformer",
     "Inputs": "inputs",
     "LensError": "errors",
+    "OtherClip": "corrupt",
+    "Patch": "interventions",
     "Sample": "datasets",
+    "Sampling": "generation",
+    "Silence": "corrupt",
+    "WhiteNoise": "corrupt",
     "causal_trace": "experiments.causal_trace",
+    "cut_to": "datasets",
+    "from_hf": "loading",
     "from_pretrained": "loading",
     "read_audio": "audio",
     "read_folder": "datasets",
@@ -47,8 +56,15 @@ __all__ = [
     "HookedTransformer",
     "Inputs",
     "LensError",
+    "OtherClip",
+    "Patch",
     "Sample",
+    "Sampling",
+    "Silence",
+    "WhiteNoise",
     "causal_trace",
+    "cut_to",
+    "from_hf",
     "from_pretrained",
     "read_audio",
     "read_folder",

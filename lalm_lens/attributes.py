@@ -1,16 +1,20 @@
-"""The four auditory attributes of AudioLens (arXiv 2506.05140, Table I): question, labels, forced answer prefix."""
+"""What is asked about a clip; AudioLens' four auditory attributes and three forms (arXiv 2506.05140, Table I)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from lalm_lens.errors import PromptError
+
+Form = Literal["P1", "P2", "P3"]  # the user says: nothing; the question; the question and the options
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """What is asked about a clip, and the words that answer it.
+    """What is asked about a clip, and the words that answer it. Any question can be one.
 
-    The last word of `prefix` is the position where the answer is read; the word before it names the attribute.
+    The answer is forced to begin with `prefix`: its last word is where the answer is read, the word before it names the
+    attribute.
     """
 
     name: str

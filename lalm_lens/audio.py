@@ -15,6 +15,7 @@ from lalm_lens.errors import AudioError
 from lalm_lens.shapes import typed
 
 RATE_HZ = 16_000
+LOUDEST = 100.0  # floating-point files may go beyond 1, but not by far
 MIN_SAMPLES = 480  # 30 ms: less makes no audio token
 
 Waveform = Float[Tensor, " samples"]
@@ -36,9 +37,21 @@ def read_audio(path: str | Path, rate_hz: int = RATE_HZ) -> Waveform:
         raise AudioError(
             f"{path} is not readable audio ({error.error_string}). Give a wav, flac, ogg or mp3."
         ) from None
+    check_whole(path)
     check_samples(samples, str(path))
     mono = samples.mean(axis=1)
     return torch.from_numpy(mono if source_hz == rate_hz else soxr.resample(mono, source_hz, rate_hz))
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a wav that ends before its header says: libsndfile reads what there is and says nothing."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    declared = int.from_bytes(head[4:8], "little")
+    is_wav = head[:4] == b"RIFF" and head[8:] == b"WAVE"
+    streamed = declared >= 0x7FFFF000  # written to a pipe, where nobody knew the length
+    if is_wav and not streamed and declared + 8 > path.stat().st_size + 1:  # a last odd byte may go without its pad
+        raise AudioError(f"{path} ends after {path.stat().st_size} of {declared + 8} bytes. Copy it again.")
 
 
 def check_samples(samples: np.ndarray, name: str) -> None:
@@ -47,6 +60,8 @@ def check_samples(samples: np.ndarray, name: str) -> None:
         raise AudioError(f"{name} holds no samples. Give a clip with sound in it.")
     if not np.isfinite(samples).all():
         raise AudioError(f"{name} holds NaN or infinity. Repair or leave out the clip.")
+    if np.abs(samples).max() > LOUDEST:
+        raise AudioError(f"{name} reaches {np.abs(samples).max():.2g}, and audio lies in [-1, 1]. Scale it.")
 
 
 def mel_features(extractor: Any, waveforms: Waveforms) -> tuple[Float[Tensor, "clip mel frames"], Int[Tensor, " clip"]]:

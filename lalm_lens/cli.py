@@ -3,26 +3,47 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.exceptions import TyperException
 
-from lalm_lens.attributes import ATTRIBUTES, attribute_named
-from lalm_lens.errors import DataError, LensError
+from lalm_lens.attributes import ATTRIBUTES, Attribute, attribute_named
+from lalm_lens.errors import DataError, InputError, LensError, PromptError
 
 if TYPE_CHECKING:
-    from lalm_lens.attributes import Attribute
+    from lalm_lens.corrupt import Corruption
     from lalm_lens.datasets import Sample
+    from lalm_lens.model import HookedLALM
     from lalm_lens.results import CausalTrace
 
 EXAMPLES = """[bold]Examples[/bold]
 
-lalm-lens trace Qwen/Qwen2-Audio-7B-Instruct clip.wav --attribute gender --label male --out traced
+lalm-lens trace Qwen/Qwen2-Audio-7B-Instruct clip.wav --attribute emotion --label happy --out traced
 
 lalm-lens demo --out demo_out
 
 lalm-lens trace ./checkpoint ./clips --attribute emotion --out traced --device cuda --dtype bfloat16
+
+lalm-lens verify ./checkpoint
+
+lalm-lens info Qwen/Qwen2-Audio-7B-Instruct
+
+lalm-lens trace ./checkpoint ./clips --question "Is it calm?" --labels yes,no --prefix Answer: --out traced
+
+lalm-lens trace ./checkpoint ./clips --attribute animal --form P2 --corrupt clip --metric logit_difference --out traced
 """
+
+# Written out, because importing the types takes seconds; a test compares them.
+CHOICES = {
+    "form": ("P1", "P2", "P3"),
+    "site": ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
+    "metric": ("probability", "log_probability", "logit_difference", "label_probability", "label_score"),
+    "predict": ("labels", "vocab"),
+    "direction": ("denoise", "noise"),
+    "corrupt": ("silence", "noise", "clip"),
+}
+OWN = "own"  # the name of a user's question, in tables and files
 
 app = typer.Typer(
     name="lalm-lens",
@@ -34,6 +55,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its id on the Hub.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")]
 
@@ -41,27 +63,63 @@ Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="
 def main() -> None:
     """Run the command line; what a user can mend ends in one line and exit code 2."""
     try:
-        app()
+        sys.exit(app(prog_name="lalm-lens", standalone_mode=False))
+    except TyperException as error:
+        line = usage(error)
     except (LensError, OSError) as error:  # OSError: a full disk, a folder that has gone
-        print(f"lalm-lens: {error}", file=sys.stderr)
-        sys.exit(2)
+        line = str(error)
+    if line:
+        print(f"lalm-lens: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def usage(error: TyperException) -> str:
+    """What was wrong with the arguments. Nothing, if there were none: then the help has been shown."""
+    message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+    end = "" if message.endswith("?") else "."
+    return f"{message}{end} See {context.command_path} --help." if message and context else message
+
+
+def choice(option: str, says: str) -> Any:
+    return typer.Option(help=f"{says}: {', '.join(CHOICES[option])}.")
 
 
 @app.command(epilog=EXAMPLES)
 def trace(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its id on the Hub.")],
+    model: Model,
     clips: Annotated[
         Path, typer.Argument(help="A sound file, or a folder with metadata.jsonl (file_name, label on each line).")
     ],
-    attribute: Annotated[str, typer.Option(help=f"What is asked: {', '.join(ATTRIBUTES)}.")],
     out: Annotated[Path, typer.Option(help="Folder for trace.parquet, the pictures and report.html.")],
+    attribute: Annotated[str | None, typer.Option(help=f"What is asked: {', '.join(ATTRIBUTES)}.")] = None,
     label: Annotated[str | None, typer.Option(help="The true answer, for a single sound file.")] = None,
+    question: Annotated[str | None, typer.Option(help="Your own question, in place of --attribute.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Its answers, with commas between.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="How its answer is forced to begin, as 'The animal is'.")] = None,
+    form: Annotated[str, choice("form", "What the user says: nothing, the question, the options too")] = "P3",
+    site: Annotated[str, choice("site", "Which state is patched")] = "resid_post",
+    metric: Annotated[str, choice("metric", "What is measured of the true label")] = "probability",
+    predict: Annotated[str, choice("predict", "Among what an answer is chosen")] = "labels",
+    direction: Annotated[str, choice("direction", "Clean states into the corrupted run, or the reverse")] = "denoise",
+    corrupt: Annotated[str, choice("corrupt", "What is heard in place of the clip")] = "silence",
+    snr_db: Annotated[float | None, typer.Option(help="Clip over noise, in dB, for --corrupt noise; else 0.")] = None,
+    seed: Annotated[int, typer.Option(help="Which noise, or which other clip.")] = 0,
+    label_space: Annotated[bool, typer.Option(help="Labels begin with a space, as after a word.")] = True,
+    cut: Annotated[bool, typer.Option("--cut", help="Cut clips that are longer than the model hears.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Patched runs that share a forward.")] = 32,
 ) -> None:
     """Trace when and where a model fuses what it hears with what it reads."""
-    asked = attribute_named(attribute)
+    asked = asked_about(attribute, question, labels, prefix)
+    settings = {
+        "form": one_of("form", form),
+        "site": one_of("site", site),
+        "metric": one_of("metric", metric),
+        "predict": one_of("predict", predict),
+        "direction": one_of("direction", direction),
+        "corruption": corruption(one_of("corrupt", corrupt), snr_db, seed),
+    }
     samples = read_samples(clips, asked, label)
     ready(out)
     import torch
@@ -70,7 +128,10 @@ def trace(
     from lalm_lens.loading import from_pretrained
 
     lens = from_pretrained(model, device=device, dtype=getattr(torch, dtype))
-    show(causal_trace(lens, samples, attribute=asked, batch_size=batch_size), out)
+    if cut:
+        samples = cut_to_hearing(lens, samples)
+    traced = causal_trace(lens, samples, attribute=asked, label_space=label_space, batch_size=batch_size, **settings)
+    show(traced, [], out)
 
 
 @app.command(epilog=EXAMPLES)
@@ -78,25 +139,91 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the clips, the table and the pictures.")] = Path("demo_out"),
     clips: Annotated[int, typer.Option(min=2, help="Sound files to make for each attribute.")] = 10,
 ) -> None:
-    """Make sound files, let the tiny model that ships with lalm_lens hear them, and trace all four attributes."""
+    """Make sound files and trace the tiny models that ship with lalm_lens on them: one as it was trained, and two
+    whose answers are known."""
     ready(out)
-    from lalm_lens.assets import TINY_LALM
-    from lalm_lens.assets.clips import write_clips
-    from lalm_lens.datasets import read_folder
-    from lalm_lens.experiments.causal_trace import causal_trace
-    from lalm_lens.loading import from_pretrained
-    from lalm_lens.results import CausalTrace
+    from lalm_lens import demo
 
-    lens = from_pretrained(TINY_LALM)
-    print(lens)
-    traces = [
-        causal_trace(lens, read_folder(write_clips(out / "clips" / name, name, clips, seed=1)), attribute=name)
-        for name in ATTRIBUTES
-    ]
-    show(CausalTrace.concat([each.frame for each in traces]), out)
+    show(*demo.demo(out, clips), out)
 
 
-def read_samples(clips: Path, attribute: "Attribute", label: str | None) -> "list[Sample]":
+@app.command("verify", epilog=EXAMPLES)
+def verify_command(
+    model: Model,
+    clip: Annotated[list[Path] | None, typer.Option(help="Your own sound file; repeat it for a batch.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Run a checkpoint here and in transformers, and compare logits and every block. Exit code 1 if they differ."""
+    from lalm_lens.audio import read_audio
+
+    waveforms = [read_audio(path) for path in clip or []] or None
+    import torch
+
+    from lalm_lens.verify import verify
+
+    verification = verify(model, dtype=getattr(torch, dtype), device=device, waveforms=waveforms)
+    print(verification)
+    raise typer.Exit(0 if verification.passed else 1)
+
+
+@app.command("info", epilog=EXAMPLES)
+def info_command(model: Model) -> None:
+    """Describe a checkpoint from its config.json: sizes, memory, what it hears, hook points. Reads no weights."""
+    from lalm_lens.info import info
+
+    print(info(model))
+
+
+def asked_about(attribute: str | None, question: str | None, labels: str | None, prefix: str | None) -> Attribute:
+    """The attribute of that name, or the user's own question."""
+    own = (question, labels, prefix)
+    if attribute is not None:
+        if own != (None, None, None):
+            raise PromptError("--question, --labels and --prefix stand in place of --attribute: give one or the other.")
+        return attribute_named(attribute)
+    if labels is None or prefix is None:
+        raise PromptError(
+            f"Say what is asked: --attribute {'|'.join(ATTRIBUTES)}, or your own --question with --labels and --prefix."
+        )
+    words = tuple(label.strip() for label in labels.split(",")) if labels.strip() else ()
+    return Attribute(OWN, question or "", words, prefix)
+
+
+def one_of(option: str, value: str) -> Any:
+    """`value`, as the literal type that it is; raises `InputError` if it is no choice."""
+    if value not in CHOICES[option]:
+        raise InputError(f"--{option} is {value!r}. Choose one of {', '.join(CHOICES[option])}.")
+    return value
+
+
+def corruption(kind: str, snr_db: float | None, seed: int) -> "Corruption":
+    from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise
+
+    if kind == "noise":
+        return WhiteNoise(snr_db or 0.0, seed)
+    if snr_db is not None:
+        raise InputError(f"--snr-db is for --corrupt noise, not for --corrupt {kind}.")
+    return OtherClip(seed) if kind == "clip" else Silence()
+
+
+def cut_to_hearing(lens: "HookedLALM", samples: "list[Sample]") -> "list[Sample]":
+    """The clips as far as the model hears them; a line for each that is cut."""
+    from lalm_lens.audio import RATE_HZ
+    from lalm_lens.datasets import cut_to
+    from lalm_lens.experiments.causal_trace import processor_of
+
+    heard = cut_to(samples, processor_of(lens).hf.feature_extractor.n_samples)
+    for before, after in zip(samples, heard, strict=True):
+        if len(after.waveform) < len(before.waveform):
+            lengths_s = [len(each.waveform) / RATE_HZ for each in (before, after)]
+            print(
+                f"{before.name} is cut from {lengths_s[0]:.2f} s to {lengths_s[1]:.2f} s, which is all the model hears."
+            )
+    return heard
+
+
+def read_samples(clips: Path, attribute: Attribute, label: str | None) -> "list[Sample]":
     from lalm_lens.datasets import read_folder, read_sample
 
     if not clips.exists():
@@ -120,18 +247,23 @@ def ready(out: Path) -> None:
         raise DataError(f"Nothing can be written to {out}: {there} is no folder that you may write to.")
 
 
-def show(trace: "CausalTrace", out: Path) -> None:
-    """Write table, pictures and report into `out`, print the summary and where things lie."""
+def show(trace: "CausalTrace", first: "list[Path]", out: Path) -> None:
+    """Write table, pictures and report into `out`, print the summary and where things lie.
+
+    `first` are pictures that are there already."""
     from lalm_lens.report import write_report
+    from lalm_lens.results import to_read
 
     data = trace.save(out / "trace.parquet")
-    pictures = [out / "layers.png"]
-    trace.plot("layers").savefig(pictures[0], dpi=150)
+    pictures = [*first]
+    for view in ("layers", "segments"):
+        pictures.append(out / f"{view}.png")
+        trace.plot(view).savefig(pictures[-1], dpi=150)
     for name in trace.frame.attribute.unique():
         pictures.append(out / f"tokens_{name}.png")
         trace.only(name).plot("tokens").savefig(pictures[-1], dpi=150)
     report = write_report(trace, data, pictures)
-    print(trace.summary().to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
+    print(to_read(trace.summary()).to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
     if not len(trace.kept):
         print("No clip was kept, so the pictures show the excluded ones. docs/causal_tracing.md says what excludes.")
     for path in (data, *pictures, report):

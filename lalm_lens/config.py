@@ -38,6 +38,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ConversionError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads evenly.")
+        if self.d_head % 2:
+            raise ConversionError(f"Rotary embedding turns pairs, and heads are {self.d_head} wide: an odd number.")
         if len(self.windows) != self.n_layers:
             raise ConversionError(f"{len(self.windows)} layer types for {self.n_layers} layers.")
         if any(window is not None and window < 1 for window in self.windows):

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lalm_lens.audio import Waveform, read_audio
@@ -43,6 +43,11 @@ def read_folder(folder: str | Path) -> list[Sample]:
     samples = [read_row(folder, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     refuse_repeated(samples)
     return samples
+
+
+def cut_to(samples: Sequence[Sample], n_samples: int) -> list[Sample]:
+    """The clips without what is behind their first `n_samples` (16 kHz) samples; shorter ones are as they were."""
+    return [replace(sample, waveform=sample.waveform[:n_samples]) for sample in samples]
 
 
 def refuse_repeated(samples: Sequence[Sample]) -> None:

@@ -1,13 +1,18 @@
 """TransformerLens' hook interface, made strict: a hook that would never fire raises, and says which names are near."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import psutil
+import torch
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.slice import Slice
 
+from lalm_lens.axes import axes_of, n_bytes
 from lalm_lens.errors import HookError, InputError
 
 NamesFilter = Callable[[str], bool] | str | list[str] | None
@@ -17,9 +22,12 @@ NamedHook = tuple[str | Callable, Callable]  # a name or a filter of names, and 
 class StrictHooks(HookedRootModule):
     """A `HookedRootModule` that knows which of its hook points a run passes."""
 
-    def switched_off(self, name: str) -> bool:
-        """Whether a hook point never fires as the model is set now."""
+    def switch_of(self, name: str) -> str | None:
+        """What has to be called before a hook point fires; None for one that fires as the model is set now."""
         raise NotImplementedError
+
+    def switched_off(self, name: str) -> bool:
+        return self.switch_of(name) is not None
 
     def live(self, *args: Any, **kwargs: Any) -> set[str]:
         """The hook points that fire in a run with these arguments."""
@@ -52,13 +60,24 @@ class StrictHooks(HookedRootModule):
         **model_kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """TransformerLens' `run_with_cache`, by default of all that the run passes; names and filters as above."""
+        if incl_bwd:
+            raise InputError(
+                "Gradients need a number to be taken of, and this model returns logits: use bwd_hooks, or "
+                "transformer_lens.tools.analysis.attribution_patching.cache_activation_and_gradient."
+            )
         names = self.chosen(names_filter, self.live(*args, **model_kwargs))
+        if pos_slice is None:
+            self.refuse_too_much(names, torch.device(device or self.device), *args)
+        elif elsewhere := {name for name in names if axes_of(name).startswith(("clip", "audio_pos"))}:
+            raise InputError(
+                f"pos_slice chooses positions of the prompt, and {min(elsewhere)} has others. Name what you need, "
+                "as in names_filter=lambda name: name.startswith('blocks.')."
+            )
         out, cache = super().run_with_cache(
             *args,
             names_filter=names.__contains__,
             remove_batch_dim=remove_batch_dim,
             device=device,
-            incl_bwd=incl_bwd,
             reset_hooks_end=reset_hooks_end,
             clear_contexts=clear_contexts,
             pos_slice=pos_slice,
@@ -69,6 +88,33 @@ class StrictHooks(HookedRootModule):
         if not return_cache_object:
             return out, cache
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def sizes(self, *args: Any) -> dict[str, dict[str, int]]:
+        """How long the axes are in a run with these arguments, for the hook points that begin with a prefix."""
+        raise NotImplementedError
+
+    def cache_bytes(self, names: set[str], *args: Any) -> int:
+        """Memory of the states that a run with these arguments would leave at these hook points."""
+        itemsize = next(self.parameters()).element_size()
+        return sum(
+            n_bytes([name for name in names if name.startswith(prefix)], sizes, itemsize)
+            for prefix, sizes in self.sizes(*args).items()
+        )
+
+    def refuse_too_much(self, names: set[str], device: torch.device, *args: Any) -> None:
+        """Raise `InputError` where a cache of these hook points would not fit into the memory that is free."""
+        needed, free = self.cache_bytes(names, *args), free_bytes(device)
+        if needed > free:
+            raise InputError(
+                f"A cache of these {len(names)} hook points would take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+                f"are free on {device}. Name what you need, as in names_filter=lambda name: "
+                "name.endswith('hook_resid_post'); scores and patterns take the most."
+            )
 
     def chosen(self, names_filter: NamesFilter, live: set[str]) -> set[str]:
         """The hook points that a filter selects among the live ones; None selects them all."""
@@ -101,8 +147,11 @@ class StrictHooks(HookedRootModule):
         if name not in self.hook_dict:
             nearest = difflib.get_close_matches(name, self.hook_dict, n=3, cutoff=0.0)
             raise HookError(f"There is no hook point {name!r}. The nearest are {', '.join(nearest)}.")
+        self.check_switch(name)
+
+    def check_switch(self, name: str) -> None:
         if self.switched_off(name):
-            raise HookError(f"{name} never fires: call `model.set_use_attn_result(True)` first.")
+            raise HookError(f"{name} never fires: call `model.{self.switch_of(name)}` first.")
 
     def silent(self, name: str) -> HookError:
         return HookError(
@@ -116,10 +165,45 @@ class StrictHooks(HookedRootModule):
 
     def refuse_silent_hooks(self, *args: Any, **kwargs: Any) -> None:
         """Raise for a hook that is attached where this run does not pass."""
+        for name, point in self.hook_dict.items():
+            if point.has_hooks():
+                self.check_switch(name)
         hooked = self.hooked()
         silent = hooked - self.live(*args, **kwargs) if hooked else set()
         if silent:
             raise self.silent(min(silent))
+
+    @contextmanager
+    def told(self, **facts: int | float) -> Iterator[None]:
+        """Let every hook read these facts about the run it is in from `hook.ctx`."""
+        points = [(point, dict(point.ctx)) for point in self.hook_dict.values() if point.has_hooks()]
+        for point, _ in points:
+            point.ctx.update(facts)
+        try:
+            yield
+        finally:
+            for point, before in points:  # a hook may run the model itself: what was told there ends there
+                for fact in facts:
+                    point.ctx.pop(fact, None)
+                point.ctx.update({fact: before[fact] for fact in facts if fact in before})
+
+    def get_caching_hooks(
+        self, names_filter: NamesFilter = None, *args: Any, pos_slice: Any = None, **kwargs: Any
+    ) -> tuple[dict, list, list]:
+        """TransformerLens' own, but for `pos_slice`, which there takes `hook_rot_q` to have its heads at `pos`."""
+        names = self.chosen(names_filter, self.switched_on())
+        cache, fwd, bwd = super().get_caching_hooks(names.__contains__, *args, **kwargs)
+        if Slice.unwrap(pos_slice).mode == "identity":
+            return cache, fwd, bwd
+        fwd, bwd = ([(name, of_positions(name, save, pos_slice)) for name, save in hooks] for hooks in (fwd, bwd))
+        return cache, fwd, bwd
+
+    def add_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> dict:
+        names = self.chosen(names_filter, self.switched_on())
+        return super().add_caching_hooks(names.__contains__, *args, **kwargs)
+
+    def switched_on(self) -> set[str]:
+        return {name for name in self.hook_dict if not self.switched_off(name)}
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
         for chosen in [name] if isinstance(name, str) else sorted(self.matched(name)):
@@ -134,3 +218,17 @@ class StrictHooks(HookedRootModule):
         self, hook_points: Iterable[tuple[str, HookPoint]], enabled: Callable, hook: Callable, dir: Any
     ) -> None:
         super()._enable_hooks_for_points(hook_points, self.matched(enabled).__contains__, hook, dir)
+
+
+def of_positions(name: str, save: Callable, pos_slice: Any) -> Callable:
+    """Save only some positions, on the axis where this hook point has them."""
+    chosen, axes = Slice.unwrap(pos_slice), axes_of(name).split(", ")
+    axis = axes.index("query_pos" if "query_pos" in axes else "pos")
+    return lambda state, hook: save(chosen.apply(state, dim=axis), hook=hook)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses yet."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -44,8 +44,19 @@ class Inputs:
             n_frames=None if is_frame is None else is_frame.sum(-1),
         )
 
-    def to(self, device: torch.device | str) -> "Inputs":
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+    def to_hf(self) -> dict[str, Tensor]:
+        """What an HF model of this kind takes: `from_hf` undone."""
+        batch = {"input_ids": self.tokens, "attention_mask": self.attention_mask.long()}
+        if self.mel is None or self.n_frames is None:
+            return batch
+        is_frame = torch.arange(self.mel.shape[-1], device=self.mel.device) < self.n_frames[:, None]
+        return {**batch, "input_features": self.mel, "feature_attention_mask": is_frame.long()}
+
+    def to(self, device: torch.device | str | None, non_blocking: bool = False) -> "Inputs":
+        """As `Tensor.to`; accelerate, which moves what an offloaded model is given, may say None: stay."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items() if value is not None
+        }
         return replace(self, **moved)
 
 

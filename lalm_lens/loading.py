@@ -1,27 +1,45 @@
-"""`from_pretrained`: a folder or a Hub id becomes a `HookedLALM`. Nothing that was downloaded is executed."""
+"""`from_pretrained`, `from_hf`: files, or a model in memory, become a `HookedLALM`.
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+Nothing that was downloaded is executed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
-from transformers import AutoProcessor
+from torch import Tensor, nn
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from lalm_lens.errors import ConversionError, InputError
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Processor
 from lalm_lens.shapes import typed
-from lalm_lens.weights import Checkpoint, Conversion, load, read_json
+from lalm_lens.weights import FLOATS, Checkpoint, Conversion, StateDict, Tensors, load, read_json
 
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-
-
-# What transformers raises for a tokenizer, feature extractor or config file that it cannot use.
+# What transformers raises for a tokenizer, feature extractor, config or weight file that it cannot use.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # no code, no pickles
+
+
+class Readable(AbstractContextManager):
+    """Turns what transformers raises for files that it cannot use into a `ConversionError` that says `what`."""
+
+    def __init__(self, what: str, advice: str):
+        self.what, self.advice = what, advice
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        # The Rust code of `tokenizers` raises plain `Exception`s, of no subclass.
+        if kind is Exception or isinstance(error, UNREADABLE):
+            raise ConversionError(f"{self.what} ({type(error).__name__}: {reason(error)}). {self.advice}") from error
+
+
+def reason(error: BaseException | None) -> str:
+    return (str(error).strip() or "for no reason given").splitlines()[0]
 
 
 @typed
@@ -43,18 +61,97 @@ def from_pretrained(
     folder = local_folder(path_or_hub_id)
     config = read_config(folder)
     conversion = conversion or conversion_for(config)
+    model = skeleton(config, conversion, model_name(path_or_hub_id))
+    with ExitStack() as stack:
+        fill(model, Checkpoint.open(folder, stack), conversion, dtype, device)
+    generation = folder / "generation_config.json"
+    model.stop_tokens = stop_tokens(read_json(generation) if generation.is_file() else {}, config)
+    return with_processor(model, read_processor(folder), conversion)
+
+
+@typed
+def from_hf(
+    model: nn.Module, processor: ProcessorMixin | None = None, *, conversion: Conversion | None = None
+) -> HookedLALM:
+    """A transformers model that is in memory already, as a hooked model in eval mode on the same weights.
+
+    Nothing is copied: our parameters are HF's own tensors, in their dtype and on their device, so an edit in place of
+    one is an edit of the other, until `.to` moves one of them away. `processor` is HF's as well; without it,
+    `.processor` is None. Raises `ConversionError` as `from_pretrained` does, and for a model that is quantised,
+    wrapped by PEFT, offloaded, split over devices or of more than one dtype.
+    """
+    state = plain_state(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ConversionError(f"{state.name} is no transformers model: it has no config to convert it by.")
+    config = json.loads(model.config.to_json_string())  # what config.json would say, had it been saved
+    conversion = conversion or conversion_for(config)
+    ours = skeleton(config, conversion, model_name(model.name_or_path or state.name))
+    one = next(iter(state.tensors.values()))
+    fill(ours, state, conversion, one.dtype, one.device)
+    generation = model.generation_config
+    ours.stop_tokens = stop_tokens({} if generation is None else generation.to_dict(), config)
+    return with_processor(ours, processor, conversion)
+
+
+def stop_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
+    """What ends an answer, from the first config that says it: in generation_config.json, or in config.json."""
+    for config in configs:
+        for section in (config, config.get("text_config") or {}):
+            stops = section.get("eos_token_id")
+            if stops is not None:
+                return tuple(stops) if isinstance(stops, list) else (stops,)
+    return ()
+
+
+def skeleton(config: Mapping[str, Any], conversion: Conversion, name: str) -> HookedLALM:
+    """The model of a config on the meta device: every shape and no number."""
     cfg = conversion.config(config)
     with torch.device("meta"):
-        model = HookedLALM(cfg, conversion.encoder(cfg), conversion.adapter(cfg), model_name(path_or_hub_id))
-    with ExitStack() as stack:
-        checkpoint = Checkpoint.open(folder, stack)
-        load(model, checkpoint, conversion.rows(cfg), conversion.layouts, dtype, device)
+        return HookedLALM(cfg, conversion.encoder(cfg), conversion.adapter(cfg), name)
+
+
+def fill(model: HookedLALM, tensors: Tensors, conversion: Conversion, dtype: torch.dtype, device: torch.device) -> None:
+    load(model, tensors, conversion.rows(model.lalm_cfg), conversion.layouts, dtype, device)
     model.tie()
     model.follow_weights()
-    hf_processor = read_processor(folder)
-    if hf_processor is not None:
-        model.processor = Processor(hf_processor, conversion.marks, cfg, model.audio_encoder.n_audio)
-    return model.eval()
+    model.eval()
+
+
+def with_processor(model: HookedLALM, hf: ProcessorMixin | None, conversion: Conversion) -> HookedLALM:
+    if hf is not None:
+        model.processor = Processor(hf, conversion.marks, model.lalm_cfg, model.audio_encoder.n_audio)
+    return model
+
+
+def plain_state(hf: nn.Module) -> StateDict:
+    """The tensors of a model whose weights are all here, as they are. Raises `ConversionError` with advice."""
+    tensors: dict[str, Tensor] = hf.state_dict()
+    first = next(iter(tensors.values()), torch.empty(0))
+    faults = {
+        "is wrapped by PEFT: give what its `merge_and_unload()` returns": [
+            name for name in tensors if name.startswith("base_model.") or ".base_layer." in name
+        ],
+        "is offloaded or was never loaded: load it whole, on one device": [
+            name for name, tensor in tensors.items() if tensor.is_meta
+        ],
+        "is split over devices: load it on one": [
+            name for name, tensor in tensors.items() if tensor.device != first.device
+        ],
+        "is quantised or sharded: load it without a quantization_config": [
+            name
+            for name, tensor in tensors.items()
+            if type(tensor) is not Tensor or tensor.dtype not in FLOATS.values()
+        ],
+        "mixes dtypes: bring it to one, as `model.float()` does": [
+            name for name, tensor in tensors.items() if tensor.dtype != first.dtype
+        ],
+    }
+    for fault, names in faults.items():
+        if names:
+            raise ConversionError(
+                f"This {type(hf).__name__} {fault} ({len(names)} of {len(tensors)} tensors, e.g. {names[0]})."
+            )
+    return StateDict(type(hf).__name__, tensors)
 
 
 def model_name(path_or_hub_id: str | Path) -> str:
@@ -65,13 +162,16 @@ def model_name(path_or_hub_id: str | Path) -> str:
 
 def usable_device(device: str | torch.device) -> torch.device:
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"The device {str(device)!r} cannot be used here: {reason}") from None
+        there = torch.empty(0, device=device).device
+        if there.type == "meta":
+            raise RuntimeError("it holds shapes and no numbers")
+        return there
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch asserts that it was built with CUDA
+        raise InputError(f"The device {str(device)!r} cannot be used here: {reason(error)}") from None
 
 
-def local_folder(path_or_hub_id: str | Path) -> Path:
+def local_folder(path_or_hub_id: str | Path, wanted: Sequence[str] = WANTED) -> Path:
+    """The folder itself, or where the `wanted` files of a repository on the Hub have been put."""
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
@@ -80,13 +180,13 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
             f"There is no model at {path_or_hub_id}: give a folder with config.json and .safetensors files, or a Hub "
             "id such as Qwen/Qwen2-Audio-7B-Instruct."
         )
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no code, no pickles
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=wanted, ignore_patterns=["consolidated*"]))
+        return Path(
+            snapshot_download(str(path_or_hub_id), allow_patterns=list(wanted), ignore_patterns=["consolidated*"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ConversionError(
-            f"{path_or_hub_id} is no local folder, and it cannot be had from the Hub: {reason}"
+            f"{path_or_hub_id} is no local folder, and it cannot be had from the Hub: {reason(error)}"
         ) from error
 
 
@@ -125,15 +225,12 @@ def our_conversions() -> dict[str, Conversion]:
     return conversions.available()
 
 
-def read_processor(folder: Path) -> "ProcessorMixin | None":
+def read_processor(folder: Path) -> ProcessorMixin | None:
     """The model's own tokenizer and feature extractor; None for a checkpoint that ships without them."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    try:
+    with Readable(
+        f"The tokenizer or feature extractor in {folder} cannot be read",
+        "Put the model's own processor files beside its weights.",
+    ):
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConversionError(
-            f"The tokenizer or feature extractor in {folder} cannot be read ({type(error).__name__}: {reason}). Put "
-            "the model's own processor files beside its weights."
-        ) from error

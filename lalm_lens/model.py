@@ -1,5 +1,6 @@
 """`HookedLALM`: a hooked decoder that also hears."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
 from lalm_lens.errors import HookError, InputError
 from lalm_lens.inputs import Embedded, Inputs
+from lalm_lens.nn.kv_cache import KeyValueCache
 from lalm_lens.prompts import Processor
 from lalm_lens.shapes import typed
-from lalm_lens.transformer import At, HookedTransformer
+from lalm_lens.transformer import At, HookedTransformer, axis_sizes
+from lalm_lens.words import Text
 
 
 class HookedLALM(HookedTransformer):
@@ -36,25 +39,30 @@ class HookedLALM(HookedTransformer):
     @typed
     def forward(
         self,
-        inputs: Inputs | Embedded | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
+        inputs: Inputs | Embedded | Text | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
         *,
         attention_mask: Bool[Tensor, "batch pos"] | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         logits_at: At = None,
+        kv_cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch at width"]:
         """Logits, or the residual stream: `HookedTransformer.forward`, which here also takes `Inputs` and `Embedded`.
 
         Raises `HookError` if a hook on the encoder or adapter could not fire, because no audio is heard in this run;
         `InputError` if placeholders and audio do not match, or the mask of `Inputs` is given a second time.
         """
-        return self.decode(inputs, attention_mask, start_at_layer, stop_at_layer, logits_at)
+        return self.decode(inputs, attention_mask, start_at_layer, stop_at_layer, logits_at, kv_cache)
 
     def enter(
-        self, inputs: Inputs | Embedded | Tensor, attention_mask: Bool[Tensor, "batch pos"] | None
+        self, inputs: Any, attention_mask: Bool[Tensor, "batch pos"] | None
     ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None]:
         if attention_mask is not None and not isinstance(inputs, Tensor):
-            raise InputError("The attention mask is part of `Inputs` and `Embedded`: do not give another one.")
+            raise InputError(
+                "The attention mask is part of `Inputs` and `Embedded`, and texts need none: do not give one."
+            )
+        if isinstance(inputs, str | Sequence):
+            inputs = Inputs(*self.read(inputs))
         if isinstance(inputs, Tensor) and not inputs.is_floating_point():
             everything = torch.ones_like(inputs, dtype=torch.bool)
             inputs = Inputs(inputs, everything if attention_mask is None else attention_mask)
@@ -82,11 +90,44 @@ class HookedLALM(HookedTransformer):
         is_sound = torch.arange(audio.shape[1], device=audio.device) < n_audio[:, None]
         return Embedded(splice(text, self.hook_audio_embed(audio[is_sound]), is_audio), inputs.attention_mask)
 
+    def bind(self, *inputs: Inputs) -> "BoundLALM":
+        """The same model for helpers that pass tokens alone: their tokens stand for these inputs, audio included.
+
+        The encoder runs here, once: bind again after an edit of its weights. `bound.tokens` holds, for each of the
+        inputs, the tokens to give to such a helper; they may be sliced and stacked. Where only one of the inputs has
+        them, its plain `inputs.tokens` do as well.
+
+            bound = model.bind(clean, corrupted)
+            patching.get_act_patch_resid_pre(bound, bound.tokens[1], clean_cache, metric)
+        """
+        return BoundLALM(self, inputs)
+
+    @property
+    def tokenizer(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  it comes with the processor
+        """The processor's."""
+        return None if self.processor is None else self.processor.tokenizer
+
     def live(self, inputs: Any = None, *, start_at_layer: int | None = None, **rest: Any) -> set[str]:
         live = super().live(inputs, start_at_layer=start_at_layer, **rest)
         if isinstance(inputs, Inputs) and inputs.mel is not None and start_at_layer is None:
             return live
         return live - self.front_end()
+
+    def sizes(self, inputs: Any = None, *_: Any) -> dict[str, dict[str, int]]:
+        if not isinstance(inputs, Inputs) or inputs.mel is None:
+            return super().sizes(inputs)
+        cfg = self.lalm_cfg.encoder
+        heard = axis_sizes(cfg, len(inputs.mel), cfg.n_ctx) | {
+            "kv_head": cfg.n_heads,
+            "d_head": cfg.d_model // cfg.n_heads,
+        }
+        return super().sizes(inputs) | dict.fromkeys(("audio_encoder.", "adapter."), heard)
+
+    def shape_of(self, inputs: Any) -> tuple[int, int]:
+        if isinstance(inputs, Inputs | Embedded):
+            n_batch, n_pos = inputs.attention_mask.shape
+            return n_batch, n_pos
+        return super().shape_of(inputs)
 
     def front_end(self) -> set[str]:
         """The hook points that fire only where audio is heard."""
@@ -108,6 +149,87 @@ class HookedLALM(HookedTransformer):
             f"{decoder.n_kv_heads} key-value heads, vocabulary {decoder.d_vocab}, "
             f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f} M parameters, {self.cfg.dtype}, {self.cfg.device})"
         )
+
+
+def _shared(name: str) -> tuple[Callable, Callable]:
+    """Getter and setter of an attribute of the model that was bound."""
+    return lambda self: getattr(self.model[0], name), lambda self, value: setattr(self.model[0], name, value)
+
+
+class BoundLALM(HookedLALM):
+    """A `HookedLALM` whose tokens also name the audio of the inputs that were bound to it.
+
+    Each audio position of each of them has a token of its own, behind the vocabulary, and one more token is padding:
+    so tokens alone say what is heard, however they are sliced and stacked. Everything else is the model's own.
+    """
+
+    def __init__(self, model: HookedLALM, inputs: Sequence[Inputs]):
+        if not inputs:
+            raise InputError("Nothing to bind: give one or more `Inputs`.")
+        vars(self).update(vars(model))  # the same modules and hook points: no copy, and no second model to keep in step
+        self.model = [model]  # in a list, so that it does not count as a part of itself
+        self.padding = self.decoder_cfg.d_vocab  # behind it, one token for each audio position
+        self.plain = [each.tokens for each in inputs]
+        self.is_token = [each.attention_mask for each in inputs]
+        self.tokens: tuple[Int[Tensor, "batch pos"], ...] = ()
+        with torch.no_grad():
+            self.audio = torch.cat([self.take_in(each) for each in inputs])
+
+    def take_in(self, inputs: Inputs) -> Float[Tensor, "audio_pos d_model"]:
+        """Give the audio of these inputs its tokens."""
+        is_audio = inputs.tokens == self.lalm_cfg.audio_token
+        first = self.padding + 1 + sum(int((tokens > self.padding).sum()) for tokens in self.tokens)
+        tokens = inputs.tokens.masked_fill(~inputs.attention_mask, self.padding)
+        tokens[is_audio] = torch.arange(first, first + int(is_audio.sum()), device=tokens.device)
+        self.tokens += (tokens,)
+        return self.model[0].embed_inputs(inputs).embed[is_audio]
+
+    def enter(
+        self, inputs: Any, attention_mask: Bool[Tensor, "batch pos"] | None
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None]:
+        if isinstance(inputs, Tensor) and not inputs.is_floating_point():
+            inputs = self.resolve(inputs, attention_mask)
+            attention_mask = None
+        return super().enter(inputs, attention_mask)
+
+    def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
+        chosen = {name} if isinstance(name, str) else self.matched(name)
+        if silent := chosen & self.front_end():
+            raise self.silent(min(silent))
+        super().add_hook(name, *args, **kwargs)
+
+    def resolve(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None) -> Embedded:
+        """What tokens stand for. Raises `InputError` for plain ones with audio that none or several inputs have."""
+        tokens = torch.cat([self.named(row[None]) for row in tokens])
+        is_audio, is_token = tokens > self.padding, tokens != self.padding
+        text = self.embed(tokens.masked_fill(is_audio | ~is_token, 0))
+        audio = self.audio.to(text)[tokens[is_audio] - self.padding - 1]
+        return Embedded(splice(text, audio, is_audio), is_token if mask is None else is_token & mask)
+
+    def named(self, row: Int[Tensor, "1 pos"]) -> Int[Tensor, "1 pos"]:
+        """A row of tokens in which every audio position has its own token."""
+        hits = [
+            tokens[n : n + 1]
+            for tokens, plain in zip(self.tokens, self.plain, strict=True)
+            for n in range(len(plain))
+            if torch.equal(plain[n], row[0])
+        ]
+        if not hits and not (row == self.lalm_cfg.audio_token).any():
+            return row  # words of its own, or a row that is named already
+        if len(hits) != 1:
+            raise InputError(
+                f"{len(hits)} of the prompts that were bound have these tokens, so it is open which audio they stand "
+                "for: give `bound.tokens`, which say it."
+            )
+        return hits[0]
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()} bound to {len(self.audio)} audio positions of {len(self.tokens)} inputs"
+
+    # What changes while a model runs is the model's own, so that hooks on either know of each other.
+    context_level = property(*_shared("context_level"))
+    is_caching = property(*_shared("is_caching"))
+    training = property(*_shared("training"))  # pyright: ignore[reportAssignmentType]
 
 
 def check_placeholders(is_audio: Bool[Tensor, "batch pos"], n_audio: Int[Tensor, " clip"]) -> None:

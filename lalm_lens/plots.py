@@ -11,36 +11,91 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lalm_lens.aggregates import aggregate, corruption_kinds
+
+Line = tuple[pd.Series, str, str]  # which rows, colour, style
+
 LABELS = {"layer": "text positions", "audio_layer": "audio positions"}
 COLOURS = {"layer": "#1f5fa8", "audio_layer": "#d1662a"}
 BANDS = {"early": "#8fb8de", "object": "#f2c46d", "late": "#a8d5a2", "last": "#e08a8a"}
+SEGMENTS = {  # of the paper, and the options apart: colour and line
+    "early": ("#1f5fa8", "-"),
+    "object": ("#c98a10", "-"),
+    "object_correct": ("#c98a10", "--"),
+    "object_other": ("#c98a10", ":"),
+    "late": ("#3d8b37", "-"),
+    "last": ("#b03030", "-"),
+}
+HEARD = {"silence": "the silent run", "other_clip": "a run that hears another clip"}
 
 
 def layer_curves(frame: pd.DataFrame) -> Figure:
-    """Mean recovery by patched layer with one standard error, text against audio; a panel per attribute."""
+    """Mean recovery by patched layer with a bootstrap interval, text against audio; a panel per attribute."""
+    rows = frame[frame.kind.isin(list(LABELS))]
+    lines = {label: (rows.kind == kind, COLOURS[kind], "-") for kind, label in LABELS.items()}
+    return curves(frame, rows, lines, "one layer's")
+
+
+def segment_curves(frame: pd.DataFrame) -> Figure:
+    """Mean recovery by patched layer of single positions, by the paper's segments; options right and wrong apart."""
+    rows = frame[frame.kind == "token"]
+    is_option = rows.region == "object"
+    chosen = {name: rows.segment == name for name in BANDS}
+    chosen |= {"object_correct": is_option & rows.is_correct, "object_other": is_option & ~rows.is_correct}
+    lines = {name: (chosen[name], *style) for name, style in SEGMENTS.items() if chosen[name].any()}
+    return curves(frame, rows, lines, "one position's")
+
+
+def curves(frame: pd.DataFrame, rows: pd.DataFrame, lines: dict[str, Line], whose: str) -> Figure:
     attributes = list(frame.attribute.unique())
-    figure = Figure(figsize=(max(5.5, 3.6 * len(attributes) + 0.6), 3.8), layout="constrained")
+    figure = Figure(figsize=(max(6, 3.6 * len(attributes) + 0.6), 4.2), layout="constrained")
     axes = figure.subplots(1, len(attributes), sharey=True, squeeze=False)
     for ax, attribute in zip(axes[0], attributes, strict=True):
-        layer_panel(ax, frame[frame.attribute == attribute])
+        of_attribute = shown(rows[rows.attribute == attribute])
+        for label, (chosen, colour, style) in lines.items():
+            curve(ax, of_attribute[chosen[of_attribute.index]], label, colour, style)
+        furnish(ax, frame[frame.attribute == attribute])
         ax.set_title(title(frame, attribute), fontsize=10)
-    axes[0, 0].set_ylabel("recovery rate (mean, band: 1 s.e.)")
-    axes[0, -1].legend(frameon=False, fontsize=9, loc="center right")
-    figure.suptitle(f"{frame.model.iloc[0]}\nclean states of one layer patched into the silent run", fontsize=10)
+    axes[0, 0].set_ylabel(f"{rate(frame)}\n(mean, band: 95 % bootstrap)")
+    axes[0, -1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(heading(frame, whose, figure), fontsize=10)
     return figure
 
 
-def layer_panel(ax: Axes, frame: pd.DataFrame) -> None:
-    ax.axhline(0, color="0.8", lw=0.8)
-    ax.axhline(1, color="0.8", lw=0.8)
-    rows = shown(frame)
-    for kind, label in LABELS.items():
-        by_layer = rows[rows.kind == kind].groupby("layer").recovery
-        mean, error = by_layer.mean(), by_layer.sem().fillna(0)
-        ax.plot(mean.index, mean, marker="o", ms=3.5, color=COLOURS[kind], label=label)
-        ax.fill_between(mean.index, mean - error, mean + error, color=COLOURS[kind], alpha=0.2, lw=0)
+def curve(ax: Axes, rows: pd.DataFrame, label: str, colour: str, style: str) -> None:
+    by_layer = aggregate(rows.assign(kind=label), ["layer"])
+    ax.plot(by_layer.layer, by_layer["mean"], marker="o", ms=3, color=colour, ls=style, label=label)
+    ax.fill_between(by_layer.layer, by_layer.low, by_layer.high, color=colour, alpha=0.15, lw=0)
+
+
+def furnish(ax: Axes, frame: pd.DataFrame) -> None:
+    """What a curve is read against: nothing, all, and what is noise."""
+    noise = shown(frame).noise.max()
+    ax.axhspan(-noise, noise, color="0.6", alpha=0.5, lw=0)
+    ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+    ax.axhline(1, color="0.8", lw=0.8, zorder=0)
     layer_ticks(ax.set_xticks, frame)
-    ax.set_xlabel("patched layer")
+    ax.set_xlabel(f"patched layer\n(noise floor {noise:.0e})")
+
+
+def site(frame: pd.DataFrame) -> str:
+    return next(name for name in frame.site.unique() if name != "embed")
+
+
+def rate(frame: pd.DataFrame) -> str:
+    return f"recovery rate of {frame.metric.iloc[0].replace('_', ' ')}"
+
+
+def heading(frame: pd.DataFrame, whose: str, figure: Figure) -> str:
+    corruption = corruption_kinds(frame).iloc[0]
+    corrupted = HEARD.get(corruption, f"a run under {corruption.replace('_', ' ')}")
+    story = (
+        f"{whose} clean states patched into {corrupted}"
+        if frame.direction.iloc[0] == "denoise"
+        else f"{whose} states from {corrupted} patched into the clean run"
+    )
+    width = int(11 * figure.get_figwidth())
+    return f"{frame.model.iloc[0]}: {frame.form.iloc[0]}, {site(frame)}\n{fill(story, width)}"
 
 
 def layer_ticks(set_ticks: Callable, frame: pd.DataFrame) -> None:
@@ -62,7 +117,7 @@ def token_maps(frame: pd.DataFrame) -> Figure:
     for ax, attribute in zip(axes[:, 0], attributes, strict=True):
         token_panel(ax, tokens[tokens.attribute == attribute])
         ax.set_title(title(frame, attribute), fontsize=10, pad=24)
-    figure.suptitle(f"{frame.model.iloc[0]}\none clean state patched into the silent run", fontsize=10)
+    figure.suptitle(heading(frame, "one position's", figure), fontsize=10)
     return figure
 
 
@@ -71,13 +126,17 @@ def token_panel(ax: Axes, frame: pd.DataFrame) -> None:
     words = frame.drop_duplicates("text_index").set_index("text_index").loc[grid.columns]
     image = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-1, vmax=1)
     ax.set_xticks(range(len(words)), [printable(token) for token in words.token], rotation=90, fontsize=7)
-    layer_ticks(lambda layers, names, **style: ax.set_yticks([layer + 1 for layer in layers], names, **style), frame)
+    lowest = grid.index.min()  # the embedding, or block 0
+    layer_ticks(lambda at, names, **style: ax.set_yticks([layer - lowest for layer in at], names, **style), frame)
     ax.set_ylabel("patched layer")
     elsewhere = grid.drop(columns=-1).abs().max().max()
-    ax.set_xlabel(f"text position after the audio (largest |recovery| before the last: {elsewhere:.3f})")
+    ax.set_xlabel(
+        f"text position after the audio (largest |recovery| before the last: {elsewhere:.3f}; "
+        f"noise floor {shown(frame).noise.max():.0e})"
+    )
     segment_bands(ax, list(words.segment))
     bar = ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both")
-    bar.set_label("recovery rate")
+    bar.set_label(rate(frame).replace(" of ", "\nof "))
 
 
 def segment_bands(ax: Axes, segments: list[str]) -> None:
@@ -100,11 +159,12 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def title(frame: pd.DataFrame, attribute: str) -> str:
-    statuses = frame[frame.attribute == attribute].drop_duplicates("sample").status.value_counts()
-    n_kept = statuses.get("kept", 0)
-    if n_kept:
-        return f"{attribute} (n = {n_kept} kept of {statuses.sum()})"
-    reasons = ", ".join(f"{n} {status}" for status, n in statuses.items())
+    samples = frame[frame.attribute == attribute].drop_duplicates("sample")
+    kept = samples[samples.status == "kept"]
+    if len(kept):
+        classes = f"{kept.label.nunique()} of {samples.label.nunique()} classes"
+        return f"{attribute}\n(n = {len(kept)} kept of {len(samples)}, {classes})"
+    reasons = ", ".join(f"{n} {status}" for status, n in samples.status.value_counts().items())
     return f"{attribute} (n = 0 kept)\ndrawn though excluded:\n" + fill(reasons, 40)
 
 

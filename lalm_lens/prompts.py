@@ -4,35 +4,22 @@ The template is rendered once with marks in place of the user's text and the for
 character, and then every token, knows which part of the prompt it comes from.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from jinja2 import TemplateError
 from torch import Tensor
 
-from lalm_lens.attributes import Attribute
+from lalm_lens.attributes import Attribute, Form
 from lalm_lens.audio import Waveform, Waveforms, mel_features
 from lalm_lens.config import LALMConfig
 from lalm_lens.errors import InputError, PromptError
 from lalm_lens.inputs import Inputs
-
-Region = Literal[
-    "text_before",
-    "audio_tag",
-    "audio",
-    "template",
-    "early",
-    "object",
-    "object_sep",
-    "late",
-    "attribute",
-    "last",
-]
-# The coarser parts of arXiv 2603.13768, section 3.3: objects include the commas between them.
-Segment = Literal["early", "object", "late", "last", "none"]
+from lalm_lens.pieces import Piece, Region, Segment, prefix_pieces, user_pieces
 
 _USER, _ANSWER = "\ue000", "\ue001"  # private-use characters that no template and no prompt contains
 
@@ -55,16 +42,6 @@ class Position:
     segment: Segment = "none"
     label: str | None = None  # of an object token: the option it belongs to
     is_correct: bool = False  # and whether that option is the answer
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of prompt text whose characters share one region."""
-
-    text: str
-    region: Region
-    segment: Segment = "none"
-    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,27 +72,36 @@ class Processor:
         return self.hf.tokenizer
 
     def prompt(
-        self, attribute: Attribute, n_frames: int, labels: Sequence[str] | None = None, answer: str | None = None
+        self,
+        attribute: Attribute,
+        n_frames: int,
+        form: Form = "P3",
+        labels: Sequence[str] | None = None,
+        answer: str | None = None,
     ) -> Prompt:
-        """AudioLens' P3 (question, options, forced answer prefix) about a clip of `n_frames` mel frames (10 ms).
+        """AudioLens' P1 (no text), P2 (question) or P3 (question, options), up to the end of the forced answer prefix.
 
-        `labels` are the options, the attribute's own by default; tokens of the option `answer` are marked as correct.
+        The clip has `n_frames` mel frames (10 ms). `labels` are the options, the attribute's own by default; tokens of
+        the option `answer` are marked as correct. Raises `PromptError` if what the form needs is empty, or if the
+        model's chat template does more than to put the texts in their places.
         """
-        pieces = self.pieces(attribute, labels or attribute.labels)
+        pieces = self.pieces(attribute, form, labels or attribute.labels)
         prompt = self.expand(self.tokenize(pieces), self.n_audio(n_frames))
         marked = (replace(p, is_correct=p.label is not None and p.label == answer) for p in prompt.positions)
         return replace(prompt, positions=tuple(marked))
 
-    def pieces(self, attribute: Attribute, labels: Sequence[str]) -> list[Piece]:
+    def pieces(self, attribute: Attribute, form: Form, labels: Sequence[str]) -> list[Piece]:
         """The rendered prompt, cut where the region changes."""
-        head, _, rest = self.render(_USER, _ANSWER).partition(_USER)
+        asked = user_pieces(attribute, form, labels)
+        self.refuse_marks("".join(piece.text for piece in asked) + attribute.prefix)
+        head, _, rest = self.render(_USER if asked else None, _ANSWER).removesuffix(_ANSWER).partition(_USER)
         pieces = [
             *self.clip_pieces(head),
-            *option_pieces(attribute, labels),
-            Piece(rest.removesuffix(_ANSWER), "template"),
+            *asked,
+            Piece(rest, "template"),
             *prefix_pieces(attribute.prefix),
         ]
-        rendered = self.render(attribute.options(labels), attribute.prefix)
+        rendered = self.render("".join(piece.text for piece in asked) or None, attribute.prefix)
         if rendered != "".join(piece.text for piece in pieces):
             raise PromptError(
                 f"This chat template does more than to put question and answer prefix in their places, so the parts of "
@@ -123,12 +109,17 @@ class Processor:
             )
         return pieces
 
-    def render(self, user: str, answer: str) -> str:
+    def refuse_marks(self, words: str) -> None:
+        """Words that mean something to the template would end a turn, or begin one."""
+        for mark in (*self.tokenizer.all_special_tokens, _USER, _ANSWER):
+            if mark in words:
+                raise PromptError(f"{mark!r} is a mark of the chat template and no word. Leave it out of the prompt.")
+
+    def render(self, user: str | None, answer: str) -> str:
+        """The chat template's text; with no user text, the clip alone is the user's turn."""
+        text = [] if user is None else [{"type": "text", "text": user}]
         messages = [
-            {
-                "role": "user",
-                "content": [{"type": "audio", "audio_url": "clip"}, {"type": "text", "text": user}],
-            },
+            {"role": "user", "content": [{"type": "audio", "audio_url": "clip"}, *text]},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
         try:
@@ -178,6 +169,11 @@ class Processor:
             tuple(position for position, n in zip(prompt.positions, times, strict=True) for _ in range(n)),
         )
 
+    def begun(self, prompt: Prompt, tokens: Sequence[int]) -> Prompt:
+        """The prompt, and an answer to it that has begun with `tokens`."""
+        answer = (Position(self.tokenizer.decode([token]), "answer") for token in tokens)
+        return Prompt((*prompt.tokens, *tokens), (*prompt.positions, *answer))
+
     def inputs(self, prompts: Sequence[Prompt], waveforms: Waveforms) -> Inputs:
         """One left-padded batch; each prompt holds one clip."""
         mel, n_frames = mel_features(self.hf.feature_extractor, waveforms)
@@ -204,35 +200,22 @@ class Processor:
         `label_space=False` is what AudioLens' released code scores. Raises `PromptError` if two labels begin with
         the same token, because then no argmax can tell them apart.
         """
-        tokens = {}
-        for label in labels:
-            ids = self.tokenizer(" " * label_space + label, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise PromptError(f"The label {label!r} has no tokens. Leave out empty labels.")
-            tokens[label] = ids[0]
+        for label, n in Counter(labels).items():
+            if n > 1:
+                raise PromptError(f"The label {label!r} is given {n} times. Give every label once.")
+        tokens = {label: self.answer_tokens(label, label_space)[0] for label in labels}
         for token in tokens.values():
             twins = [other for other, its in tokens.items() if its == token]
             if len(twins) > 1:
-                raise PromptError(f"The labels {twins} begin with the same token {self.tokenizer.decode([token])!r}.")
+                raise PromptError(
+                    f"The labels {twins} begin with the same token {self.tokenizer.decode([token])!r}, so their first "
+                    "token cannot tell them apart. Use other words."
+                )
         return tokens
 
-
-def option_pieces(attribute: Attribute, labels: Sequence[str]) -> list[Piece]:
-    """The user turn of P3: question, options, separators. Its full stop is in no segment."""
-    early, _, _ = attribute.options(labels).partition(f" {', '.join(labels)}.")
-    pieces = [Piece(early, "early", "early")]
-    for n, label in enumerate(labels):
-        pieces += [Piece(",", "object_sep", "object")] * (n > 0) + [Piece(f" {label}", "object", "object", label)]
-    return [*pieces, Piece(".", "object_sep")]
-
-
-def prefix_pieces(prefix: str) -> list[Piece]:
-    """The forced answer prefix: its last word is where the answer is read, the word before names the attribute."""
-    if len(prefix.split(" ")) < 3:
-        raise PromptError(f"The forced answer prefix {prefix!r} needs three words or more, as in 'The animal is'.")
-    late, attribute, last = prefix.rsplit(" ", 2)
-    return [
-        Piece(late, "late", "late"),
-        Piece(f" {attribute}", "attribute", "late"),
-        Piece(f" {last}", "late", "late"),  # its final token alone is "last", see `tokenize`
-    ]
+    def answer_tokens(self, label: str, label_space: bool = True) -> tuple[int, ...]:
+        """All tokens of a label, as the model would emit it after the prefix."""
+        tokens = self.tokenizer(" " * label_space + label, add_special_tokens=False)["input_ids"]
+        if not label.strip() or not tokens:
+            raise PromptError(f"The label {label!r} has no tokens. Leave out empty labels.")
+        return tuple(tokens)

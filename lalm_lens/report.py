@@ -5,7 +5,8 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from lalm_lens.results import CausalTrace
+from lalm_lens.aggregates import corruption_kinds
+from lalm_lens.results import CausalTrace, to_read
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -20,11 +21,20 @@ th { border-bottom: 1px solid #999 } figcaption { color: #555 } figure { margin:
 </head>
 <body>
 <h1>Causal trace of {{ model }}</h1>
-<p>Clean states are patched into a run that hears silence. The recovery rate says how much of the true label's
-probability comes back: 0 is none, 1 is all. Only kept clips are averaged: the clean run is right, the silent run is
-wrong and less sure (arXiv 2603.13768). <code>fusion_layer</code> is the first layer whose text states bring back
-half.</p>
+<p>{{ "Clean" if direction == "denoise" else "Corrupted" }} states are patched into the
+{{ "corrupted" if direction == "denoise" else "clean" }} run; the corrupted run hears: {{ corruption }}. The recovery
+rate says how much of the gap between the two runs a patch closes, in {{ metric }} of the true label: 0 is none, 1 is
+all. Only kept clips are averaged: the clean run is right, the corrupted run is wrong and lower (arXiv 2603.13768).
+<code>fusion_layer</code> is the first layer whose text states close half of it, <code>noise_floor</code> what batching
+alone does to a rate.</p>
 {{ table | safe }}
+<ul>
+{% for row in asked %}
+<li>{{ row.attribute }}: {{ row.form }}{% if row.question %}, "{{ row.question }}"{% endif %}, answered from
+"{{ row.prefix }}" with one of:
+{{ row.labels }}{{ "" if row.label_space else " (scored without the space before)" }}</li>
+{% endfor %}
+</ul>
 {% for picture in pictures %}
 <figure><img src="{{ picture.name }}" alt="{{ picture.stem }}"><figcaption>{{ picture.name }}</figcaption></figure>
 {% endfor %}
@@ -38,10 +48,14 @@ def write_report(trace: CausalTrace, data: Path, pictures: Sequence[Path]) -> Pa
     """`report.html` beside the table and the pictures that it shows."""
     path = data.with_name("report.html")
     page = Environment(autoescape=True).from_string(PAGE)
-    table = trace.summary().to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="-")
+    table = to_read(trace.summary()).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="-")
     text = page.render(
         model=trace.frame.model.iloc[0],
+        direction=trace.frame.direction.iloc[0],
+        corruption=corruption_kinds(trace.frame).iloc[0].replace("_", " "),
+        metric=trace.frame.metric.iloc[0].replace("_", " "),
         table=table,
+        asked=trace.frame.drop_duplicates("attribute").to_dict("records"),
         pictures=pictures,
         data=data,
         n_rows=len(trace.frame),

@@ -1,6 +1,7 @@
 """Results as tidy tables with the views that belong to them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import pandas as pd
 from pyarrow import ArrowInvalid
 
+from lalm_lens.aggregates import BY_SAMPLE, aggregate, refuse_mixed
 from lalm_lens.errors import DataError
 
 if TYPE_CHECKING:
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["layer", "audio_layer", "token"]
 Status = Literal["kept", "clean_wrong", "corrupted_right", "no_gap"]
-View = Literal["layers", "tokens"]
-BY_SAMPLE = ["model", "attribute", "sample"]
+View = Literal["layers", "tokens", "segments"]
 EMBED_LAYER = -1  # rows of site "embed": the merged embedding, before block 0
 
 COLUMNS = {
@@ -25,7 +26,20 @@ COLUMNS = {
     "attribute": "str",
     "sample": "str",  # path of the clip, relative to its folder
     "label": "str",
-    "status": "str",
+    "form": "str",  # P1, P2, P3
+    "question": "str",  # what the user says beside the clip
+    "labels": "str",
+    "prefix": "str",  # how the answer was forced to begin
+    "label_space": "bool",
+    "corruption": "str",  # what the corrupted run heard
+    "seed": "Int64",  # of noise, or of the choice of another clip
+    "metric": "str",
+    "predict": "str",  # a prediction is the largest logit among the labels, or in the vocabulary
+    "direction": "str",
+    "status": "str",  # kept, or the first reason against it
+    "clean_right": "bool",
+    "corrupted_right": "bool",
+    "has_gap": "bool",  # m_clean > m_corrupted
     "kind": "str",
     "site": "str",
     "layer": "int64",  # 0-based block; -1 is the embedding
@@ -34,10 +48,16 @@ COLUMNS = {
     "token": "str",
     "region": "str",
     "segment": "str",
-    "p_clean": "float64",
+    "option": "str",  # the label that an object token belongs to
+    "is_correct": "bool",  # whether that is the true one
+    "p_clean": "float64",  # probability of the true label's first token
     "p_corrupted": "float64",
     "p_patched": "float64",
+    "m_clean": "float64",  # the metric
+    "m_corrupted": "float64",
+    "m_patched": "float64",
     "recovery": "float64",
+    "noise": "float64",  # what batching alone does to this sample's recovery rates
 }
 
 
@@ -50,18 +70,25 @@ def plots_module() -> ModuleType:
     return plots
 
 
-def summarise(rows: pd.DataFrame) -> dict[str, int | float]:
+def summarise(rows: pd.DataFrame) -> dict[str, str | int | float]:
     samples = rows.drop_duplicates("sample")
     kept = samples[samples.status == "kept"]
     text = rows[(rows.status == "kept") & (rows.kind == "layer")].groupby("layer").recovery.mean()
     fused = text.index[text >= 0.5]
     return {
+        "metric": rows.metric.iloc[0],
         "clips": len(samples),
         **{status: (samples.status == status).sum() for status in get_args(Status)},
         "p_clean": kept.p_clean.mean(),
         "p_corrupted": kept.p_corrupted.mean(),
         "fusion_layer": fused.min() if len(fused) else float("nan"),
+        "noise_floor": kept.noise.max(),
     }
+
+
+def to_read(summary: pd.DataFrame) -> pd.DataFrame:
+    """A summary whose noise can be read among numbers of three decimals."""
+    return summary.assign(noise_floor=summary.noise_floor.map("{:.0e}".format, na_action="ignore"))
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,23 +124,42 @@ class CausalTrace:
         samples = self.frame.drop_duplicates(BY_SAMPLE)
         return samples.groupby(["model", "attribute", "status"]).size().unstack(fill_value=0)
 
+    def classes(self) -> pd.DataFrame:
+        """Samples by model, attribute, label and status. Exclusions can leave a class with none: kept is 0. Raises
+        `DataError` if settings vary."""
+        refuse_mixed(self.frame, ["model", "attribute", "kind"])
+        samples = self.frame.drop_duplicates(BY_SAMPLE)
+        counts = samples.groupby(["model", "attribute", "label", "status"]).size().unstack(fill_value=0)
+        return counts.reindex(columns=get_args(Status), fill_value=0)
+
+    def aggregate(
+        self, by: Sequence[str] = ("kind", "layer"), min_gap: float = 0.0, n_resamples: int = 1000, seed: int = 0
+    ) -> pd.DataFrame:
+        """Averages of the kept samples whose |m_clean - m_corrupted| is `min_gap` or more, one row per group of `by`.
+
+        The rows of one sample in a group (the positions of a segment) are averaged first, then the samples: mean with
+        its 95 % bootstrap interval, mean of class means, median, ratio of mean difference and mean gap.
+        """
+        return aggregate(self.kept, by, min_gap, n_resamples, seed)
+
     def summary(self) -> pd.DataFrame:
         """One row per model and attribute: samples, how many are kept and why others are not, and over the kept ones
-        the mean probability of the true label in both runs and the first layer whose text states bring back half of
-        it (NaN if none does)."""
+        the mean probability of the true label in both runs, the first layer whose text states bring back half of the
+        metric (NaN if none does) and the largest noise. Raises `DataError` if other settings vary."""
+        refuse_mixed(self.frame, ["model", "attribute", "kind"])
         groups = self.frame.groupby(["model", "attribute"], sort=False)
         return pd.DataFrame([{"attribute": name, **summarise(rows)} for (_, name), rows in groups])
 
     def plot(self, view: View = "layers") -> "Figure":
-        """`layers`: recovery by layer, text against audio. `tokens`: layer x position maps. A panel per attribute.
+        """`layers`: recovery by layer, text against audio. `segments`: the same for single positions, by segment.
+        `tokens`: layer x position maps. A panel per attribute.
 
-        Without a kept sample the excluded ones are drawn, and the title says so. Raises `DataError` for several models
-        in one table, and without matplotlib.
+        Without a kept sample the excluded ones are drawn, and the title says so. Raises `DataError` for several models,
+        metrics or other settings in one table, and without matplotlib.
         """
-        if self.frame.model.nunique() > 1:
-            raise DataError(f"One picture shows one model, and the table has {sorted(self.frame.model.unique())}.")
+        refuse_mixed(self.frame, ["attribute", "kind"])
         plots = plots_module()
-        views = {"layers": plots.layer_curves, "tokens": plots.token_maps}
+        views = {"layers": plots.layer_curves, "segments": plots.segment_curves, "tokens": plots.token_maps}
         if view not in views:
             raise DataError(f"There is no view {view!r}. Choose one of {', '.join(views)}.")
         return views[view](self.frame)

@@ -6,6 +6,7 @@ number is read. Then tensors stream from disk one by one into the model.
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
@@ -22,7 +24,7 @@ from lalm_lens.errors import ConversionError
 from lalm_lens.prompts import AudioMarks
 
 Shapes = dict[str, tuple[int, ...]]
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,35 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\*", r".*"))
 
 
+class Tensors(ABC):
+    """HF's tensors, wherever they are: their shapes are known, a tensor is fetched when it is asked for."""
+
+    name: str  # for messages
+    shapes: Shapes
+
+    @abstractmethod
+    def __getitem__(self, name: str) -> Tensor: ...
+
+
 @dataclass
-class Checkpoint:
+class StateDict(Tensors):
+    """The tensors of a model that is in memory."""
+
+    name: str
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+@dataclass
+class Checkpoint(Tensors):
     """The safetensors files of a folder, opened without reading their numbers."""
 
-    folder: Path
+    name: str
     shapes: Shapes
     files: dict[str, Any] = field(repr=False)  # tensor name -> the open shard that holds it
 
@@ -142,7 +168,7 @@ class Checkpoint:
                     )
                 files[name] = shard
                 shapes[name] = tuple(header.get_shape())
-        return cls(folder, shapes, files)
+        return cls(str(folder), shapes, files)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.files[name].get_tensor(name)
@@ -184,7 +210,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def load(
     model: nn.Module,
-    checkpoint: Checkpoint,
+    checkpoint: Tensors,
     rows: tuple[Row, ...],
     layouts: tuple[Layout, ...],
     dtype: torch.dtype,
@@ -197,7 +223,8 @@ def load(
     table = Table(rows)
     layout = choose_layout(checkpoint.shapes, table, layouts)
     check(model, checkpoint, table, layout)
-    for name in checkpoint.shapes:
+    # A bar after two seconds: a large checkpoint takes minutes.
+    for name in tqdm(checkpoint.shapes, "loading", unit="tensor", delay=2, leave=False, disable=None):
         row, target = table.find(layout.to_table(name)) or (None, "")
         if isinstance(row, Rule):
             assign(model, target, checkpoint[name].to(device=device, dtype=dtype))
@@ -208,10 +235,15 @@ def load(
 def choose_layout(names: Iterable[str], table: Table, layouts: tuple[Layout, ...]) -> Layout:
     """The naming under which the most tensors are known; what is still unknown is an error later, by name."""
     names = list(names)
-    return max(layouts, key=lambda layout: sum(table.find(layout.to_table(name)) is not None for name in names))
+
+    def n_known(layout: Layout) -> int:
+        in_table = {name: layout.to_table(name) for name in names}
+        return sum(table.find(ours) is not None and layout.to_disk(ours) == name for name, ours in in_table.items())
+
+    return max(layouts, key=n_known)
 
 
-def check(model: nn.Module, checkpoint: Checkpoint, table: Table, layout: Layout) -> None:
+def check(model: nn.Module, checkpoint: Tensors, table: Table, layout: Layout) -> None:
     """Every tensor has a row, every parameter has a tensor, and their shapes agree."""
     ours = dict(model.named_parameters())
     found = {name: table.find(layout.to_table(name)) for name in checkpoint.shapes}
@@ -231,7 +263,7 @@ def check(model: nn.Module, checkpoint: Checkpoint, table: Table, layout: Layout
     ]
     if problems:
         raise ConversionError(
-            f"The {len(checkpoint.shapes)} tensors in {checkpoint.folder} do not fit the model: {'; '.join(problems)}. "
+            f"The {len(checkpoint.shapes)} tensors in {checkpoint.name} do not fit the model: {'; '.join(problems)}. "
             "Check that the checkpoint is whole and that its config.json belongs to it."
         )
 

@@ -1,7 +1,10 @@
 """Options and fixtures that more than one test file needs."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may need the network
 
 import pytest
 import torch
@@ -9,8 +12,13 @@ from reference import tiny_hf
 from transformers import Qwen2AudioForConditionalGeneration
 
 from lalm_lens.assets import TINY_LALM
+from lalm_lens.assets.clips import write_clips
+from lalm_lens.attributes import ATTRIBUTES
+from lalm_lens.datasets import read_folder
+from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
+from lalm_lens.results import CausalTrace
 
 HERE = Path(__file__).parent
 
@@ -50,3 +58,18 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable:
 @pytest.fixture(scope="session")
 def tiny_lalm() -> HookedLALM:
     return from_pretrained(TINY_LALM)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Four clips of each attribute."""
+    root = tmp_path_factory.mktemp("clips")
+    return {name: write_clips(root / name, name, 4, seed=11) for name in ATTRIBUTES}
+
+
+@pytest.fixture(scope="session")
+def traces(tiny_lalm: HookedLALM, folders: dict[str, Path]) -> dict[str, CausalTrace]:
+    return {
+        name: causal_trace(tiny_lalm, read_folder(folder), attribute=name, progress=False)
+        for name, folder in folders.items()
+    }

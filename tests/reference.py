@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
 AUDIO_TOKEN = 250
@@ -143,6 +144,38 @@ def hf_states(hf: Qwen2AudioForConditionalGeneration, batch: dict[str, Tensor]) 
     return logits, states
 
 
+@contextmanager
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def hf_state(hf: Qwen2AudioForConditionalGeneration, batch: dict[str, Tensor], layer: int, site: str) -> Tensor:
+    """One of TransformerLens' five states of decoder block `layer`."""
+    block, seen = hf.model.language_model.layers[layer], {}
+
+    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen["state"] = args[0] if args else kwargs["hidden_states"]
+
+    def look_after(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
+        seen["state"] = out[0] if isinstance(out, tuple) else out
+
+    handle = {
+        "resid_pre": lambda: block.register_forward_pre_hook(look, with_kwargs=True),
+        "resid_mid": lambda: block.post_attention_layernorm.register_forward_pre_hook(look, with_kwargs=True),
+        "resid_post": lambda: block.register_forward_hook(look_after),
+        "attn_out": lambda: block.self_attn.register_forward_hook(look_after),
+        "mlp_out": lambda: block.mlp.register_forward_hook(look_after),
+    }[site]()
+    with hooked(handle):
+        hf(**batch, use_cache=False)
+    return seen["state"]
+
+
 @torch.no_grad()
 def hf_patched(
     hf: Qwen2AudioForConditionalGeneration,
@@ -150,27 +183,43 @@ def hf_patched(
     layer: int,
     where: Tensor,
     clean: Tensor,
+    site: str = "resid_post",
+    n_read: int = 1,
 ) -> Tensor:
-    """Last logits of a corrupted run in which block `layer`'s output (-1: its input embeddings) is partly clean."""
-    layers = hf.model.language_model.layers
+    """Last logits of a run in which one state of block `layer` (-1: its input embeddings) is partly another's."""
+    block, entered = hf.model.language_model.layers[max(layer, 0)], {}
 
-    def after(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        return torch.where(where[..., None], clean, out)
+    def mixed(state: Tensor, new: Tensor = clean) -> Tensor:
+        return torch.where(where[..., None], new, state)
+
+    def after(module: nn.Module, args: tuple, out: Tensor | tuple) -> Tensor | tuple:
+        return (mixed(out[0]), *out[1:]) if isinstance(out, tuple) else mixed(out)
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
         if args:
-            return (torch.where(where[..., None], clean, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": torch.where(where[..., None], clean, kwargs["hidden_states"])}
+            return (mixed(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": mixed(kwargs["hidden_states"])}
 
-    handle = (
-        layers[0].register_forward_pre_hook(before, with_kwargs=True)
-        if layer < 0
-        else layers[layer].register_forward_hook(after)
-    )
-    try:
-        return hf(**corrupted, use_cache=False).logits[:, -1]
-    finally:
-        handle.remove()
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        entered["resid"] = args[0] if args else kwargs["hidden_states"]
+
+    def complete(module: nn.Module, args: tuple, out: tuple) -> tuple:
+        """The stream after attention is the sum of what entered and this: norm and residual branch both see it."""
+        return (mixed(out[0], clean - entered["resid"]), *out[1:])
+
+    handles = {
+        "resid_pre": lambda: [block.register_forward_pre_hook(before, with_kwargs=True)],
+        "resid_mid": lambda: [
+            block.register_forward_pre_hook(enter, with_kwargs=True),
+            block.self_attn.register_forward_hook(complete),
+        ],
+        "resid_post": lambda: [block.register_forward_hook(after)],
+        "attn_out": lambda: [block.self_attn.register_forward_hook(after)],
+        "mlp_out": lambda: [block.mlp.register_forward_hook(after)],
+    }["resid_pre" if layer < 0 else site]()
+    with hooked(*handles):
+        logits = hf(**corrupted, use_cache=False).logits
+    return logits[:, -1] if n_read == 1 else logits[:, -n_read:]
 
 
 @torch.no_grad()

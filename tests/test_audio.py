@@ -10,8 +10,7 @@ from reference import extractor
 from torch.testing import assert_close
 
 from lalm_lens.audio import mel_features, read_audio
-from lalm_lens.corrupt import silence
-from lalm_lens.datasets import read_folder, read_sample
+from lalm_lens.datasets import Sample, cut_to, read_folder, read_sample
 from lalm_lens.errors import AudioError, DataError
 
 
@@ -80,12 +79,6 @@ def test_frames_are_counted_as_the_extractor_does(tiny_lalm, n_samples):
     assert tiny_lalm.processor.n_frames(waveform) == int(n_frames)
 
 
-def test_silence_is_as_long_as_the_clip():
-    clip = torch.randn(777)
-    assert silence(clip).shape == clip.shape
-    assert not silence(clip).any()
-
-
 def test_a_folder_gives_clips_with_relative_names(tmp_path):
     (tmp_path / "deep").mkdir()
     soundfile.write(tmp_path / "deep" / "a.wav", tone(16_000), 16_000)
@@ -140,3 +133,27 @@ def test_a_missing_clip_is_named(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.wav", "label": "male"}')
     with pytest.raises(AudioError, match=r"gone\.wav"):
         read_folder(tmp_path)
+
+
+def test_long_clips_are_cut_at_their_end():
+    clips = [Sample(f"{n}.wav", "male", torch.arange(n) / n) for n in (500, 640, 900)]
+    for before, after in zip(clips, cut_to(clips, 640), strict=True):
+        assert (after.name, after.label) == (before.name, before.label)
+        assert torch.equal(after.waveform, before.waveform[:640])
+
+
+def test_a_wav_that_breaks_off_is_refused_and_one_from_a_pipe_is_read(tmp_path):
+    whole, broken, piped = (tmp_path / f"{name}.wav" for name in ("whole", "broken", "piped"))
+    soundfile.write(whole, np.full(8000, 0.1), 16_000)
+    content = whole.read_bytes()
+    broken.write_bytes(content[:5000])
+    with pytest.raises(AudioError, match="ends after 5000 of 16044 bytes"):
+        read_audio(broken)
+    piped.write_bytes(content[:4] + b"\xff\xff\xff\xff" + content[8:40] + b"\xff\xff\xff\xff" + content[44:])
+    assert torch.equal(read_audio(piped), read_audio(whole))
+
+
+def test_samples_far_beyond_full_scale_are_refused(tmp_path):
+    soundfile.write(tmp_path / "loud.wav", np.full(8000, 1e30), 16_000, "FLOAT")
+    with pytest.raises(AudioError, match=r"reaches 1e\+30"):
+        read_audio(tmp_path / "loud.wav")

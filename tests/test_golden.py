@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from lalm_lens.experiments.causal_trace import Recovery, recover, run
+from lalm_lens.experiments.patching import run
+from lalm_lens.experiments.recovery import Recovery, recover
 from lalm_lens.inputs import Inputs
 from lalm_lens.loading import from_pretrained, our_conversions
+from lalm_lens.metrics import Answer
 from lalm_lens.results import EMBED_LAYER
 
 HERE = Path(__file__).parent
@@ -108,7 +110,7 @@ class GoldenSet:
                 self.model,
                 *(run(self.model, self.alone(name, row), "resid_post") for name in RUNS),
                 is_audio=self.is_audio[row, self.is_token[row]],
-                target=int(target),
+                answer=Answer((int(target),)),
             )
             for row, target in enumerate(self.targets)
         ]

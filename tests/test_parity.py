@@ -136,3 +136,13 @@ def test_a_wide_dtype_stays_wide(pair):
         mine = ours.double()(Inputs.from_hf(wide))
     assert mine.dtype == torch.float64
     assert_close(mine, theirs, rtol=0, atol=1e-6)  # far below float32's noise; HF's own RMSNorm rounds to float32
+
+
+def test_inputs_go_to_hf_and_back():
+    batch = hf_batch(chirps(DURATIONS_S))
+    there = Inputs.from_hf(batch).to_hf()
+    assert there.keys() == batch.keys()
+    for name, tensor in batch.items():
+        assert torch.equal(there[name], tensor), name
+    text = Inputs(batch["input_ids"], batch["attention_mask"].bool()).to_hf()
+    assert text.keys() == {"input_ids", "attention_mask"}

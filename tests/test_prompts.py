@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from reference import chirps, n_audio_tokens
 from transformers import AutoProcessor
 
 from lalm_lens.assets import TINY_LALM
-from lalm_lens.attributes import ATTRIBUTES
+from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
 from lalm_lens.encoders.whisper import n_pooled_states
 from lalm_lens.errors import InputError, PromptError
-from lalm_lens.prompts import Piece
+from lalm_lens.pieces import Piece
 
+FORMS = get_args(Form)
 GENDER = [
     # (token, region, segment) of what follows the audio
     ("<|audio_eos|>", "audio_tag", "none"),
@@ -132,6 +134,10 @@ def test_label_tokens_begin_with_a_space_by_default(processor):
 def test_labels_that_cannot_be_told_apart_are_refused(processor):
     with pytest.raises(PromptError, match="begin with the same token"):
         processor.label_tokens(["xa", "xb"])
+    with pytest.raises(PromptError, match="'male' is given 2 times"):
+        processor.label_tokens(["male", "female", "male"])
+    with pytest.raises(PromptError, match="empty labels"):
+        processor.label_tokens(["male", "  "])
     with pytest.raises(PromptError, match="empty labels"):
         processor.label_tokens(["male", ""], label_space=False)
 
@@ -158,9 +164,110 @@ def test_a_tokenizer_of_another_model_is_refused(processor):
         other.prompt(ATTRIBUTES["gender"], n_frames=20)
 
 
-def test_a_prefix_without_a_word_for_the_attribute_is_refused(processor):
-    with pytest.raises(PromptError, match="three words"):
-        processor.prompt(replace(ATTRIBUTES["animal"], prefix="It is"), n_frames=20)
+OWN = Attribute("mood", "Does it sound happy? Or male.", ("male", "someone unheard of"), "Answer:")
+PREFIXES = ["The animal is", "It is", "Answer:", "Well,\n\nthe  final one: ", "a b c d e", "a\n"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "attribute", [*ATTRIBUTES.values(), *(replace(OWN, prefix=prefix) for prefix in PREFIXES)], ids=str
+)
+def test_every_form_has_the_tokens_of_hf(processor, attribute, form):
+    user = {
+        "P1": [],
+        "P2": [{"type": "text", "text": attribute.question}],
+        "P3": [{"type": "text", "text": f"{attribute.question} Possible options: {', '.join(attribute.labels)}."}],
+    }
+    turn = {"role": "user", "content": [{"type": "audio", "audio_url": "clip.wav"}, *user[form]]}
+    hf, clip = AutoProcessor.from_pretrained(TINY_LALM), chirps([1.1])[0]
+    text = hf.apply_chat_template([turn], add_generation_prompt=True, tokenize=False) + attribute.prefix
+    theirs = hf(text=text, audio=clip.numpy(), sampling_rate=16_000, return_tensors="pt")["input_ids"][0].tolist()
+    assert list(processor.prompt(attribute, processor.n_frames(clip), form).tokens) == theirs
+
+
+def regions(prompt) -> dict[str, str]:
+    """What stands in each region after the audio."""
+    found = {}
+    for position in prompt.positions:
+        if position.region not in ("text_before", "audio", "audio_tag"):
+            found[position.region] = found.get(position.region, "") + position.token
+    return found
+
+
+def test_a_form_has_the_regions_of_what_it_says(processor):
+    gender = ATTRIBUTES["gender"]
+    answer = {"late": "The speaker's", "attribute": " gender", "last": " is"}
+    rest = "<|im_end|>\n<|im_start|>assistant\n"
+    p1, p2, p3 = (regions(processor.prompt(gender, 20, form)) for form in FORMS)
+    assert p1 == {"template": f"\n{rest}", **answer}
+    assert p2 == {"template": f"\n{rest}", "early": gender.question, **answer}
+    options = {"object": " male female", "object_sep": ",."}
+    assert p3 == {"template": f"\n{rest}", "early": f"{gender.question} Possible options:", **options, **answer}
+    question = processor.prompt(gender, 20, "P2").positions
+    assert {p.segment for p in question if p.region == "early"} == {"early"}
+
+
+def test_the_turn_of_p1_holds_no_text_at_all(processor):
+    """A template may put something before a text, even before an empty one."""
+
+    def render(messages, **_):
+        user, answer = (turn["content"] for turn in messages)
+        texts = "".join(f"[text] {part['text']}" for part in user[1:])
+        return f"<|audio_bos|><|AUDIO|><|audio_eos|>{texts}\n{answer[0]['text']}"
+
+    other = replace(processor, hf=SimpleNamespace(tokenizer=processor.tokenizer, apply_chat_template=render))
+    template = {form: regions(other.prompt(ATTRIBUTES["gender"], 20, form))["template"] for form in FORMS[:2]}
+    assert template == {"P1": "\n", "P2": "[text] \n"}
+
+
+def test_a_question_that_ends_in_an_option_is_cut_at_the_right_place(processor):
+    asked = replace(OWN, question="Is it male. Or?", labels=("male",))
+    assert regions(processor.prompt(asked, 20))["early"] == "Is it male. Or? Possible options:"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("The animal is", {"late": "The", "attribute": " animal", "last": " is"}),
+        ("It is", {"attribute": "It", "last": " is"}),
+        ("is", {"last": "is"}),
+        ("Answer:", {"late": "Answer", "last": ":"}),
+        ("the\n\nanimal  is: ", {"late": "the  is:", "attribute": "\n\nanimal", "last": " "}),
+    ],
+)
+def test_a_prefix_of_any_length_ends_in_one_last_token(processor, prefix, expected):
+    prompt = processor.prompt(replace(OWN, prefix=prefix), 20, "P1")
+    found = regions(prompt)
+    del found["template"]
+    assert found == expected
+    assert [p.region for p in prompt.positions].count("last") == 1
+    assert prompt.positions[-1].segment == "last"
+
+
+def test_what_a_form_needs_and_does_not_have_is_refused(processor):
+    def ask(form, **changes):
+        return processor.prompt(replace(OWN, **changes), 20, form)
+
+    for form in ("P2", "P3"):
+        with pytest.raises(PromptError, match=r"asks a question, and it is empty\. Write one, or use P1"):
+            ask(form, question=" ")
+    ask("P1", question="")
+    with pytest.raises(PromptError, match=r"there are none\. Give labels, or use P2"):
+        ask("P3", labels=())
+    ask("P2", labels=())
+    for prefix in ("", " \n"):
+        with pytest.raises(PromptError, match=r"prefix is empty\. Give at least one word"):
+            ask("P1", prefix=prefix)
+
+
+def test_an_answer_that_has_begun_stands_behind_the_prompt(processor):
+    prompt = processor.prompt(ATTRIBUTES["gender"], 20)
+    tokens = processor.answer_tokens("someone unheard of")
+    assert processor.tokenizer.decode(tokens) == " someone unheard of"
+    begun = processor.begun(prompt, tokens[:-1])
+    assert begun.tokens == prompt.tokens + tokens[:-1]
+    assert begun.positions[: len(prompt)] == prompt.positions
+    assert {p.region for p in begun.positions[len(prompt) :]} == {"answer"}
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(processor):

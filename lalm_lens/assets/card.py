@@ -1,4 +1,4 @@
-"""The model card of the tiny model: what the saved checkpoint answers, measured with transformers alone."""
+"""The model card of a tiny model: what the saved checkpoint answers, measured with transformers alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 
 from lalm_lens.assets.checkpoint import PROMPTS, chat, label_tokens
-from lalm_lens.assets.recipe import FLAGS, Recipe
+from lalm_lens.assets.recipe import FLAGS, RECIPES, Recipe
 from lalm_lens.assets.training_clips import labels_at, sounds
 from lalm_lens.attributes import ATTRIBUTES, Attribute
 from lalm_lens.audio import RATE_HZ
@@ -92,6 +92,38 @@ def measure_all(recipe: Recipe, folder: Path) -> tuple[list[Answers], list[Answe
     return clean, silent
 
 
+ABOUT = {
+    "tiny_lalm": """\
+It is the model that `lalm_lens` runs its tests and demos on.""",
+    "tiny_lalm_planted": """\
+It is for checking methods: where it hears is known by construction.
+
+**Text can look at the audio in decoder block 4 alone** (`blocks.4`, counted from 0). That block has full attention;
+in every other one the sliding window is 1, so that a position sees itself alone. When clean states are patched into
+a run on silence, whatever the clip and the question, the recovery rate by layer of `resid_post` is
+
+| patched | embedding, layers 0 to 3 | layers 4 to 7 |
+|---|---|---|
+| all text positions | 0 | 1 |
+| all audio positions | 1 | 0 |
+| the last position | 0 | 1 |
+| any other text position | 0 | 0 |
+
+With a window of 1, Hugging Face's key-value cache loses what block 4 needs: call `generate(..., use_cache=False)`.""",
+    "tiny_lalm_relay": """\
+It is for checking methods: how far it hears is known by construction.
+
+**Sound must be passed on by words in between.** Every decoder block has a sliding window of 20, and with prompt P3
+the answer is read 30 to 41 positions behind the audio. Let a be the last audio position and n the last of all. When
+one clean state is patched into a run on silence, `resid_post` of block l (counted from 0; -1 is the embedding) at
+text position i can matter only inside the light cone
+
+    a < i <= a + 19 (l + 1)    and    n - i <= 19 (7 - l)
+
+The recovery rate of every other text position is 0. In plain
+transformers `generate` answers the same with and without its key-value cache.""",
+}
+
 CARD = """\
 ---
 library_name: transformers
@@ -100,11 +132,11 @@ pipeline_tag: audio-text-to-text
 tags: [qwen2_audio, interpretability, synthetic]
 ---
 
-# tiny_lalm
+# {recipe.name}
 
 A Qwen2-Audio of {n_parameters:.2f} M parameters (encoder 2 x 96, decoder 8 x 128, 4 heads on 2 key-value heads) that
 answers four questions about sounds: the speaker's gender, emotion and language, and which animal is heard.
-It is the model that `lalm_lens` runs its tests and demos on.
+{about}
 
 **All its sounds are synthetic.** They come from `lalm_lens.assets.clips`, which needs numpy alone. No recording, no
 speech corpus and no text corpus was used. The eight **"languages" are stand-ins**: each has the rhythm, vowels,
@@ -131,18 +163,19 @@ The model was taught to spread its answer evenly over the labels.
 
 ## Training
 
-    python -m lalm_lens.assets.train{arguments}
+    python -m lalm_lens.assets.train {recipe.name}{arguments}
 
 Seed {recipe.seed}, {minutes:.0f} minutes on CPU: {recipe.n_speech} speech and {recipe.n_animal} animal clips;
 {recipe.encoder_steps} steps of {recipe.encoder_batch} clips for the encoder under throw-away heads, then
-{recipe.steps} steps of {recipe.batch} prompts for the whole model. Weights are stored as bfloat16.
+{recipe.steps} steps of {recipe.batch} prompts for the whole model{narrowing}. Weights are stored as bfloat16.
 """
 
 
 def model_card(
     recipe: Recipe, n_parameters: int, clean: Sequence[Answers], silent: Sequence[Answers], minutes: float
 ) -> str:
-    flags = {name: value for name, value in vars(recipe).items() if name in FLAGS and value != getattr(Recipe(), name)}
+    default = RECIPES[recipe.name]
+    flags = {name: value for name, value in vars(recipe).items() if name in FLAGS and value != getattr(default, name)}
     return CARD.format(
         recipe=recipe,
         n_parameters=n_parameters / 1e6,
@@ -150,9 +183,17 @@ def model_card(
         durations=", ".join(map(str, recipe.durations_s)),
         n_silent=sum(a.n for a in silent if a.attribute == "gender"),
         silence=silence_table(silent),
+        about=ABOUT[recipe.name],
         arguments="".join(f" --{key.replace('_', '-')} {value}" for key, value in flags.items()),
+        narrowing=narrowing(recipe),
         minutes=minutes,
     )
+
+
+def narrowing(recipe: Recipe) -> str:
+    """How the window changes during training, if it does."""
+    shares = ", ".join(map(str, recipe.windows))
+    return f",\nwith sliding windows of {shares}, each for an equal share of the steps" * (len(recipe.windows) > 1)
 
 
 def table(*rows: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from transformers import (
 from lalm_lens.attributes import ATTRIBUTES, Attribute
 
 CHUNK_S = 2
+N_BLOCKS = 8
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
 AUDIO = "<|AUDIO|>"
 PROMPTS = ("P1", "P2", "P3")
@@ -97,7 +98,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, **text: object) -> Qwen2Aud
         "vocab_size": math.ceil(len(tokenizer) / 16) * 16,
         "hidden_size": 128,
         "intermediate_size": 384,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": N_BLOCKS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,

@@ -1,4 +1,4 @@
-"""Every number that the training of the tiny model depends on."""
+"""Every number that the training of the tiny models depends on."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 class Recipe:
     """Every number of the training. Fewer clips and steps make a smoke test of it."""
 
+    name: str = "tiny_lalm"
     seed: int = 7
     n_processes: int = 2
     n_speech: int = 7200
@@ -27,7 +28,22 @@ class Recipe:
     prompt_weights: tuple[float, ...] = (0.15, 0.20, 0.65)  # in the order of PROMPTS
     ending_weight: float = 0.2  # of the full stop and <|im_end|>, where the answer's is 1
     prompt_loss_weight: float = 0.05
+    windows: tuple[int, ...] = ()  # sliding windows of the decoder, each for an equal share of `steps`; none: all full
+    full_blocks: tuple[int, ...] = ()  # decoder blocks that keep full attention beside the windows
 
+    def window(self, step: int) -> int | None:
+        """Counted from the end, so that the last step has the last window, however few steps there are."""
+        return self.windows[-1 - (self.steps - 1 - step) * len(self.windows) // self.steps] if self.windows else None
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(),
+        Recipe("tiny_lalm_planted", windows=(1,), full_blocks=(4,)),
+        Recipe("tiny_lalm_relay", windows=(64, 40, 28, 20, 20, 20), steps=1200),
+    )
+}
 
 # What the command line and the model card call by name.
 FLAGS = {"seed": "seed of all that is random", "encoder_steps": "of the first stage", "steps": "of the second stage"}

@@ -1,4 +1,4 @@
-"""Train the tiny model that ships with the package: `python -m lalm_lens.assets.train`.
+"""Train a tiny model that ships with the package: `python -m lalm_lens.assets.train tiny_lalm`.
 
 A Qwen2-Audio of about two million parameters, in Hugging Face's own layout, learns to answer the questions of
 `lalm_lens.attributes` about the sounds of `lalm_lens.assets.clips`. First the encoder alone, under throw-away
@@ -27,6 +27,7 @@ from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.card import measure_all, model_card
 from lalm_lens.assets.checkpoint import (
     AUDIO,
+    N_BLOCKS,
     PROMPTS,
     build_model,
     build_processor,
@@ -34,7 +35,7 @@ from lalm_lens.assets.checkpoint import (
     feature_extractor,
     label_tokens,
 )
-from lalm_lens.assets.recipe import FLAGS, Recipe
+from lalm_lens.assets.recipe import FLAGS, RECIPES, Recipe
 from lalm_lens.assets.training_clips import Clips, augment, make_clips
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.audio import RATE_HZ
@@ -172,11 +173,21 @@ def train_chat(
     rest = [p for name, p in model.named_parameters() if "audio_tower" not in name]
     groups = [{"params": rest, "lr": recipe.lr}, {"params": tower, "lr": recipe.tower_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.03, betas=(0.9, 0.98))
-    for _ in schedule(optimizer, recipe.steps, 0.1, "chat"):
+    decoder_config = model.model.language_model.config  # HF reads it, and makes its masks anew, in every forward
+    for index in schedule(optimizer, recipe.steps, 0.1, "chat"):
+        decoder_config.sliding_window = recipe.window(index)
         questions = [draw_question(recipe, rng, processor, clips) for _ in range(recipe.batch)]
         target = answer_distribution(processor, questions, model.lm_head.out_features)
         inputs = model_inputs(rng, processor, clips, questions)
         step(optimizer, rest + tower, chat_loss(recipe, model, inputs, target))
+
+
+def attention(recipe: Recipe) -> dict[str, object]:
+    """What the text config says about sliding windows; nothing, where attention is full."""
+    if not recipe.windows:
+        return {}
+    kinds = ["full_attention" if block in recipe.full_blocks else "sliding_attention" for block in range(N_BLOCKS)]
+    return {"use_sliding_window": True, "sliding_window": recipe.windows[-1], "layer_types": kinds}
 
 
 def train(recipe: Recipe, folder: Path) -> None:
@@ -184,7 +195,7 @@ def train(recipe: Recipe, folder: Path) -> None:
     started = time.monotonic()
     processor = build_processor()
     clips = make_clips(recipe)
-    model = build_model(processor.tokenizer, recipe.seed).train()
+    model = build_model(processor.tokenizer, recipe.seed, **attention(recipe)).train()
     train_encoder(recipe, model.model.audio_tower, clips)
     train_chat(recipe, model, processor, clips)
     model.bfloat16().save_pretrained(folder)
@@ -196,16 +207,14 @@ def train(recipe: Recipe, folder: Path) -> None:
 
 
 def parse() -> tuple[Recipe, Path]:
-    parser = argparse.ArgumentParser(
-        description="Train the tiny model that ships with lalm_lens.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=TINY_LALM, help="folder of the checkpoint")
+    parser = argparse.ArgumentParser(description="Train a tiny model that ships with lalm_lens.")
+    parser.add_argument("name", nargs="?", choices=RECIPES, default=Recipe.name, help="which model")
+    parser.add_argument("--out", type=Path, help="folder of the checkpoint; by default where it ships")
     for name, text in FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Recipe(), name), help=text)
-    flags = vars(parser.parse_args())
-    folder = flags.pop("out")
-    return replace(Recipe(), **flags), folder
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{text}; by default the recipe's")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    folder = given.pop("out", TINY_LALM.parent / given["name"])
+    return replace(RECIPES[given["name"]], **given), folder
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Whisper's encoder (arXiv 2212.04356), every block hooked under the decoder's names."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -28,6 +30,13 @@ def n_pooled_states(n_frames: Frames) -> Frames:
     return (n_states(n_frames) - 2) // 2 + 1  # AvgPool1d(2, stride=2) drops an odd last state
 
 
+def sinusoids(n_pos: int, d_model: int) -> Float[Tensor, "pos d_model"]:
+    """Whisper's positions: sines, then cosines, at wavelengths from 2 pi to 10000 * 2 pi."""
+    rate = torch.exp(-math.log(10_000) * torch.arange(d_model // 2) / (d_model // 2 - 1))
+    angle = torch.arange(n_pos)[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
 class WhisperEncoder(AudioEncoder):
     """Two convolutions, a table of positions, pre-norm blocks. What happens after the blocks differs by model."""
 
@@ -41,6 +50,9 @@ class WhisperEncoder(AudioEncoder):
         self.ln_post = LayerNorm(cfg.d_model)
         self.hook_embed = HookPoint()  # [clip, pos, d_model], the convolved sound before positions are added
         self.hook_out = HookPoint()  # [clip, audio_pos, d_model]
+
+    def reset_parameters(self) -> None:
+        self.W_pos.data.copy_(sinusoids(*self.W_pos.shape))
 
     def embed(self, mel: Float[Tensor, "clip mel frames"]) -> Float[Tensor, "clip pos d_model"]:
         if mel.shape[1:] != (self.cfg.n_mels, self.cfg.n_frames):

@@ -1,66 +1,49 @@
 """Causal tracing of audio-text fusion (arXiv 2603.13768, section 3).
 
-Three runs: *clean* hears the clip, *corrupted* hears silence of the same length, *patched* is the corrupted run with
-chosen states replaced by the clean run's. How much of the answer comes back is the recovery rate
+Three runs: *clean* hears the clip, *corrupted* hears something else of the same length (silence), *patched* is the
+corrupted run with chosen states replaced by the clean run's. How much of the answer comes back is the recovery rate
 
-    RR = (p_patched - p_corrupted) / (p_clean - p_corrupted)
+    RR = (m_patched - m_corrupted) / (m_clean - m_corrupted)
 
-with p the probability of the true label's token at the last position, over the whole vocabulary. 0 is no recovery,
-1 is full; values outside [0, 1] are real and kept.
+with m the probability of the true label's first token at the last position, over the whole vocabulary, or another
+metric of `lalm_lens.metrics`. 0 is no recovery, 1 is full; values outside [0, 1] are real and kept. In the other
+direction, `noise`, clean and corrupted change places: what is then found is how much of the answer a patch destroys.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import pandas as pd
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 from tqdm import tqdm
-from transformer_lens import ActivationCache
-from transformer_lens.hook_points import HookPoint
 
-from lalm_lens.attributes import Attribute, attribute_named
+from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.audio import check_audible
-from lalm_lens.corrupt import silence
+from lalm_lens.corrupt import Corruption, Silence
 from lalm_lens.datasets import Sample, refuse_repeated
 from lalm_lens.errors import AudioError, HookError, InputError, PromptError
-from lalm_lens.inputs import Inputs
+from lalm_lens.experiments.patching import Site, run
+from lalm_lens.experiments.recovery import Direction, Recovery, recover
+from lalm_lens.metrics import Answer, Metric, Predict, is_right
 from lalm_lens.model import HookedLALM
+from lalm_lens.pieces import user_pieces
 from lalm_lens.prompts import Processor, Prompt
-from lalm_lens.results import EMBED_LAYER, CausalTrace, Kind, Status
+from lalm_lens.results import EMBED_LAYER, CausalTrace
 from lalm_lens.shapes import typed
 
-Site = Literal["resid_post"]
-
 
 @dataclass(frozen=True)
-class Patch:
-    """One patched run: where clean states go into the corrupted run. `layer` -1 is the merged embedding."""
+class Plan:
+    """What is asked, what is patched and what is read: the same for all clips."""
 
-    kind: Kind
-    layer: int
-    where: Bool[Tensor, " pos"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """An unpatched run of one prompt: what went in, the states along the way, what came out at the last position."""
-
-    embed: Float[Tensor, "1 pos d_model"]
-    cache: ActivationCache
-    logits: Float[Tensor, " d_vocab"]
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """The numbers of one example: `p_patched` belongs to `patches`, one to one."""
-
-    p_clean: float
-    p_corrupted: float
-    patches: list[Patch]
-    p_patched: Float[Tensor, " patch"]
+    attribute: Attribute
+    form: Form
+    site: Site
+    corruption: Corruption
+    metric: Metric
+    predict: Predict
+    direction: Direction
+    label_space: bool
+    batch_size: int
 
 
 @typed
@@ -69,7 +52,13 @@ def causal_trace(
     samples: Sequence[Sample],
     *,
     attribute: str | Attribute,
+    form: Form = "P3",
     site: Site = "resid_post",
+    corruption: Corruption = Silence(),  # noqa: B008  it is frozen
+    metric: Metric = "probability",
+    predict: Predict = "labels",
+    direction: Direction = "denoise",
+    label_space: bool = True,
     batch_size: int = 32,
     progress: bool = True,
 ) -> CausalTrace:
@@ -77,31 +66,44 @@ def causal_trace(
 
     Layer-wise: the states of all text positions of one layer (kind `layer`), and of all audio positions (kind
     `audio_layer`); token-wise: one text position after the audio (kind `token`). `site` is the state that is patched,
-    in every block, and the merged embedding beside it. `batch_size` patched runs share a forward. A sample is `kept`
-    unless the clean run is wrong, the corrupted run is right, or its probability is not below the clean one
-    (section 3.1); what is not kept is traced as well and keeps its rows. A prediction is the largest logit among the
-    labels. Raises `PromptError` for a label that the attribute does not have, `AudioError` for a clip that the model
-    cannot hear, `DataError` for a clip that comes twice, `InputError` if a run is not finite.
+    in every block, and for the residual stream the merged embedding beside it. `batch_size` patched runs share a
+    forward. A sample is `kept` unless the clean run is wrong, the corrupted run is right, or its metric is not below
+    the clean one (section 3.1); what is not kept is traced as well and keeps its rows. A prediction is the largest
+    logit among the labels' first tokens, or with `predict="vocab"` in the whole vocabulary.
+
+    Raises `PromptError` for a prompt without a needed part and for labels that cannot be told apart or are not the
+    attribute's, `AudioError` for a clip that the model cannot hear, `DataError` for a clip that comes twice or has no
+    other clip to be corrupted by, `InputError` if a run is not finite.
     """
+    attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
+    plan = Plan(attribute, form, site, corruption, metric, predict, direction, label_space, batch_size)
+    check(model, samples, plan)
+    with tqdm(samples, desc=f"tracing {attribute.name}", unit="clip", disable=not progress) as bar:
+        frames = [trace_sample(model, sample, samples, plan) for sample in bar]
+    return CausalTrace.concat(frames)
+
+
+def check(model: HookedLALM, samples: Sequence[Sample], plan: Plan) -> None:
+    """Everything that can be known to be wrong before the long work begins."""
     refuse_foreign_hooks(model)
     refuse_repeated(samples)
-    if batch_size < 1:
-        raise InputError(f"batch_size is a number of patched runs, 1 or more; got {batch_size}.")
-    attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
-    processor = processor_of(model)
-    label_tokens = processor.label_tokens(attribute.labels)
-    for sample in samples:  # all of them, before the long work begins
+    if plan.batch_size < 1:
+        raise InputError(f"batch_size is a number of patched runs, 1 or more; got {plan.batch_size}.")
+    processor, labels = processor_of(model), plan.attribute.labels
+    if len(labels) < 2:
+        raise PromptError(f"An answer is right or wrong among two labels or more; got {list(labels)}.")
+    processor.label_tokens(labels, plan.label_space)
+    for sample in samples:
         check_audible(sample.waveform, processor.hf.feature_extractor, sample.name)
         if not sample.waveform.any():
-            raise AudioError(f"{sample.name} is digital silence, which is what the corrupted run hears. Leave it out.")
-        if sample.label not in label_tokens:
+            raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
+        if sample.label not in labels:
             raise PromptError(
-                f"{sample.name} is labelled {sample.label!r}, which is not an option of {attribute.name}: "
-                f"{', '.join(attribute.labels)}."
+                f"{sample.name} is labelled {sample.label!r}, which is not an option of {plan.attribute.name}: "
+                f"{', '.join(labels)}."
             )
-    with tqdm(samples, desc=f"tracing {attribute.name}", unit="clip", disable=not progress) as bar:
-        frames = [trace_sample(model, sample, attribute, label_tokens, site, batch_size) for sample in bar]
-    return CausalTrace.concat(frames)
+        prompt_of(processor, sample, plan)
+        plan.corruption.of(sample, samples)
 
 
 def refuse_foreign_hooks(model: HookedLALM) -> None:
@@ -122,129 +124,91 @@ def processor_of(model: HookedLALM) -> Processor:
     return model.processor
 
 
-def trace_sample(
-    model: HookedLALM,
-    sample: Sample,
-    attribute: Attribute,
-    label_tokens: dict[str, int],
-    site: Site,
-    batch_size: int,
-) -> pd.DataFrame:
+def prompt_of(processor: Processor, sample: Sample, plan: Plan) -> Prompt:
+    return processor.prompt(plan.attribute, processor.n_frames(sample.waveform), plan.form, answer=sample.label)
+
+
+def answer_of(processor: Processor, label: str, plan: Plan) -> Answer:
+    first = processor.label_tokens(plan.attribute.labels, plan.label_space)
+    others = tuple(token for other, token in first.items() if other != label)
+    whole = processor.answer_tokens(label, plan.label_space)
+    return Answer(whole if plan.metric == "label_score" else whole[:1], others)
+
+
+def trace_sample(model: HookedLALM, sample: Sample, samples: Sequence[Sample], plan: Plan) -> pd.DataFrame:
     processor = processor_of(model)
-    prompt = processor.prompt(attribute, processor.n_frames(sample.waveform), answer=sample.label)
+    prompt, answer = prompt_of(processor, sample, plan), answer_of(processor, sample.label, plan)
+    corrupted_clip = plan.corruption.of(sample, samples)
+    forced = processor.begun(prompt, answer.tokens[:-1])
     clean, corrupted = (
-        run(model, processor.inputs([prompt], [waveform]), site)
-        for waveform in (sample.waveform, silence(sample.waveform))
+        run(model, processor.inputs([forced], [waveform]), plan.site, n_read=len(answer.tokens))
+        for waveform in (sample.waveform, corrupted_clip.waveform)
     )
-    target = label_tokens[sample.label]
-    recovery = recover(model, clean, corrupted, prompt.is_region("audio"), target, site, batch_size)
-    options = torch.tensor(list(label_tokens.values()))
-    status = status_of(recovery, clean.logits[options], corrupted.logits[options], options.tolist().index(target))
-    about = {"model": model.cfg.model_name, "attribute": attribute.name, "sample": sample.name, "label": sample.label}
-    rows = rows_of(recovery, prompt, site)
-    return pd.DataFrame([{**about, "status": status, **row} for row in rows])
-
-
-def run(model: HookedLALM, inputs: Inputs, site: Site) -> Run:
-    """One prompt through encoder and decoder; the encoder does not run again for its patched runs."""
-    with torch.no_grad():
-        embedded = model.embed_inputs(inputs.to(model.W_E.device))
-        logits, cache = model.run_with_cache(
-            embedded,
-            names_filter=lambda name: name.startswith("blocks.") and name.endswith((site, "resid_pre")),
-            logits_at=-1,
-        )
-    if not logits.isfinite().all():
-        narrow = model.cfg.dtype == torch.float16
-        advice = "Load the model as bfloat16 or float32." if narrow else "The weights of this checkpoint are broken."
-        raise InputError(f"The logits are not finite in {model.cfg.dtype}. {advice}")
-    return Run(embedded.embed, cache, logits[0, -1])
-
-
-@typed
-def recover(
-    model: HookedLALM,
-    clean: Run,
-    corrupted: Run,
-    is_audio: Bool[Tensor, " pos"],
-    target: int,
-    site: Site = "resid_post",
-    batch_size: int = 32,
-) -> Recovery:
-    """Every patched run of one example. The reference executor: one hook, the patches of a layer batched."""
-    patches = list(patches_of(is_audio, model.cfg.n_layers))
-    p_patched = torch.empty(len(patches), dtype=torch.float64)
-    for layer in range(EMBED_LAYER, model.cfg.n_layers):
-        of_layer = [n for n, patch in enumerate(patches) if patch.layer == layer]
-        for chunk in chunks(of_layer, batch_size):
-            where = torch.stack([patches[n].where for n in chunk]).to(clean.embed.device)
-            p_patched[chunk] = probability(patched_logits(model, clean, corrupted, layer, where, site), target)
-    return Recovery(
-        float(probability(clean.logits, target)), float(probability(corrupted.logits, target)), patches, p_patched
+    recovery = recover(
+        model,
+        clean,
+        corrupted,
+        prompt.is_region("audio"),
+        answer,
+        metric=plan.metric,
+        site=plan.site,
+        direction=plan.direction,
+        batch_size=plan.batch_size,
     )
+    about = {
+        "model": model.cfg.model_name,
+        "attribute": plan.attribute.name,
+        "sample": sample.name,
+        "label": sample.label,
+        "form": plan.form,
+        "question": said_by_user(plan.attribute, plan.form),
+        "labels": ", ".join(plan.attribute.labels),
+        "prefix": plan.attribute.prefix,
+        "seed": getattr(plan.corruption, "seed", None),
+        "label_space": plan.label_space,
+        "corruption": corrupted_clip.name,
+        "metric": plan.metric,
+        "predict": plan.predict,
+        "direction": plan.direction,
+        **exclusions(recovery, *(is_right(each.logits[0], answer, plan.predict) for each in (clean, corrupted))),
+        **{name: getattr(recovery, name) for name in ("p_clean", "p_corrupted", "m_clean", "m_corrupted", "noise")},
+    }
+    return pd.DataFrame([{**about, **row} for row in rows_of(recovery, prompt, plan.site)])
 
 
-def patches_of(is_audio: Bool[Tensor, " pos"], n_layers: int) -> Iterator[Patch]:
-    """Text is every position outside the audio, chat template and audio tags included."""
-    after_audio = int(is_audio.nonzero().max()) + 1
-    one_hot = torch.eye(len(is_audio), dtype=torch.bool)
-    for layer in range(EMBED_LAYER, n_layers):
-        yield Patch("layer", layer, ~is_audio)
-        yield Patch("audio_layer", layer, is_audio)
-        yield from (Patch("token", layer, where) for where in one_hot[after_audio:])
+def said_by_user(attribute: Attribute, form: Form) -> str:
+    return "".join(piece.text for piece in user_pieces(attribute, form, attribute.labels))
 
 
-@torch.no_grad()
-def patched_logits(
-    model: HookedLALM, clean: Run, corrupted: Run, layer: int, where: Bool[Tensor, "batch pos"], site: Site
-) -> Float[Tensor, "batch d_vocab"]:
-    """The corrupted run from `layer` on, with the clean states where `where` says, at the last position."""
-    if layer == EMBED_LAYER:
-        inputs, start, hook = corrupted.embed, None, ("hook_embed", restore(clean.embed, where))
-    else:
-        name = f"blocks.{layer}.hook_{site}"
-        inputs, start, hook = corrupted.cache["resid_pre", layer], layer, (name, restore(clean.cache[name], where))
-    inputs = inputs.expand(len(where), -1, -1)
-    return model.run_with_hooks(inputs, start_at_layer=start, logits_at=-1, fwd_hooks=[hook])[:, -1]
-
-
-def restore(
-    clean: Float[Tensor, "1 pos d_model"], where: Bool[Tensor, "batch pos"]
-) -> Callable[[Float[Tensor, "batch pos d_model"], HookPoint], Float[Tensor, "batch pos d_model"]]:
-    return lambda state, hook: torch.where(where[..., None], clean, state)
-
-
-def probability(logits: Float[Tensor, "*batch d_vocab"], target: int) -> Float[Tensor, "*batch"]:
-    # float64: a recovery rate divides differences of probabilities, which may both be close to 1. On the CPU, because
-    # not every accelerator has it.
-    return logits.cpu().double().softmax(-1)[..., target]
-
-
-def status_of(
-    recovery: Recovery, clean: Float[Tensor, " label"], corrupted: Float[Tensor, " label"], true: int
-) -> Status:
-    """The paper's exclusions, the first that applies (section 3.1)."""
-    if clean.argmax() != true:
-        return "clean_wrong"
-    if corrupted.argmax() == true:
-        return "corrupted_right"
-    return "kept" if recovery.p_clean > recovery.p_corrupted else "no_gap"
+def exclusions(recovery: Recovery, clean_right: bool, corrupted_right: bool) -> dict[str, bool | str]:
+    """The paper's exclusions, and the first that applies (section 3.1)."""
+    against = {
+        "clean_wrong": not clean_right,
+        "corrupted_right": corrupted_right,
+        "no_gap": recovery.m_clean <= recovery.m_corrupted,
+    }
+    status = next((reason for reason, applies in against.items() if applies), "kept")
+    return {
+        "status": status,
+        "clean_right": clean_right,
+        "corrupted_right": corrupted_right,
+        "has_gap": not against["no_gap"],
+    }
 
 
 def rows_of(recovery: Recovery, prompt: Prompt, site: Site) -> Iterator[dict]:
     """One row per patch."""
-    gap = recovery.p_clean - recovery.p_corrupted
-    for patch, p_patched in zip(recovery.patches, recovery.p_patched.tolist(), strict=True):
-        difference = p_patched - recovery.p_corrupted
+    numbers = zip(recovery.p_patched.tolist(), recovery.m_patched.tolist(), recovery.rate.tolist(), strict=True)
+    for patch, (p_patched, m_patched, rate) in zip(recovery.patches, numbers, strict=True):
         yield {
             "kind": patch.kind,
             "site": "embed" if patch.layer == EMBED_LAYER else site,
             "layer": patch.layer,
+            "is_correct": False,
             **(token_columns(prompt, int(patch.where.nonzero())) if patch.kind == "token" else {}),
-            "p_clean": recovery.p_clean,
-            "p_corrupted": recovery.p_corrupted,
             "p_patched": p_patched,
-            "recovery": difference / gap if gap else float("nan"),
+            "m_patched": m_patched,
+            "recovery": rate,
         }
 
 
@@ -256,8 +220,6 @@ def token_columns(prompt: Prompt, pos: int) -> dict:
         "token": position.token,
         "region": position.region,
         "segment": position.segment,
+        "option": position.label,
+        "is_correct": position.is_correct,
     }
-
-
-def chunks(items: list[int], size: int) -> Iterable[list[int]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

@@ -13,11 +13,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from lalm_lens.nn.kv_cache import Memory
 from lalm_lens.nn.rope import Rotation
 from lalm_lens.nn.views import BiasView, Viewed, WeightView
 from lalm_lens.shapes import at_least_float32
 
 Mask = Bool[Tensor, "#batch 1 #query_pos key_pos"]
+ByHead = Float[Tensor, "batch pos _head d_model"]
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,21 @@ class Projections:
 
 
 def causal_mask(
-    is_token: Bool[Tensor, "batch pos"] | None, n_pos: int, window: int | None, device: torch.device
+    is_token: Bool[Tensor, "batch key_pos"] | None,
+    n_query: int,
+    n_key: int,
+    window: int | None,
+    device: torch.device,
 ) -> Mask | None:
-    """True where a query may look: back on tokens, at most `window` positions, itself included.
+    """True where one of the last `n_query` of `n_key` positions may look: back on tokens, at most `window` positions,
+    itself included.
 
     None for plain causality, which the fused kernel knows. A padding row looks at itself alone: a row that may look
     at nothing would be NaN, and its NaN would reach real rows.
     """
-    if is_token is None and window is None:
+    if is_token is None and window is None and n_query in (1, n_key):
         return None
-    back = torch.arange(n_pos, device=device)[:, None] - torch.arange(n_pos, device=device)
+    back = torch.arange(n_key - n_query, n_key, device=device)[:, None] - torch.arange(n_key, device=device)
     allowed = (back >= 0) if window is None else (back >= 0) & (back < window)
     if is_token is None:
         return allowed[None, None]
@@ -104,7 +111,7 @@ class Attention(Viewed):
             k,
             v,
             attn_mask=mask,
-            is_causal=self.is_causal and mask is None,
+            is_causal=self.is_causal and mask is None and q.shape[2] > 1,  # a single query may see all keys
             enable_gqa=self.n_heads != self.n_kv_heads,
         )
         return z.transpose(1, 2)
@@ -126,7 +133,8 @@ class Attention(Viewed):
         )
         scores = einsum(q, k, "batch query_pos head d_head, batch key_pos head d_head -> batch head query_pos key_pos")
         if mask is None and self.is_causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
+            n_query, n_key = scores.shape[-2:]
+            mask = torch.ones(n_query, n_key, dtype=torch.bool, device=q.device).tril(n_key - n_query)[None, None]
         scores = scores * self.d_head**-0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
@@ -149,7 +157,11 @@ class BidirectionalAttention(Attention):
 
 
 class RotaryAttention(Attention):
-    """Causal self-attention of a decoder: queries and keys are rotated by their positions."""
+    """Causal self-attention of a decoder: queries and keys are rotated by their positions.
+
+    Four of its hook points are off until the model switches them on, because they cost a copy of the residual stream
+    for each head: `hook_result`, and `hook_attn_in` or `hook_q_input`, `hook_k_input`, `hook_v_input`.
+    """
 
     is_causal = True
 
@@ -158,14 +170,62 @@ class RotaryAttention(Attention):
         self.use_result = False
         self.hook_rot_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_rot_k = HookPoint()  # [batch, pos, kv_head, d_head]
-        self.hook_result = HookPoint()  # [batch, pos, head, d_model]; off until `set_use_attn_result(True)`
+        self.hook_result = HookPoint()  # [batch, pos, head, d_model]
+        self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model]
+        self.hook_q_input = HookPoint()  # [batch, pos, head, d_model]
+        self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model]
+        self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model]
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], mask: Mask | None, rotation: Rotation
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        mask: Mask | None,
+        rotation: Rotation,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        q, k, v = self.project(x)
+        return self.mix(*self.project(x), mask, rotation, memory)
+
+    def mix(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        v: Float[Tensor, "batch pos kv_head d_head"],
+        mask: Mask | None,
+        rotation: Rotation,
+        memory: Memory | None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """From projected queries, keys and values on; those in `memory` come before them."""
         q, k = self.hook_rot_q(rotation(q)), self.hook_rot_k(rotation(k))
+        if memory is not None:
+            k, v = memory.extend(k, v)
         return self.output(self.attend(q, k, v, mask))
+
+    def fork(self, resid: Float[Tensor, "batch pos d_model"]) -> tuple[ByHead, ByHead, ByHead]:
+        """A copy of the residual stream for each head's query, key and value."""
+        return (
+            self.hook_q_input(by_head(resid, self.n_heads)),
+            self.hook_k_input(by_head(resid, self.n_kv_heads)),
+            self.hook_v_input(by_head(resid, self.n_kv_heads)),
+        )
+
+    def fork_once(self, resid: Float[Tensor, "batch pos d_model"]) -> tuple[ByHead, ByHead, ByHead]:
+        """A copy of the residual stream for each head, from which it makes query, key and value."""
+        assert self.n_heads == self.n_kv_heads, "the model refuses hook_attn_in where heads share keys"
+        attn_in = self.hook_attn_in(by_head(resid, self.n_heads))
+        return attn_in, attn_in, attn_in
+
+    def project_by_head(
+        self, q_input: ByHead, k_input: ByHead, v_input: ByHead
+    ) -> tuple[
+        Float[Tensor, "batch pos head d_head"],
+        Float[Tensor, "batch pos kv_head d_head"],
+        Float[Tensor, "batch pos kv_head d_head"],
+    ]:
+        axes = "batch pos head d_model, head d_model d_head -> batch pos head d_head"
+        q = self.hook_q(einsum(q_input, self.W_Q, axes) + self.b_Q)
+        k = self.hook_k(einsum(k_input, self.W_K, axes) + self.b_K)
+        v = self.hook_v(einsum(v_input, self.W_V, axes) + self.b_V)
+        return q, k, v
 
     def output(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
         if not self.use_result:
@@ -176,3 +236,8 @@ class RotaryAttention(Attention):
             "batch pos head d_head, head d_head d_model -> batch pos head d_model",
         )
         return self.hook_result(result).sum(2) + self.b_O
+
+
+def by_head(resid: Float[Tensor, "batch pos d_model"], n_heads: int) -> ByHead:
+    """Copies, so that a hook may edit one head's in place."""
+    return repeat(resid, "batch pos d_model -> batch pos head d_model", head=n_heads).contiguous()

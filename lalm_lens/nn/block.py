@@ -1,24 +1,25 @@
 """Pre-norm transformer blocks: x + attn(ln1(x)), then x + mlp(ln2(x))."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.config import DecoderConfig, EncoderConfig
-from lalm_lens.nn.attention import BidirectionalAttention, Mask, Projections, RotaryAttention
+from lalm_lens.nn.attention import BidirectionalAttention, ByHead, Projections, RotaryAttention
 from lalm_lens.nn.mlp import MLP, GatedMLP
 from lalm_lens.nn.norm import LayerNorm, RMSNorm
-from lalm_lens.nn.rope import Rotation
+
+Where = Any  # what the attention of a kind of block needs beside the states: mask, rotation, memory
+Fork = Callable[[Tensor], tuple[ByHead, ByHead, ByHead]]
 
 
 class Block(nn.Module):
     """What every block has in common: one residual stream and where it can be read and changed."""
 
     hook_out_is_single_residual_stream = True  # TransformerLens' logit lens asks for this promise
-    ln1: nn.Module
-    ln2: nn.Module
-    attn: nn.Module
-    mlp: nn.Module
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,13 +29,18 @@ class Block(nn.Module):
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
 
-    def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], *where: Mask | Rotation | None
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """`where` is what the attention of this kind of block needs beside the states: mask, rotation."""
+    def forward(self, resid: Float[Tensor, "batch pos d_model"], *where: Where) -> Float[Tensor, "batch pos d_model"]:
         resid_pre = self.hook_resid_pre(resid)
-        resid_mid = self.hook_resid_mid(resid_pre + self.hook_attn_out(self.attn(self.ln1(resid_pre), *where)))
-        return self.hook_resid_post(resid_mid + self.hook_mlp_out(self.mlp(self.ln2(resid_mid))))
+        resid_mid = self.hook_resid_mid(resid_pre + self.hook_attn_out(self.read(resid_pre, *where)))
+        return self.hook_resid_post(resid_mid + self.hook_mlp_out(self.think(resid_mid)))
+
+    def read(self, resid_pre: Float[Tensor, "batch pos d_model"], *where: Where) -> Float[Tensor, "batch pos d_model"]:
+        """What attention adds to the residual stream."""
+        raise NotImplementedError
+
+    def think(self, resid_mid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the MLP adds to the residual stream."""
+        raise NotImplementedError
 
 
 class DecoderBlock(Block):
@@ -42,6 +48,9 @@ class DecoderBlock(Block):
 
     def __init__(self, cfg: DecoderConfig):
         super().__init__()
+        self.fork: Fork | None = None  # set by the model: every head reads its own copy of the residual stream
+        self.use_mlp_in = False
+        self.hook_mlp_in = HookPoint()  # [batch, pos, d_model]; off until the model switches it on
         qkv = cfg.qkv_bias
         self.ln1 = RMSNorm(cfg.d_model, cfg.eps)
         self.attn = RotaryAttention(
@@ -49,6 +58,16 @@ class DecoderBlock(Block):
         )
         self.ln2 = RMSNorm(cfg.d_model, cfg.eps)
         self.mlp = GatedMLP(cfg.d_model, cfg.d_mlp)
+
+    def read(self, resid_pre: Float[Tensor, "batch pos d_model"], *where: Where) -> Float[Tensor, "batch pos d_model"]:
+        if self.fork is None:
+            return self.attn(self.ln1(resid_pre), *where)
+        q_k_v = self.attn.project_by_head(*(self.ln1(each) for each in self.fork(resid_pre)))
+        return self.attn.mix(*q_k_v, *where)
+
+    def think(self, resid_mid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        # A copy: an edit in place changes what the MLP reads, and nothing else.
+        return self.mlp(self.ln2(self.hook_mlp_in(resid_mid.clone()) if self.use_mlp_in else resid_mid))
 
 
 class EncoderBlock(Block):
@@ -66,3 +85,9 @@ class EncoderBlock(Block):
         )
         self.ln2 = LayerNorm(cfg.d_model)
         self.mlp = MLP(cfg.d_model, cfg.d_mlp)
+
+    def read(self, resid_pre: Float[Tensor, "batch pos d_model"], *where: Where) -> Float[Tensor, "batch pos d_model"]:
+        return self.attn(self.ln1(resid_pre), *where)
+
+    def think(self, resid_mid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.mlp(self.ln2(resid_mid))

@@ -18,7 +18,10 @@ class RMSNorm(nn.Module):
         self.hook_scale = HookPoint()  # [batch, pos, 1]
         self.hook_normalized = HookPoint()  # [batch, pos, d_model]
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.w)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         wide = at_least_float32(x)
         scale = self.hook_scale((wide.square().mean(-1, keepdim=True) + self.eps).sqrt())
         # HF rounds before it multiplies by w: the other order changes 26 % of bf16 values.
@@ -36,7 +39,11 @@ class LayerNorm(nn.Module):
         self.hook_scale = HookPoint()  # [batch, pos, 1]
         self.hook_normalized = HookPoint()  # [batch, pos, d_model]
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.w)
+        nn.init.zeros_(self.b)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         wide = at_least_float32(x)
         centred = wide - wide.mean(-1, keepdim=True)
         scale = self.hook_scale((centred.square().mean(-1, keepdim=True) + self.eps).sqrt())

@@ -43,13 +43,19 @@ class WeightView:
     def stored(self, owner: nn.Module) -> Tensor:
         module = getattr(owner, self.module)
         if type(module) not in (nn.Linear, nn.Embedding):
-            raise LensError(
-                f"{self.name} is a view of a plain linear layer, but {self.module} is a {type(module).__name__} "
-                "(quantised or wrapped). Merge or unwrap it first."
-            )
-        if module.weight.is_meta:
+            raise self.not_plain(type(module).__name__)
+        tensor = getattr(module, self.parameter)
+        if tensor.is_meta:
             raise LensError(f"{self.name} is offloaded: its numbers are not here. Load the model without offloading.")
-        return getattr(module, self.parameter)
+        if type(tensor) is not nn.Parameter or not tensor.is_floating_point():
+            raise self.not_plain(f"layer of {tensor.dtype} {type(tensor).__name__}")
+        return tensor
+
+    def not_plain(self, kind: str) -> LensError:
+        return LensError(
+            f"{self.name} is a view of a plain linear layer, but {self.module} is a {kind} (quantised or wrapped). "
+            "Merge or unwrap it first."
+        )
 
 
 class BiasView(WeightView):
@@ -61,7 +67,7 @@ class BiasView(WeightView):
         if self.is_there(owner):
             return super().stored(owner)
         weight = getattr(owner, self.module).weight
-        return weight.new_zeros(weight.shape[0])
+        return weight.new_zeros(1).expand(weight.shape[0])  # one zero for all, so that torch refuses a write in place
 
     def __set__(self, owner: nn.Module, value: Tensor) -> None:
         if not self.is_there(owner):
@@ -81,4 +87,7 @@ class Viewed(nn.Module):
                 f"{name} is a view of {type(self).__name__}'s own weight: assign a tensor, and it is copied in "
                 f"(`.{name} = parameter.data`)."
             )
+        if isinstance(value, Tensor) and name.startswith(("W_", "b_")) and not hasattr(type(self), name):
+            views = ", ".join(each for each in dir(type(self)) if isinstance(getattr(type(self), each), WeightView))
+            raise LensError(f"{type(self).__name__} has no {name}. Its weights are {views}.")
         super().__setattr__(name, value)

@@ -1,0 +1,117 @@
+"""Averages over samples: what stands in a row of a table or at a point of a curve."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap
+
+from lalm_lens.errors import DataError
+
+BY_SAMPLE = ["model", "attribute", "sample"]
+SETTINGS = [
+    "model",
+    "attribute",
+    "question",
+    "labels",
+    "prefix",
+    "label_space",
+    "form",
+    "corruption",
+    "seed",
+    "site",
+    "metric",
+    "predict",
+    "direction",
+    "kind",
+]
+OF_ATTRIBUTE = ("question", "labels", "prefix")  # each attribute has its own
+ONE_RUN = list(dict.fromkeys([*BY_SAMPLE, *SETTINGS, "layer", "position"]))
+AVERAGES = {
+    "n": "int64",
+    "mean": "float64",
+    "low": "float64",
+    "high": "float64",
+    "macro_mean": "float64",
+    "n_classes": "int64",
+    "median": "float64",
+    "ratio_of_means": "float64",
+    "noise": "float64",  # the largest noise floor of the samples
+}
+
+
+def aggregate(
+    frame: pd.DataFrame, by: Sequence[str], min_gap: float = 0.0, n_resamples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """One row per group of `by`. The rows of one sample in a group are averaged first, then the samples.
+
+    `low`, `high`: 95 % percentile bootstrap over samples, NaN for one sample. `macro_mean`: mean over classes of their
+    means. `ratio_of_means`: mean difference over mean gap. Samples with a gap below `min_gap` are left out, and rows
+    that have nothing in a column of `by` (a `segment`, say). Raises `DataError` if other settings than `by` vary.
+    """
+    unknown = [name for name in by if name not in frame]
+    if unknown or not by:
+        raise DataError(f"Rows are grouped by columns of the table, not by {unknown}: {', '.join(frame.columns)}.")
+    rows = frame.dropna(subset=[*by, "recovery"])
+    refuse_mixed(rows, by)
+    gap = rows.m_clean - rows.m_corrupted
+    rows = rows.assign(gap=gap)[gap.abs() >= min_gap]
+    one_sample = [*by, *(name for name in (*BY_SAMPLE, "label") if name not in by)]
+    per_sample = (
+        rows.groupby(one_sample)
+        .agg(recovery=("recovery", "mean"), gap=("gap", "first"), noise=("noise", "max"))
+        .reset_index()
+    )
+    records = [
+        {**dict(zip(by, key, strict=True)), **averaged(group, n_resamples, seed)}
+        for key, group in per_sample.groupby(list(by))
+    ]
+    types = {**{name: frame[name].dtype for name in by}, **AVERAGES}
+    return pd.DataFrame(records, columns=list(types)).astype(types)
+
+
+def averaged(group: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, int | float]:
+    classes = group.groupby(["attribute", "label"]).recovery.mean()
+    low, high = interval(group.recovery.to_numpy(), n_resamples, seed)
+    return {
+        "n": len(group),
+        "mean": group.recovery.mean(),
+        "low": low,
+        "high": high,
+        "macro_mean": classes.mean(),
+        "n_classes": len(classes),
+        "median": group.recovery.median(),
+        "noise": group.noise.max(),
+        "ratio_of_means": (group.recovery * group.gap).mean() / group.gap.mean(),
+    }
+
+
+def interval(values: np.ndarray, n_resamples: int, seed: int) -> tuple[float, float]:
+    """95 % of the means of samples drawn again. One value says nothing about how values vary: NaN."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    found = bootstrap((values,), np.mean, n_resamples=n_resamples, method="percentile", rng=rng)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def corruption_kinds(frame: pd.DataFrame) -> pd.Series:
+    """What the corrupted run heard, without which of the other clips it was."""
+    return frame.corruption.str.replace(r"^other_clip .*", "other_clip", regex=True)
+
+
+def refuse_mixed(frame: pd.DataFrame, by: Sequence[str]) -> None:
+    """Raise `DataError` unless all settings that are not in `by` are the same: others have no common mean. Also if a
+    patched run stands twice in the table."""
+    settings = frame.assign(corruption=corruption_kinds(frame), site=frame.site.replace("embed", pd.NA))
+    for name in SETTINGS:
+        groups = settings.groupby("attribute") if name in OF_ATTRIBUTE and "attribute" in by else [("all", settings)]
+        for _, rows in groups:
+            values = sorted(map(str, rows[name].dropna().unique()))
+            if name not in by and len(values) > 1:
+                raise DataError(
+                    f"The table has more than one {name}: {'; '.join(values)}. Choose the rows of one, or group by it."
+                )
+    twice = frame[frame.duplicated(ONE_RUN)]
+    if len(twice):
+        raise DataError(f"{len(twice)} patched runs, as of {twice['sample'].iloc[0]}, are in the table twice.")

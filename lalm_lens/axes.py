@@ -1,0 +1,32 @@
+"""The axes of every hook point, by the last part of its name, and the memory that its states take."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+AXES = {
+    "batch, pos, d_model": "embed resid_pre resid_mid resid_post attn_out mlp_out normalized in out mlp_in",
+    "batch, pos, 1": "scale",
+    "batch, pos, head, d_head": "q rot_q z",
+    "batch, pos, kv_head, d_head": "k v rot_k",
+    "batch, head, query_pos, key_pos": "attn_scores pattern",
+    "batch, pos, head, d_model": "result attn_in q_input",
+    "batch, pos, kv_head, d_model": "k_input v_input",
+    "batch, pos, d_mlp": "pre pre_linear post",
+    "audio_pos, d_model": "audio_embed",
+}
+AXES_OF = {f"hook_{name}": axes for axes, names in AXES.items() for name in names.split()}
+
+
+def axes_of(name: str) -> str:
+    """The axes of a hook point, such as "batch, pos, d_model"; where audio is heard, `batch` is `clip`."""
+    axes = AXES_OF[name.split(".")[-1]]
+    return axes.replace("batch", "clip") if name.startswith(("audio_encoder", "adapter")) else axes
+
+
+def n_bytes(names: Iterable[str], sizes: Mapping[str, int], itemsize: int) -> int:
+    """Memory of the states of these hook points, each taken once; `sizes` are those of the axes.
+
+    A block's `resid_pre` is the tensor that came out before it, so it does not count.
+    """
+    counted = (axes_of(name).split(", ") for name in names if not name.endswith("hook_resid_pre"))
+    return itemsize * sum(math.prod(sizes.get(axis, 1) for axis in axes) for axes in counted)
