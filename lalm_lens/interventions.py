@@ -1,8 +1,14 @@
-"""What to change in a run, as typed values."""
+"""What to change in a run, as typed values. A *branch* is a run with a list of such changes, made in their order.
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+Patch("resid_post", 12, "object", Source(clean))                       states of another run
+Add("resid_post", 17, (-1,), Source(OWN, layer=12), factor=0.5)        what the branch itself knew earlier
+Scale("z", 9, (-1,), factor=0.0, heads=(3, 5))                         two heads cut off at the last position
+Knockout(range(32), queries=(-1,), keys="audio")                       the last position cannot look at the audio
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -10,55 +16,240 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.errors import HookError, InputError
+from lalm_lens.runs import Positions, Source, as_index
 
-Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
+Site = Literal[
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "post",
+    "adapter_in", "adapter_out",
+]  # fmt: skip
+Stack = Literal["decoder", "audio_encoder"]
+NamedHook = tuple[str, Callable[[Any, HookPoint], Any]]
+
+BY_HEAD = ("q", "k", "v", "z", "pattern")
+ADAPTER = {"adapter_in": "adapter.hook_in", "adapter_out": "adapter.hook_out"}
+HOOKS = {
+    **{site: f"hook_{site}" for site in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")},
+    **{site: f"attn.hook_{site}" for site in BY_HEAD},
+    "post": "mlp.hook_post",
+}
+
+
+def hook_name(site: str, layer: int, stack: Stack = "decoder") -> str:
+    prefix = "" if stack == "decoder" else "audio_encoder."
+    return ADAPTER.get(site) or f"{prefix}blocks.{layer}.{HOOKS[site]}"
 
 
 @dataclass(frozen=True)
-class Patch:
-    """Let the state of some positions of one decoder block be `value`.
+class Edit:
+    """A change of the states of some positions at one place.
 
-    Positions are absolute: counted from the first of the prompt, padding included, and on through what is generated.
-    In generation the patch acts in the step that computes a position, and in no other. A position that the run cannot
-    come to raises `HookError`; on rows where it is padding, nothing can see it.
+    `resid_*`, `attn_out`, `mlp_out` are [pos, d_model]; `q k v z` [pos, head, d_head], of which `heads` are changed;
+    `pattern` [query_pos, head, key_pos], of which `heads` and `keys`; `post` [pos, d_mlp], of which `neurons`; None is
+    all of them. In the `audio_encoder`, positions are its states (20 ms in Qwen2-Audio); `adapter_in` and `adapter_out`
+    have those of the adapter, and layer 0.
+
+    As a `.hook()`, positions are absolute: counted from the first of the prompt, padding included, and on through what
+    is generated. In generation the change acts in the step that computes a position, and in no other. A position that
+    the run cannot come to raises `HookError`; on rows where it is padding, nothing can see it.
     """
 
     site: Site
     layer: int
-    positions: tuple[int, ...]
-    value: Float[Tensor, "*batch at d_model"] = field(repr=False)  # one row for each position
+    positions: Positions
+    _: KW_ONLY
+    heads: tuple[int, ...] | None = None
+    neurons: tuple[int, ...] | None = None
+    keys: tuple[int, ...] | None = None
+    stack: Stack = "decoder"
 
     def __post_init__(self) -> None:
-        if not self.positions or min(self.positions) < 0 or len(set(self.positions)) < len(self.positions):
-            raise InputError(f"A patch needs different positions, 0 or more; got {self.positions}.")
-        if self.value.ndim < 2 or self.value.shape[-2] != len(self.positions):
-            raise InputError(f"{len(self.positions)} positions need as many rows, got {tuple(self.value.shape)}.")
+        if not self.positions or (
+            not isinstance(self.positions, str) and len(set(self.positions)) < len(self.positions)
+        ):
+            raise InputError(f"A change needs different positions, at least one; got {self.positions}.")
+        for name, sites in {"heads": BY_HEAD, "neurons": ("post",), "keys": ("pattern",)}.items():
+            if getattr(self, name) is not None and self.site not in sites:
+                raise InputError(f"{name} are of {' '.join(sites)}, and not of {self.site}.")
 
     @property
     def name(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.site}"
+        return hook_name(self.site, self.layer, self.stack)
 
-    def hook(self) -> tuple[str, Callable[[Float[Tensor, "batch pos d_model"], HookPoint], Tensor]]:
-        """The patch as a hook: `model.run_with_hooks(inputs, fwd_hooks=[patch.hook()])`."""
+    @property
+    def at(self) -> tuple[int, ...]:
+        """The positions, once they are indices."""
+        assert not isinstance(self.positions, str)
+        return tuple(self.positions)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether it is made before the decoder, in the encoder or the adapter."""
+        return self.stack == "audio_encoder" or self.site in ADAPTER
+
+    def hook(self) -> NamedHook:
+        """The change as a hook: `model.run_with_hooks(inputs, fwd_hooks=[patch.hook()])`."""
+        if isinstance(self.positions, str) or min(self.positions) < 0:
+            raise InputError(f"A hook needs positions from 0 on; {self.positions!r} only a branch of a run can find.")
         return self.name, self.apply
 
-    def apply(self, state: Float[Tensor, "batch pos d_model"], hook: HookPoint) -> Float[Tensor, "batch pos d_model"]:
-        offset, n_pos = hook.ctx["offset"], state.shape[1]
-        if (
-            hook.ctx["n_more"] == float("inf")
-            and not offset <= min(self.positions) <= max(self.positions) < offset + n_pos
-        ):
-            raise HookError(f"This step computes positions {offset} to {offset + n_pos - 1}, not {self.positions}.")
-        if max(self.positions) >= offset + n_pos + hook.ctx["n_more"]:
-            raise HookError(f"Position {max(self.positions)} is never computed: this run has {offset + n_pos}.")
-        if self.value.shape[-1] != state.shape[-1] or self.value.shape[:-2] not in ((), (1,), state.shape[:1]):
-            raise InputError(
-                f"A patch of shape {tuple(self.value.shape)} does not fit states of shape {tuple(state.shape)}."
-            )
-        here = [n for n, position in enumerate(self.positions) if offset <= position < offset + n_pos]
+    def apply(self, state: Float[Tensor, "batch _ *_"], hook: HookPoint) -> Float[Tensor, "batch _ *_"]:
+        by_position = state.transpose(1, 2) if self.site == "pattern" else state
+        here, where = self.reached(by_position.shape[1], {} if self.is_heard else hook.ctx)
         if not here:
             return state
-        at = torch.tensor([self.positions[n] - offset for n in here], device=state.device)
-        changed = state.clone()
-        changed[:, at] = self.value[..., here, :].to(state)
+        changed = by_position.clone()
+        index = as_index(where, state.device)
+        changed[:, index] = self.edited(changed[:, index], here)
+        return changed.transpose(1, 2) if self.site == "pattern" else changed
+
+    def reached(self, n_pos: int, ctx: Mapping[str, Any]) -> tuple[list[int], tuple[int, ...]]:
+        """Which of the positions this step computes, as numbers among them and as places in the state."""
+        offset, n_more = ctx.get("offset", 0), ctx.get("n_more", 0)
+        if n_more == float("inf") and not offset <= min(self.at) <= max(self.at) < offset + n_pos:
+            raise HookError(f"This step computes positions {offset} to {offset + n_pos - 1}, not {self.positions}.")
+        if max(self.at) >= offset + n_pos + n_more:
+            raise HookError(f"Position {max(self.at)} is never computed: this run has {offset + n_pos}.")
+        here = [n for n, position in enumerate(self.at) if offset <= position < offset + n_pos]
+        return here, tuple(self.at[n] - offset for n in here)
+
+    def edited(
+        self, states: Float[Tensor, "batch at *unit"], here: list[int] | slice = slice(None)
+    ) -> Float[Tensor, "batch at *unit"]:
+        """The states at the positions, changed. `here` are those of the positions that these states belong to."""
+        units = self.units(states.device)
+        changed = states.clone()
+        changed[units] = self.change(changed[units], here)
         return changed
+
+    def units(self, device: torch.device) -> tuple[Any, ...]:
+        """What is changed of [batch, at, head, d_head or key_pos] or [batch, at, d_mlp]."""
+        everything = slice(None)
+        chosen = self.neurons if self.heads is None else self.heads
+        if chosen is None:
+            return (everything, everything) if self.keys is None else (..., as_index(self.keys, device))
+        index = as_index(chosen, device)
+        if self.keys is None:
+            return everything, everything, index
+        return everything, everything, index[:, None], as_index(self.keys, device)
+
+    def change(self, states: Tensor, here: list[int] | slice) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Valued(Edit):
+    """An edit by a value: one row for each position, or states of a run."""
+
+    value: Tensor | Source = field(repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.value, Tensor) and not isinstance(self.positions, str):
+            n_axes = 2 + (self.site in BY_HEAD)
+            if self.value.ndim < n_axes or self.value.shape[-n_axes] != len(self.positions):
+                raise InputError(f"{len(self.positions)} positions need as many rows, got {tuple(self.value.shape)}.")
+
+    def hook(self) -> NamedHook:
+        if not isinstance(self.value, Tensor):
+            raise InputError("States of another run are looked up where branches run: `run_branches` of lalm_lens.")
+        return super().hook()
+
+    def rows(self, states: Tensor, here: list[int] | slice) -> Tensor:
+        """The value's rows for these states."""
+        assert isinstance(self.value, Tensor)
+        n_axes = states.ndim - 1
+        value = self.value.movedim(-n_axes, 0)[here].movedim(0, -n_axes)
+        if value.shape[-n_axes:] != states.shape[1:] or value.shape[:-n_axes] not in ((), (1,), states.shape[:1]):
+            raise InputError(
+                f"A value of shape {tuple(self.value.shape)} does not fit states of shape {tuple(states.shape)}: "
+                f"{self.site} at {len(self.positions)} positions."
+            )
+        return value.to(states)
+
+
+@dataclass(frozen=True)
+class Patch(Valued):
+    """Let the states be `value`."""
+
+    def change(self, states: Tensor, here: list[int] | slice) -> Tensor:
+        return self.rows(states, here).expand_as(states)
+
+
+@dataclass(frozen=True)
+class Add(Valued):
+    """Add `factor` times `value` to the states."""
+
+    _: KW_ONLY
+    factor: float = 1.0
+
+    def change(self, states: Tensor, here: list[int] | slice) -> Tensor:
+        return states + self.factor * self.rows(states, here)
+
+
+@dataclass(frozen=True)
+class Scale(Edit):
+    """Multiply the states by `factor`; 0 takes them out."""
+
+    _: KW_ONLY
+    factor: float
+
+    def change(self, states: Tensor, here: list[int] | slice) -> Tensor:
+        return states * self.factor
+
+
+@dataclass(frozen=True)
+class Recompute(Edit):
+    """Change nothing, and yet compute again from here on: what is left of the branch's difference is rounding."""
+
+    def change(self, states: Tensor, here: list[int] | slice) -> Tensor:
+        return states
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """Let some queries not see some keys, in these layers and heads (None is all): their scores are -infinity.
+
+    Arxiv 2304.14767's attention knockout. A key that a query could not see anyway, behind it or outside of its window,
+    changes nothing. A query must be left with a key to look at: otherwise `InputError`.
+    """
+
+    layers: tuple[int, ...] | range
+    queries: Positions
+    keys: Positions
+    heads: tuple[int, ...] | None = None
+    stack: ClassVar[Stack] = "decoder"
+
+    def hooks(self) -> list[NamedHook]:
+        """As hooks on the scores of each layer. Queries and keys are absolute, as in `Edit`."""
+        return [(f"blocks.{layer}.attn.hook_attn_scores", self.apply) for layer in self.layers]
+
+    def apply(
+        self, scores: Float[Tensor, "batch head query_pos key_pos"], hook: HookPoint
+    ) -> Float[Tensor, "batch head query_pos key_pos"]:
+        n_query, n_key = scores.shape[-2:]
+        offset = hook.ctx["offset"]
+        queries = [query - offset for query in self.queries_at if offset <= query < offset + n_query]
+        keys = [key for key in self.keys_at if key < n_key]
+        index = as_index(tuple(range(scores.shape[1])) if self.heads is None else self.heads, scores.device)
+        masked = scores.clone()
+        rows_, columns = as_index(tuple(queries), scores.device), as_index(tuple(keys), scores.device)
+        masked[:, index[:, None, None], rows_[:, None], columns] = -torch.inf
+        if masked[:, :, rows_].amax(-1).eq(-torch.inf).any():
+            raise InputError(f"This knockout leaves one of the queries {self.queries} no key to look at.")
+        return masked
+
+    @property
+    def queries_at(self) -> tuple[int, ...]:
+        return self.numbered(self.queries)
+
+    @property
+    def keys_at(self) -> tuple[int, ...]:
+        return self.numbered(self.keys)
+
+    def numbered(self, positions: Positions) -> tuple[int, ...]:
+        if isinstance(positions, str) or min(positions, default=0) < 0:
+            raise InputError(f"A hook needs positions from 0 on; {positions!r} only a branch of a run can find.")
+        return tuple(positions)
+
+
+Change = Edit | Knockout

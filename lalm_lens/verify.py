@@ -26,8 +26,8 @@ from lalm_lens.weights import Conversion, Rule, Table, choose_layout
 
 States = dict[str, Tensor]  # by place, on the CPU
 RTOL, ATOL = 1.3e-6, 1e-5  # what torch.testing.assert_close allows in float32
-# Times HF's difference with itself. Right models came to 1.7 and 4.4: one number out of thousands is a matter of luck.
-ALLOWED_RMS, ALLOWED_LARGEST = 2.0, 5.0
+# Times HF's difference with itself. Right models came to 2.9 and 4.4: a channel of 900 makes a matter of luck of it.
+ALLOWED_RMS, ALLOWED_LARGEST = 4.0, 6.0
 
 
 @dataclass(frozen=True)

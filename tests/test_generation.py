@@ -245,7 +245,7 @@ def test_a_patch_that_never_acts_is_refused(ours, inputs):
     ours.generate(inputs, 5, stop_tokens=(), fwd_hooks=[late.hook()])
     for positions, rows in (((), 0), ((-1,), 1), ((2, 2), 2), ((1, 2), 1)):
         with pytest.raises(InputError, match="positions"):
-            Patch("resid_post", 1, positions, torch.zeros(rows, 64))
+            Patch("resid_post", 1, positions, torch.zeros(rows, 64)).hook()
     assert not ours.list_hooks()
 
 

@@ -27,8 +27,10 @@ class GatedMLP(Viewed):
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        gate = F.silu(self.hook_pre(self.gate_proj(x)))
-        return self.out_proj(self.hook_post(gate * self.hook_pre_linear(self.in_proj(x))))
+        return self.out_proj(self.hook_post(self.neurons(x)))
+
+    def neurons(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mlp"]:
+        return F.silu(self.hook_pre(self.gate_proj(x))) * self.hook_pre_linear(self.in_proj(x))
 
 
 class MLP(Viewed):
@@ -47,4 +49,7 @@ class MLP(Viewed):
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        return self.out_proj(self.hook_post(F.gelu(self.hook_pre(self.in_proj(x)))))
+        return self.out_proj(self.hook_post(self.neurons(x)))
+
+    def neurons(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mlp"]:
+        return F.gelu(self.hook_pre(self.in_proj(x)))

@@ -24,6 +24,10 @@ class Rotation:
         first, second = x.chunk(2, dim=-1)
         return x * self.cos + torch.cat([-second, first], dim=-1) * self.sin
 
+    def at(self, positions: Int[Tensor, " at"]) -> "Rotation":
+        """Of some of the positions alone."""
+        return Rotation(self.cos[:, positions], self.sin[:, positions])
+
 
 class Rotary(nn.Module):
     """Plain rotary embedding. Holds no buffer: the angles are computed in float32 where the positions are."""

@@ -1,0 +1,1 @@
+"""How to run many branches of a few runs."""

@@ -1,0 +1,164 @@
+"""Branches made ready to run: positions as indices, states of other runs as values."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lalm_lens.errors import InputError
+from lalm_lens.interventions import BY_HEAD, Change, Edit, Knockout, NamedHook, Valued, hook_name
+from lalm_lens.model import HookedLALM
+from lalm_lens.readouts import Readout
+from lalm_lens.runs import OWN, Run, Source, indices, rows
+from lalm_lens.transformer import HookedTransformer
+
+EARLIER = ("resid_pre", "resid_mid", "resid_post")  # what a branch can take from itself
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A run in which something is changed. Beside typed changes, any hook will do: `(name, function)`."""
+
+    run: Run
+    changes: tuple[Change | NamedHook, ...] = ()
+
+
+States = Mapping[str, Tensor]  # of one run, without the axis of the batch
+Captured = Mapping[Run, States]
+
+
+def indexed(change: Change | NamedHook, run: Run, model: HookedTransformer) -> Change | NamedHook:
+    """With positions as indices of the run. Raises `InputError` for what the model or the run does not have."""
+    if isinstance(change, tuple):
+        return change
+    if isinstance(change, Knockout):
+        check(change.layers, model.decoder_cfg.n_layers, "layers")
+        check(change.heads or (), model.decoder_cfg.n_heads, "heads")
+        return replace(change, queries=run.indices(change.queries), keys=run.indices(change.keys))
+    cfg = model.decoder_cfg if change.stack == "decoder" else encoder_of(model)
+    n_kv_heads = model.decoder_cfg.n_kv_heads if change.stack == "decoder" else cfg.n_heads
+    check((change.layer,), cfg.n_layers, "layer")
+    check(change.heads or (), n_kv_heads if change.site in ("k", "v") else cfg.n_heads, "heads")
+    check(change.neurons or (), cfg.d_mlp, "neurons")
+    check(change.keys or (), run.n_pos, "keys")
+    positions = heard_positions(change) if change.is_heard else run.indices(change.positions)
+    if not isinstance(change, Valued):
+        return replace(change, positions=positions)
+    value = change.value if isinstance(change.value, Tensor) else pointed(change.value, change, positions, run)
+    return replace(change, positions=positions, value=value)
+
+
+def encoder_of(model: HookedTransformer):
+    if not isinstance(model, HookedLALM):
+        raise InputError("This model has no audio encoder to change anything in.")
+    return model.lalm_cfg.encoder
+
+
+def heard_positions(change: Edit) -> tuple[int, ...]:
+    if isinstance(change.positions, str) or min(change.positions) < 0:
+        raise InputError(f"Positions of the {change.name} are indices from 0 on, got {change.positions!r}.")
+    return tuple(change.positions)
+
+
+def check(chosen: Iterable[int], n: int, what: str) -> None:
+    wrong = [each for each in chosen if not 0 <= each < n]
+    if wrong:
+        raise InputError(f"{what} {wrong} are asked for; there are {n}, counted from 0.")
+
+
+def pointed(source: Source, change: Edit, positions: tuple[int, ...], run: Run) -> Source:
+    """A source that says everything: its layer, positions and site are no longer those of the change."""
+    layer = change.layer if source.layer is None else source.layer
+    site = source.site or change.site
+    at = source.positions
+    if at is None:
+        at = positions
+    elif isinstance(source.run, Run):
+        at = source.run.indices(at)
+    elif source.run is OWN:
+        at = run.indices(at)
+    elif isinstance(at, str):
+        raise InputError(f"A cache has no regions: say which positions {at!r} is, or give a `Run` with its prompt.")
+    else:
+        at = indices(at, n_pos_of(source.run, hook_name(site, layer, change.stack)))
+    if len(at) != len(positions):
+        raise InputError(f"{len(at)} states are to go to {len(positions)} positions: give as many.")
+    if source.run is OWN and not (site in EARLIER and earlier(site, layer, change)):
+        raise InputError(
+            f"A branch can take its own {', '.join(EARLIER)} from before the change, not {site} of block {layer}."
+        )
+    return Source(source.run, layer, tuple(at), site)
+
+
+def earlier(site: str, layer: int, change: Edit) -> bool:
+    order = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "post", "mlp_out", "resid_post")
+    return not change.is_heard and (layer, order.index(site)) < (change.layer, order.index(change.site))
+
+
+def n_pos_of(cache: Mapping[str, Tensor], name: str) -> int:
+    state = cache[name]
+    return state.shape[-2 if "pattern" in name or state.ndim <= 3 else -3]
+
+
+def sources(branches: Sequence[Branch]) -> dict[Run, set[str]]:
+    """The hook points of other runs that the branches take states from."""
+    wanted: dict[Run, set[str]] = {}
+    for branch in branches:
+        for change in branch.changes:
+            if isinstance(change, Valued) and isinstance(change.value, Source) and isinstance(change.value.run, Run):
+                wanted.setdefault(change.value.run, set()).add(source_name(change.value, change))
+    return wanted
+
+
+def source_name(source: Source, change: Edit) -> str:
+    assert source.site is not None
+    assert source.layer is not None
+    return hook_name(source.site, source.layer, change.stack)
+
+
+@torch.no_grad()
+def capture(model: HookedTransformer, run: Run, names: Iterable[str], readout: Readout) -> tuple[Tensor, States]:
+    """The logits of a run at what is read, and its states at some hook points."""
+    at = torch.tensor(readout.positions, device=model.device)
+    inputs = run.inputs.to(model.device)
+    if not (names := sorted(names)):
+        logits, cache = model(inputs, logits_at=at), {}
+    else:
+        logits, cache = model.run_with_cache(inputs, names_filter=names, logits_at=at)
+    if not logits.isfinite().all():
+        narrow = logits.dtype == torch.float16
+        advice = "Load the model as bfloat16 or float32." if narrow else "The weights of this checkpoint are broken."
+        raise InputError(f"The logits are not finite in {logits.dtype}. {advice}")
+    return logits, {name: cache[name][0] for name in names}
+
+
+def resolved(change: Change | NamedHook, captured: Captured) -> Change | NamedHook:
+    """With the states of other runs as values."""
+    if not (isinstance(change, Valued) and isinstance(change.value, Source)) or change.value.run is OWN:
+        return change
+    source, name = change.value, source_name(change.value, change)
+    run = source.run
+    state = captured[run][name] if isinstance(run, Run) else unbatched(run, name, change)
+    return replace(change, value=value_of(state, change, source.at))
+
+
+def unbatched(cache: object, name: str, change: Edit) -> Tensor:
+    """The state of the only prompt of a cache, which may have lost the axis of the batch."""
+    assert isinstance(cache, Mapping) or hasattr(cache, "cache_dict")
+    try:
+        state: Tensor = cache[name]  # pyright: ignore[reportIndexIssue]
+    except KeyError:
+        raise InputError(f"This cache does not hold {name}: name it when you make the cache.") from None
+    if state.ndim == 3 + (change.site in BY_HEAD):
+        if len(state) != 1:
+            raise InputError(f"A source is a run of one prompt, and this cache holds {len(state)}.")
+        return state[0]
+    return state
+
+
+def value_of(state: Tensor, change: Edit, positions: tuple[int, ...]) -> Tensor:
+    """The part of a state that a change of this kind takes: [at, ...]."""
+    by_position = state.transpose(0, 1) if change.site == "pattern" else state
+    taken = rows(by_position, positions)[None]
+    return taken[change.units(taken.device)][0]

@@ -1,0 +1,195 @@
+"""`Plan`: many branches, what they cost, and the two ways to run them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lalm_lens.engine.branches import Branch, Captured, States, capture, indexed, resolved, sources
+from lalm_lens.engine.cost import Cost, cost_of
+from lalm_lens.engine.hooks import run_hooks
+from lalm_lens.engine.sweep import Base, Sweep, base_of, compared, needed
+from lalm_lens.errors import HookError, InputError
+from lalm_lens.interventions import Edit
+from lalm_lens.readouts import LogProbs, Readout, Resid, n_blocks
+from lalm_lens.runs import Run
+from lalm_lens.transformer import HookedTransformer
+
+Engine = Literal["auto", "sweep", "hooks"]
+TOKENS = {"cpu": 4096}  # that go through a block together, by the type of device
+MORE_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was read from every branch, in the order in which they were given.
+
+    `values` are [branch, at, ...]; `base` is what is read from the run each belongs to, unchanged, in the same shape. A
+    branch whose changes reach nothing that is read was not computed: its values are those of its base, to the bit.
+    """
+
+    values: Tensor = field(repr=False)
+    base: Tensor = field(repr=False)
+    engine: str
+    cost: Cost
+
+    @property
+    def n_skipped(self) -> int:
+        return self.cost.n_skipped
+
+
+class Plan:
+    """Branches of one or several runs, ready to be run.
+
+    `engine` is "sweep", which computes what the changes can reach and nothing else; "hooks", one run with hooks for
+    each branch; or "auto", the sweep wherever it can. `token_budget` bounds how many tokens go through a block
+    together, and with them the memory; it halves itself where memory runs out. The runs that are branched off, and
+    those that states are taken from, run here, once each; `cost()` tells what the branches will take.
+
+    Raises `InputError` for what the model or a run does not have, and for what the sweep cannot do where it is asked
+    for by name; `HookError` for the sweep of a model on which hooks are attached.
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        branches: Sequence[Branch],
+        readout: Readout = LogProbs(),  # noqa: B008  it is frozen
+        *,
+        engine: Engine = "auto",
+        token_budget: int | None = None,
+    ) -> None:
+        if not branches:
+            raise InputError("Nothing to run: give one branch or more.")
+        if token_budget is not None and token_budget < 1:
+            raise InputError(f"A token budget is 1 or more; got {token_budget}.")
+        self.model, self.readout = model, readout
+        self.token_budget = token_budget or TOKENS.get(model.device.type, MORE_TOKENS)
+        self.branches = [
+            replace(branch, changes=tuple(indexed(change, branch.run, model) for change in branch.changes))
+            for branch in branches
+        ]
+        self.engine = self.chosen(engine)
+        captured = self.captured()
+        states: Captured = {run: its for run, (_, its) in captured.items()}
+        self.branches = [
+            replace(branch, changes=tuple(resolved(change, states) for change in branch.changes))
+            for branch in self.branches
+        ]
+        self.base = {branch.run: self.base_value(*captured[branch.run]) for branch in self.branches}
+        self.sweep = None
+        if self.engine == "sweep":
+            bases = {run: self.base_run(run, states, value) for run, value in self.base.items()}
+            self.sweep = Sweep(model, self.branches, bases, readout)
+
+    def chosen(self, engine: Engine) -> Literal["sweep", "hooks"]:
+        """Which engine runs: with "auto" the sweep, unless it lacks something."""
+        if engine == "hooks":
+            return "hooks"
+        lacks = self.lacks()
+        if lacks is None:
+            return "sweep"
+        if engine == "sweep":
+            raise lacks
+        return "hooks"
+
+    def lacks(self) -> Exception | None:
+        """What keeps the sweep from running these branches."""
+        if attached := self.model.list_hooks():
+            return HookError(
+                f"A hook on {min(attached)} would be part of every run, and the sweep computes parts of runs: "
+                '`model.reset_hooks(including_permanent=True)` removes it, engine="hooks" runs it.'
+            )
+        for branch in self.branches:
+            for change in branch.changes:
+                if isinstance(change, tuple):
+                    return InputError(
+                        f'The sweep takes typed changes, and this one is a function on {change[0]}: engine="hooks".'
+                    )
+                if isinstance(change, Edit) and change.site == "pattern" and branch.run.n_pad:
+                    return InputError(
+                        'The sweep leaves out padding, and a pattern has it among its keys: engine="hooks", or a run '
+                        "without padding."
+                    )
+        return None
+
+    def captured(self) -> dict[Run, tuple[Tensor, States]]:
+        """The logits of each run, and its states where they are needed."""
+        names = sources(self.branches)
+        n_run = n_blocks(self.readout, self.model.decoder_cfg.n_layers)
+        for branch in self.branches:
+            wanted = names.setdefault(branch.run, set())
+            if self.engine == "sweep":
+                wanted |= needed(n_run) | compared(branch)
+            elif isinstance(self.readout, Resid):
+                wanted |= {f"blocks.{n_run - 1}.hook_resid_post"}
+        return {run: capture(self.model, run, its, self.readout) for run, its in names.items()}
+
+    def base_value(self, logits: Tensor, states: States) -> Tensor:
+        """What is read from an unchanged run."""
+        if not isinstance(self.readout, Resid):
+            return self.readout(logits)[0]
+        last = n_blocks(self.readout, self.model.decoder_cfg.n_layers) - 1
+        return self.readout(states[f"blocks.{last}.hook_resid_post"][None, list(self.readout.positions)])[0]
+
+    def base_run(self, run: Run, states: Captured, value: Tensor) -> Base:
+        return base_of(run, states[run], value, n_blocks(self.readout, self.model.decoder_cfg.n_layers))
+
+    def cost(self) -> Cost:
+        """What the branches take, beside the runs that have run already."""
+        return cost_of(self.model, self.branches, self.readout, self.sweep)
+
+    def run(self, progress: bool = False) -> Outcome:
+        """Run every branch. What was computed before an error is lost; memory that runs out is no error, until not even
+        one branch has room."""
+        cost = self.cost()
+        with tqdm(total=len(self.branches), desc=str(self.engine), unit="branch", disable=not progress) as bar:
+            if self.sweep is None:
+                values = run_hooks(self.model, self.branches, self.readout, bar.update)
+            else:
+                found: dict[int, Tensor] = {}
+                for done in self.swept(self.sweep):
+                    found |= done
+                    bar.update(len(done))
+                values = [found[number] for number in range(len(self.branches))]
+        base = torch.stack([self.base[branch.run] for branch in self.branches])
+        return Outcome(torch.stack(values), base, self.engine, cost)
+
+    def swept(self, sweep: Sweep) -> Iterator[dict[int, Tensor]]:
+        """What is read, batch by batch of branches, each within the budget of tokens."""
+        waiting = sweep.in_order()
+        while waiting:
+            batch = sweep.within(waiting, self.token_budget)
+            try:
+                done = sweep.run(batch)
+            except RuntimeError as error:
+                if not ran_out(error) or len(batch) == 1:
+                    raise
+                self.token_budget = max(1, min(self.token_budget, sweep.tokens(batch)) // 2)
+                continue
+            waiting = waiting[len(batch) :]
+            yield done
+
+    def __repr__(self) -> str:
+        return f"Plan({self.cost()}, engine {self.engine!r})"
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether memory ran out. On the CPU, torch has no class for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def run_branches(
+    model: HookedTransformer,
+    branches: Sequence[Branch],
+    readout: Readout = LogProbs(),  # noqa: B008  it is frozen
+    *,
+    engine: Engine = "auto",
+    token_budget: int | None = None,
+    progress: bool = False,
+) -> Outcome:
+    """What is read from each branch: `Plan(...).run()`."""
+    return Plan(model, branches, readout, engine=engine, token_budget=token_budget).run(progress)

@@ -1,0 +1,78 @@
+"""What to read from a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lalm_lens.errors import InputError
+from lalm_lens.shapes import at_least_float32
+
+Last = (-1,)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits of the chosen tokens (None is all) at the chosen positions: [branch, at, token]."""
+
+    positions: tuple[int, ...] = Last
+    tokens: tuple[int, ...] | None = None
+
+    def __call__(self, logits: Float[Tensor, "branch at d_vocab"]) -> Tensor:
+        return logits if self.tokens is None else logits[..., list(self.tokens)]
+
+
+@dataclass(frozen=True)
+class LogProbs(Logits):
+    """Log-probabilities over the whole vocabulary, in float32 or wider."""
+
+    def __call__(self, logits: Float[Tensor, "branch at d_vocab"]) -> Tensor:
+        return super().__call__(at_least_float32(logits).log_softmax(-1))
+
+
+@dataclass(frozen=True)
+class Probabilities(Logits):
+    """Probabilities over the whole vocabulary, in float32 or wider."""
+
+    def __call__(self, logits: Float[Tensor, "branch at d_vocab"]) -> Tensor:
+        return super().__call__(at_least_float32(logits).softmax(-1))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Any function of the logits at the chosen positions: a number, or more, for each branch."""
+
+    of: Callable[[Float[Tensor, "branch at d_vocab"]], Tensor]
+    positions: tuple[int, ...] = Last
+
+    def __call__(self, logits: Float[Tensor, "branch at d_vocab"]) -> Tensor:
+        return self.of(logits)
+
+
+@dataclass(frozen=True)
+class Resid:
+    """The residual stream after a block, at the chosen positions: [branch, at, d_model]."""
+
+    layer: int
+    positions: tuple[int, ...] = Last
+
+    def __call__(self, resid: Float[Tensor, "branch at d_model"]) -> Tensor:
+        return resid
+
+
+Readout = Logits | Score | Resid
+
+
+def n_blocks(readout: Readout, n_layers: int) -> int:
+    """How many blocks have to run. Raises `InputError` for a block that the model does not have."""
+    if not isinstance(readout, Resid):
+        return n_layers
+    if not -n_layers <= readout.layer < n_layers:
+        raise InputError(f"The state after block {readout.layer} is asked for, and the model has {n_layers} blocks.")
+    return readout.layer % n_layers + 1
+
+
+def stacked(values: list[Tensor]) -> Tensor:
+    return torch.cat(values) if values else torch.empty(0)
