@@ -26,7 +26,7 @@ SETTINGS = [
     "kind",
 ]
 OF_ATTRIBUTE = ("question", "labels", "prefix")  # each attribute has its own
-ONE_RUN = list(dict.fromkeys([*BY_SAMPLE, *SETTINGS, "layer", "position"]))
+ONE_RUN = list(dict.fromkeys([*BY_SAMPLE, *SETTINGS, "layer", "position", "head", "neurons", "start_s", "end_s"]))
 AVERAGES = {
     "n": "int64",
     "mean": "float64",

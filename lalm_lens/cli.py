@@ -37,11 +37,14 @@ lalm-lens trace ./checkpoint ./clips --attribute animal --form P2 --corrupt clip
 # Written out, because importing the types takes seconds; a test compares them.
 CHOICES = {
     "form": ("P1", "P2", "P3"),
-    "site": ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
+    "site": ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "post"),
+    "kinds": ("layer", "audio_layer", "token", "audio_window", "encoder_window"),
     "metric": ("probability", "log_probability", "logit_difference", "label_probability", "label_score"),
     "predict": ("labels", "vocab"),
     "direction": ("denoise", "noise"),
+    "audio": ("whole", "windows", "coarse-to-fine"),
     "corrupt": ("silence", "noise", "clip"),
+    "engine": ("auto", "sweep", "hooks"),
 }
 OWN = "own"  # the name of a user's question, in tables and files
 
@@ -108,7 +111,13 @@ def trace(
     cut: Annotated[bool, typer.Option("--cut", help="Cut clips that are longer than the model hears.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="Patched runs that share a forward.")] = 32,
+    kinds: Annotated[str, choice("kinds", "What is patched at a time, with commas between")] = "",
+    audio: Annotated[str, choice("audio", "How finely the audio is looked at")] = "whole",
+    window_s: Annotated[float, typer.Option(help="Seconds of a window of the audio.")] = 1.0,
+    engine: Annotated[str, choice("engine", "How patched runs are computed")] = "auto",
+    token_budget: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that share a block: less needs less memory.")
+    ] = None,
 ) -> None:
     """Trace when and where a model fuses what it hears with what it reads."""
     asked = asked_about(attribute, question, labels, prefix)
@@ -119,7 +128,11 @@ def trace(
         "predict": one_of("predict", predict),
         "direction": one_of("direction", direction),
         "corruption": corruption(one_of("corrupt", corrupt), snr_db, seed),
+        "kinds": [one_of("kinds", kind.strip()) for kind in kinds.split(",") if kind.strip()],
+        "audio": one_of("audio", audio),
+        "engine": one_of("engine", engine),
     }
+    settings |= {"window_s": window_s, "token_budget": token_budget, "label_space": label_space}
     samples = read_samples(clips, asked, label)
     ready(out)
     import torch
@@ -130,7 +143,7 @@ def trace(
     lens = from_pretrained(model, device=device, dtype=getattr(torch, dtype))
     if cut:
         samples = cut_to_hearing(lens, samples)
-    traced = causal_trace(lens, samples, attribute=asked, label_space=label_space, batch_size=batch_size, **settings)
+    traced = causal_trace(lens, samples, attribute=asked, **settings)
     show(traced, [], out)
 
 

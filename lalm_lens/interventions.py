@@ -18,10 +18,10 @@ from transformer_lens.hook_points import HookPoint
 from lalm_lens.errors import HookError, InputError
 from lalm_lens.runs import Positions, Source, as_index
 
-Site = Literal[
-    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "post",
-    "adapter_in", "adapter_out",
-]  # fmt: skip
+BlockSite = Literal[
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "post"
+]
+Site = Literal[BlockSite, "adapter_in", "adapter_out"]
 Stack = Literal["decoder", "audio_encoder"]
 NamedHook = tuple[str, Callable[[Any, HookPoint], Any]]
 

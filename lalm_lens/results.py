@@ -16,7 +16,8 @@ from lalm_lens.errors import DataError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Kind = Literal["layer", "audio_layer", "token"]
+GridKind = Literal["layer", "audio_layer", "token", "audio_window", "encoder_window"]
+Kind = Literal[GridKind, "moment"]  # a window that a search for the moment tried
 Status = Literal["kept", "clean_wrong", "corrupted_right", "no_gap"]
 View = Literal["layers", "tokens", "segments"]
 EMBED_LAYER = -1  # rows of site "embed": the merged embedding, before block 0
@@ -42,7 +43,11 @@ COLUMNS = {
     "has_gap": "bool",  # m_clean > m_corrupted
     "kind": "str",
     "site": "str",
-    "layer": "int64",  # 0-based block; -1 is the embedding
+    "layer": "int64",  # 0-based block, of the encoder for an `encoder_window`; -1 is the embedding
+    "head": "Int64",  # of a site by head
+    "neurons": "str",  # first and last of those patched together, of the site `post`
+    "start_s": "float64",  # of a window: the stretch of the clip that it holds
+    "end_s": "float64",
     "position": "Int64",  # absolute, without padding
     "text_index": "Int64",  # from the end: -1 is the last position
     "token": "str",
@@ -57,7 +62,8 @@ COLUMNS = {
     "m_corrupted": "float64",
     "m_patched": "float64",
     "recovery": "float64",
-    "noise": "float64",  # what batching alone does to this sample's recovery rates
+    "noise": "float64",  # the recovery rate of a run in which nothing is patched: what rounding alone does
+    "engine": "str",  # sweep, or hooks
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may need the network
+os.environ["PIP_NO_INDEX"] = "1"  # nor install anything, as TransformerLens' bridge does where it misses torchvision
 
 import pytest
 import torch

@@ -22,7 +22,10 @@ def caches(pair):
     hf.config.architectures = ["Qwen2AudioForConditionalGeneration"]
     batch = hf_batch(chirps([0.9, 0.5]))
     tokenizer = AutoTokenizer.from_pretrained(TINY_LALM)
-    bridge = TransformerBridge.boot_transformers("tiny", hf_model=deepcopy(hf), device="cpu", tokenizer=tokenizer)
+    # A folder with a processor: where TransformerLens finds none, it installs torchvision, and another torch with it.
+    bridge = TransformerBridge.boot_transformers(
+        str(TINY_LALM), hf_model=deepcopy(hf), device="cpu", tokenizer=tokenizer
+    )
     audio = {name: value for name, value in batch.items() if name != "input_ids"}
     with torch.no_grad():
         their_logits, theirs = bridge.run_with_cache(batch["input_ids"], **audio)

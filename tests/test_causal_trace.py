@@ -10,6 +10,7 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.attributes import ATTRIBUTES, Attribute
 from lalm_lens.datasets import Sample, read_folder
+from lalm_lens.engine.cost import Cost
 from lalm_lens.errors import AudioError, DataError, HookError, InputError, PromptError
 from lalm_lens.experiments.causal_trace import causal_trace, exclusions
 from lalm_lens.experiments.recovery import Recovery
@@ -158,7 +159,7 @@ def test_excluded_samples_keep_their_rows(traces):
 )
 def test_the_first_exclusion_that_applies_is_told(clean_right, corrupted_right, m, status):
     nothing = torch.empty(0, dtype=torch.float64)
-    recovery = Recovery(0.5, 0.5, *m, 0.0, [], nothing, nothing, nothing)
+    recovery = Recovery(0.5, 0.5, *m, 0.0, [], nothing, nothing, nothing, {}, "sweep", Cost(0, 0, 0.0, 0))
     told = exclusions(recovery, clean_right, corrupted_right)
     assert told["status"] == status
     assert (told["clean_right"], told["corrupted_right"]) == (clean_right, corrupted_right)
@@ -224,8 +225,10 @@ def test_what_cannot_be_traced_is_refused(tiny_lalm, pair):
     male = Sample("a.wav", "male", sample.waveform)
     with pytest.raises(DataError, match="listed 2 times"):
         causal_trace(tiny_lalm, [male, male], attribute="gender")
-    with pytest.raises(InputError, match="batch_size"):
-        causal_trace(tiny_lalm, [male], attribute="gender", batch_size=0)
+    with pytest.raises(InputError, match="n_together"):
+        causal_trace(tiny_lalm, [male], attribute="gender", n_together=0)
+    with pytest.raises(InputError, match="token budget"):
+        causal_trace(tiny_lalm, [male], attribute="gender", token_budget=0)
     with pytest.raises(AudioError, match=r"a\.wav of 3\.00 s"):
         causal_trace(tiny_lalm, [Sample("a.wav", "male", chirps([3.0])[0])], attribute="gender")
     with pytest.raises(AudioError, match=r"a\.wav is digital silence"):

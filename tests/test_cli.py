@@ -22,12 +22,13 @@ from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
 from lalm_lens.corrupt import OtherClip
 from lalm_lens.datasets import read_folder
-from lalm_lens.experiments.causal_trace import causal_trace
-from lalm_lens.experiments.patching import Site
+from lalm_lens.engine.plan import Engine
+from lalm_lens.experiments.causal_trace import Audio, causal_trace
 from lalm_lens.experiments.recovery import Direction
+from lalm_lens.interventions import BlockSite
 from lalm_lens.loading import from_pretrained
 from lalm_lens.metrics import Metric, Predict
-from lalm_lens.results import CausalTrace
+from lalm_lens.results import CausalTrace, GridKind
 
 PNG = b"\x89PNG"
 
@@ -142,7 +143,16 @@ def test_long_clips_are_cut_on_demand(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("option", "type_"),
-    {"form": Form, "site": Site, "metric": Metric, "predict": Predict, "direction": Direction}.items(),
+    {
+        "form": Form,
+        "site": BlockSite,
+        "metric": Metric,
+        "predict": Predict,
+        "direction": Direction,
+        "kinds": GridKind,
+        "audio": Audio,
+        "engine": Engine,
+    }.items(),
 )
 def test_the_choices_are_those_of_the_library(option, type_):
     assert cli.CHOICES[option] == get_args(type_)

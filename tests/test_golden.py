@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from lalm_lens.experiments.patching import run
-from lalm_lens.experiments.recovery import Recovery, recover
+from lalm_lens.experiments.cells import Grid, cells
+from lalm_lens.experiments.recovery import Case, Recovery, recover
 from lalm_lens.inputs import Inputs
 from lalm_lens.loading import from_pretrained, our_conversions
 from lalm_lens.metrics import Answer
+from lalm_lens.prompts import Position, Prompt
 from lalm_lens.results import EMBED_LAYER
+from lalm_lens.runs import Run
 
 HERE = Path(__file__).parent
 INPUT_NAMES = ("input_ids", "attention_mask", "feature_attention_mask")
@@ -105,15 +107,15 @@ class GoldenSet:
 
     @cached_property
     def recoveries(self) -> list[Recovery]:
-        return [
-            recover(
-                self.model,
-                *(run(self.model, self.alone(name, row), "resid_post") for name in RUNS),
-                is_audio=self.is_audio[row, self.is_token[row]],
-                answer=Answer((int(target),)),
-            )
-            for row, target in enumerate(self.targets)
-        ]
+        cases = [self.case(row, Answer((int(target),))) for row, target in enumerate(self.targets)]
+        return recover(self.model, cases, engine="sweep")
+
+    def case(self, row: int, answer: Answer) -> Case:
+        tokens = self.alone("clean", row).tokens[0].tolist()
+        where = ("audio" if token == self.model.lalm_cfg.audio_token else "late" for token in tokens)
+        prompt = Prompt(tuple(tokens), tuple(Position("", region) for region in where))
+        clean, corrupted = (Run(self.alone(name, row), prompt) for name in RUNS)
+        return Case(clean, corrupted, answer, cells(self.model, Grid(), clean))
 
     def patched(self, kind: str, embed: bool = False) -> Tensor:
         """[batch, layer (, position)] of the patched runs of one kind; with `embed`, those of the embedding."""
@@ -121,7 +123,7 @@ class GoldenSet:
         for recovery in self.recoveries:
             of_kind = [
                 p
-                for patch, p in zip(recovery.patches, recovery.p_patched, strict=True)
+                for patch, p in zip(recovery.cells, recovery.p_patched, strict=True)
                 if patch.kind == kind and (patch.layer == EMBED_LAYER) == embed
             ]
             rows.append(torch.stack(of_kind))

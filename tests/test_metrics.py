@@ -83,7 +83,7 @@ def test_traces_match_plain_hf(tiny_lalm, hf, processor, metric, site, direction
         metric=metric,
         direction=direction,
         label_space=space,
-        batch_size=20,
+        n_together=2,
         progress=False,
     ).to_frame()
     tokens = [processor.tokenizer(" " * space + label).input_ids for label in LABELS]
@@ -178,7 +178,9 @@ def test_a_prediction_in_the_vocabulary_has_more_rivals(tiny_lalm):
 
 def test_a_trace_of_noise_is_repeatable(tiny_lalm):
     first, again = (
-        causal_trace(tiny_lalm, order, attribute=OWN, corruption=WhiteNoise(3.0), progress=False).to_frame()
+        causal_trace(
+            tiny_lalm, order, attribute=OWN, corruption=WhiteNoise(3.0), n_together=1, progress=False
+        ).to_frame()
         for order in (SAMPLES, SAMPLES[::-1])
     )
     again = again.sort_values("sample", kind="stable", ignore_index=True)

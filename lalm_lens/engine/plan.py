@@ -1,6 +1,6 @@
 """`Plan`: many branches, what they cost, and the two ways to run them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -47,7 +47,8 @@ class Plan:
     `engine` is "sweep", which computes what the changes can reach and nothing else; "hooks", one run with hooks for
     each branch; or "auto", the sweep wherever it can. `token_budget` bounds how many tokens go through a block
     together, and with them the memory; it halves itself where memory runs out. The runs that are branched off, and
-    those that states are taken from, run here, once each; `cost()` tells what the branches will take.
+    those that states are taken from, run here, once each, or not again where they ran for the plan `before` this
+    one; `cost()` tells what the branches will take.
 
     Raises `InputError` for what the model or a run does not have, and for what the sweep cannot do where it is asked
     for by name; `HookError` for the sweep of a model on which hooks are attached.
@@ -61,6 +62,7 @@ class Plan:
         *,
         engine: Engine = "auto",
         token_budget: int | None = None,
+        before: "Plan | None" = None,
     ) -> None:
         if not branches:
             raise InputError("Nothing to run: give one branch or more.")
@@ -73,13 +75,14 @@ class Plan:
             for branch in branches
         ]
         self.engine = self.chosen(engine)
-        captured = self.captured()
-        states: Captured = {run: its for run, (_, its) in captured.items()}
+        self.captured = self.capture({} if before is None else before.captured)
+        self.logits = {run: logits for run, (logits, _) in self.captured.items()}
+        states: Captured = {run: its for run, (_, its) in self.captured.items()}
         self.branches = [
             replace(branch, changes=tuple(resolved(change, states) for change in branch.changes))
             for branch in self.branches
         ]
-        self.base = {branch.run: self.base_value(*captured[branch.run]) for branch in self.branches}
+        self.base = {branch.run: self.base_value(*self.captured[branch.run]) for branch in self.branches}
         self.sweep = None
         if self.engine == "sweep":
             bases = {run: self.base_run(run, states, value) for run, value in self.base.items()}
@@ -116,7 +119,7 @@ class Plan:
                     )
         return None
 
-    def captured(self) -> dict[Run, tuple[Tensor, States]]:
+    def capture(self, before: Mapping[Run, tuple[Tensor, States]]) -> dict[Run, tuple[Tensor, States]]:
         """The logits of each run, and its states where they are needed."""
         names = sources(self.branches)
         n_run = n_blocks(self.readout, self.model.decoder_cfg.n_layers)
@@ -126,7 +129,12 @@ class Plan:
                 wanted |= needed(n_run) | compared(branch)
             elif isinstance(self.readout, Resid):
                 wanted |= {f"blocks.{n_run - 1}.hook_resid_post"}
-        return {run: capture(self.model, run, its, self.readout) for run, its in names.items()}
+        return {
+            run: before[run]
+            if run in before and its <= set(before[run][1])
+            else capture(self.model, run, its, self.readout)
+            for run, its in names.items()
+        }
 
     def base_value(self, logits: Tensor, states: States) -> Tensor:
         """What is read from an unchanged run."""

@@ -11,7 +11,9 @@ direction, `noise`, clean and corrupted change places: what is then found is how
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal
 
 import pandas as pd
 from tqdm import tqdm
@@ -20,15 +22,21 @@ from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.audio import check_audible
 from lalm_lens.corrupt import Corruption, Silence
 from lalm_lens.datasets import Sample, refuse_repeated
+from lalm_lens.engine.plan import Engine
 from lalm_lens.errors import AudioError, HookError, InputError, PromptError
-from lalm_lens.experiments.patching import Site, run
-from lalm_lens.experiments.recovery import Direction, Recovery, recover
+from lalm_lens.experiments.cells import Cell, Grid, cells, len_prompt
+from lalm_lens.experiments.moment import Search, find_moments
+from lalm_lens.experiments.recovery import Case, Direction, Recovery, recover
+from lalm_lens.interventions import BlockSite
 from lalm_lens.metrics import Answer, Metric, Predict, is_right
 from lalm_lens.model import HookedLALM
 from lalm_lens.pieces import user_pieces
 from lalm_lens.prompts import Processor, Prompt
-from lalm_lens.results import EMBED_LAYER, CausalTrace
+from lalm_lens.results import EMBED_LAYER, CausalTrace, GridKind
+from lalm_lens.runs import Run
 from lalm_lens.shapes import typed
+
+Audio = Literal["whole", "windows", "coarse-to-fine"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +45,15 @@ class Plan:
 
     attribute: Attribute
     form: Form
-    site: Site
+    grid: Grid
     corruption: Corruption
     metric: Metric
     predict: Predict
     direction: Direction
     label_space: bool
-    batch_size: int
+    engine: Engine
+    token_budget: int | None
+    n_together: int
 
 
 @typed
@@ -53,33 +63,58 @@ def causal_trace(
     *,
     attribute: str | Attribute,
     form: Form = "P3",
-    site: Site = "resid_post",
+    site: BlockSite = "resid_post",
     corruption: Corruption = Silence(),  # noqa: B008  it is frozen
     metric: Metric = "probability",
     predict: Predict = "labels",
     direction: Direction = "denoise",
     label_space: bool = True,
-    batch_size: int = 32,
+    kinds: Sequence[GridKind] = (),
+    audio: Audio = "whole",
+    window_s: float = 1.0,
+    n_neurons: int = 128,
+    engine: Engine = "auto",
+    token_budget: int | None = None,
+    n_together: int = 8,
     progress: bool = True,
 ) -> CausalTrace:
     """Trace when and where the model fuses each clip with the question (sections 3.2, 3.3).
 
     Layer-wise: the states of all text positions of one layer (kind `layer`), and of all audio positions (kind
-    `audio_layer`); token-wise: one text position after the audio (kind `token`). `site` is the state that is patched,
-    in every block, and for the residual stream the merged embedding beside it. `batch_size` patched runs share a
-    forward. A sample is `kept` unless the clean run is wrong, the corrupted run is right, or its metric is not below
-    the clean one (section 3.1); what is not kept is traced as well and keeps its rows. A prediction is the largest
-    logit among the labels' first tokens, or with `predict="vocab"` in the whole vocabulary.
+    `audio_layer`); token-wise: one text position after the audio (kind `token`); `kinds` may ask for windows of
+    `window_s` seconds as well, of the audio positions (`audio_window`) or in the encoder's blocks (`encoder_window`).
+    `audio="windows"` adds the former; "coarse-to-fine" looks for the moment that decided, by windows of the audio
+    embeddings that are halved where the effect is, to one position (kind `moment`).
+    `site` is the state that is patched, in every block, and for the residual stream the merged embedding beside it; at
+    `q k v z pattern` it is one head's, at `post` that of `n_neurons` neurons. `engine` and `token_budget` are those of
+    `Plan`; `n_together` clips go through the model in one sweep and share what they have in common, as silence of the
+    same length. A sample is `kept` unless the clean run is wrong, the corrupted run is right, or its metric is not
+    below the clean one (section 3.1); what is not kept is traced as well and keeps its rows. A prediction is the
+    largest logit among the labels' first tokens, or with `predict="vocab"` in the whole vocabulary.
 
     Raises `PromptError` for a prompt without a needed part and for labels that cannot be told apart or are not the
     attribute's, `AudioError` for a clip that the model cannot hear, `DataError` for a clip that comes twice or has no
     other clip to be corrupted by, `InputError` if a run is not finite.
     """
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
-    plan = Plan(attribute, form, site, corruption, metric, predict, direction, label_space, batch_size)
+    grid = Grid(site, tuple(kinds), window_s, n_neurons)
+    if audio == "windows":
+        grid = replace(grid, kinds=(*grid.chosen, "audio_window"))
+    rest = (corruption, metric, predict, direction, label_space, engine, token_budget, n_together)
+    plan = Plan(attribute, form, grid, *rest)
     check(model, samples, plan)
-    with tqdm(samples, desc=f"tracing {attribute.name}", unit="clip", disable=not progress) as bar:
-        frames = [trace_sample(model, sample, samples, plan) for sample in bar]
+    frames = []
+    with tqdm(total=len(samples), desc=f"tracing {attribute.name}", unit="clip", disable=not progress) as bar:
+        for together in chunks(model, samples, plan):
+            cases = [case for _, _, case in together]
+            settings: dict = {"metric": metric, "direction": direction, "engine": engine, "token_budget": token_budget}
+            found = [recover(model, cases, **settings)]
+            if audio == "coarse-to-fine":
+                found.append(find_moments(model, cases, Search(window_s), **settings))
+            for its, of_sample in zip(together, zip(*found, strict=True), strict=True):
+                frames += [frame_of(model, *its, each, plan) for each in of_sample]
+            bar.set_postfix_str(str(found[0][0].cost))
+            bar.update(len(together))
     return CausalTrace.concat(frames)
 
 
@@ -87,8 +122,8 @@ def check(model: HookedLALM, samples: Sequence[Sample], plan: Plan) -> None:
     """Everything that can be known to be wrong before the long work begins."""
     refuse_foreign_hooks(model)
     refuse_repeated(samples)
-    if plan.batch_size < 1:
-        raise InputError(f"batch_size is a number of patched runs, 1 or more; got {plan.batch_size}.")
+    if plan.n_together < 1:
+        raise InputError(f"n_together is a number of clips, 1 or more; got {plan.n_together}.")
     processor, labels = processor_of(model), plan.attribute.labels
     if len(labels) < 2:
         raise PromptError(f"An answer is right or wrong among two labels or more; got {list(labels)}.")
@@ -135,26 +170,34 @@ def answer_of(processor: Processor, label: str, plan: Plan) -> Answer:
     return Answer(whole if plan.metric == "label_score" else whole[:1], others)
 
 
-def trace_sample(model: HookedLALM, sample: Sample, samples: Sequence[Sample], plan: Plan) -> pd.DataFrame:
+Traced = tuple[Sample, str, Case]  # what is traced, what the corrupted run hears, how
+
+
+def chunks(model: HookedLALM, samples: Sequence[Sample], plan: Plan) -> Iterator[list[Traced]]:
+    """Some samples at a time. Those whose answers are read at more tokens than others' go by themselves."""
+    for start in range(0, len(samples), plan.n_together):
+        runs: dict[tuple, Run] = {}
+        traced = [case_of(model, sample, samples, plan, runs) for sample in samples[start : start + plan.n_together]]
+        for _, alike in groupby(traced, lambda its: len(its[2].answer.tokens)):
+            yield list(alike)
+
+
+def case_of(model: HookedLALM, sample: Sample, samples: Sequence[Sample], plan: Plan, runs: dict[tuple, Run]) -> Traced:
     processor = processor_of(model)
     prompt, answer = prompt_of(processor, sample, plan), answer_of(processor, sample.label, plan)
-    corrupted_clip = plan.corruption.of(sample, samples)
+    heard = plan.corruption.of(sample, samples)
     forced = processor.begun(prompt, answer.tokens[:-1])
-    clean, corrupted = (
-        run(model, processor.inputs([forced], [waveform]), plan.site, n_read=len(answer.tokens))
-        for waveform in (sample.waveform, corrupted_clip.waveform)
-    )
-    recovery = recover(
-        model,
-        clean,
-        corrupted,
-        prompt.is_region("audio"),
-        answer,
-        metric=plan.metric,
-        site=plan.site,
-        direction=plan.direction,
-        batch_size=plan.batch_size,
-    )
+    clean = Run(processor.inputs([forced], [sample.waveform]), forced)
+    key = (forced.tokens, heard.waveform.numpy().tobytes())  # silence of one length is the same run for all clips
+    if key not in runs:
+        runs[key] = Run(processor.inputs([forced], [heard.waveform]), forced)
+    return sample, heard.name, Case(clean, runs[key], answer, cells(model, plan.grid, clean))
+
+
+def frame_of(model: HookedLALM, sample: Sample, heard: str, case: Case, recovery: Recovery, plan: Plan) -> pd.DataFrame:
+    """One row per patched run."""
+    assert case.clean.prompt is not None
+    is_right_in = {name: is_right(its, case.answer, plan.predict) for name, its in recovery.logits.items()}
     about = {
         "model": model.cfg.model_name,
         "attribute": plan.attribute.name,
@@ -166,14 +209,15 @@ def trace_sample(model: HookedLALM, sample: Sample, samples: Sequence[Sample], p
         "prefix": plan.attribute.prefix,
         "seed": getattr(plan.corruption, "seed", None),
         "label_space": plan.label_space,
-        "corruption": corrupted_clip.name,
+        "corruption": heard,
         "metric": plan.metric,
         "predict": plan.predict,
         "direction": plan.direction,
-        **exclusions(recovery, *(is_right(each.logits[0], answer, plan.predict) for each in (clean, corrupted))),
+        "engine": recovery.engine,
+        **exclusions(recovery, is_right_in["clean"], is_right_in["corrupted"]),
         **{name: getattr(recovery, name) for name in ("p_clean", "p_corrupted", "m_clean", "m_corrupted", "noise")},
     }
-    return pd.DataFrame([{**about, **row} for row in rows_of(recovery, prompt, plan.site)])
+    return pd.DataFrame([{**about, **row} for row in rows_of(recovery, case.clean.prompt, len_prompt(case.clean))])
 
 
 def said_by_user(attribute: Attribute, form: Form) -> str:
@@ -196,27 +240,39 @@ def exclusions(recovery: Recovery, clean_right: bool, corrupted_right: bool) -> 
     }
 
 
-def rows_of(recovery: Recovery, prompt: Prompt, site: Site) -> Iterator[dict]:
-    """One row per patch."""
+def rows_of(recovery: Recovery, prompt: Prompt, n_pos: int) -> Iterator[dict]:
     numbers = zip(recovery.p_patched.tolist(), recovery.m_patched.tolist(), recovery.rate.tolist(), strict=True)
-    for patch, (p_patched, m_patched, rate) in zip(recovery.patches, numbers, strict=True):
+    for cell, (p_patched, m_patched, rate) in zip(recovery.cells, numbers, strict=True):
         yield {
-            "kind": patch.kind,
-            "site": "embed" if patch.layer == EMBED_LAYER else site,
-            "layer": patch.layer,
+            "kind": cell.kind,
+            "site": "embed" if cell.layer == EMBED_LAYER else cell.site,
+            "layer": cell.layer,
             "is_correct": False,
-            **(token_columns(prompt, int(patch.where.nonzero())) if patch.kind == "token" else {}),
+            **unit_columns(cell),
+            **(token_columns(prompt, cell.positions[0], n_pos) if cell.kind == "token" else {}),
             "p_patched": p_patched,
             "m_patched": m_patched,
             "recovery": rate,
         }
 
 
-def token_columns(prompt: Prompt, pos: int) -> dict:
+def unit_columns(cell: Cell) -> dict:
+    """What of the state is patched, and the stretch of the clip it holds."""
+    start_s, end_s = cell.span_s or (None, None)
+    neurons = None if cell.neurons is None else f"{cell.neurons[0]}-{cell.neurons[-1]}"
+    return {
+        "head": None if cell.heads is None else cell.heads[0],
+        "neurons": neurons,
+        "start_s": start_s,
+        "end_s": end_s,
+    }
+
+
+def token_columns(prompt: Prompt, pos: int, n_pos: int) -> dict:
     position = prompt.positions[pos]
     return {
         "position": pos,
-        "text_index": pos - len(prompt),
+        "text_index": pos - n_pos,
         "token": position.token,
         "region": position.region,
         "segment": position.segment,

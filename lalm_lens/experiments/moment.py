@@ -1,0 +1,99 @@
+"""Which moment of a clip decided: windows of audio, from coarse to fine.
+
+The audio embeddings of one window at a time are those of the other run. The windows that bring back most are halved,
+again and again, to one audio position. A branch at the embedding costs the positions from its window on, in every
+block; so this costs a few dozen forwards, where every single position would cost hundreds.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lalm_lens.engine.cost import Cost
+from lalm_lens.engine.plan import Engine, Plan
+from lalm_lens.errors import InputError
+from lalm_lens.experiments.cells import Cell, position_s, windows
+from lalm_lens.experiments.recovery import Case, Direction, Recovery, branches_of, readout_of, recoveries
+from lalm_lens.metrics import Metric
+from lalm_lens.model import HookedLALM
+from lalm_lens.results import EMBED_LAYER
+from lalm_lens.runs import Run
+from lalm_lens.shapes import typed
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a moment is looked for: windows of `window_s` seconds first, and the `n_best` of each size halved."""
+
+    window_s: float = 1.0
+    n_best: int = 2
+
+    def __post_init__(self) -> None:
+        if self.window_s <= 0 or self.n_best < 1:
+            raise InputError(f"A search needs windows longer than 0 s and 1 best or more; got {self}.")
+
+
+def coarse(model: HookedLALM, run: Run, search: Search) -> list[Cell]:
+    """The windows that a search begins with."""
+    return [
+        Cell("moment", "resid_post", EMBED_LAYER, where, span_s=span)
+        for where, span in windows(run.indices("audio"), position_s(model), search.window_s)
+    ]
+
+
+def halves(cell: Cell, each_s: float) -> Iterator[Cell]:
+    """The two halves of a window, the earlier one the longer."""
+    assert cell.span_s is not None
+    middle = -(-len(cell.positions) // 2)
+    start_s, end_s = cell.span_s
+    middle_s = start_s + middle * each_s
+    yield replace(cell, positions=cell.positions[:middle], span_s=(start_s, middle_s))
+    yield replace(cell, positions=cell.positions[middle:], span_s=(middle_s, end_s))
+
+
+@typed
+def find_moments(
+    model: HookedLALM,
+    cases: Sequence[Case],
+    search: Search = Search(),
+    *,
+    metric: Metric = "probability",
+    direction: Direction = "denoise",
+    engine: Engine = "auto",
+    token_budget: int | None = None,
+) -> list[Recovery]:
+    """Every window that was tried, of each case; the cells of the cases are not looked at. The runs run once."""
+    each_s = position_s(model)
+    asked = [replace(case, cells=coarse(model, case.clean, search)) for case in cases]
+    found: list[list[Recovery]] = [[] for _ in cases]
+    tokens, readout = readout_of(cases)
+    plan = None
+    while any(case.cells for case in asked):
+        branches = branches_of(asked, direction)
+        plan = Plan(model, branches, readout, engine=engine, token_budget=token_budget, before=plan)
+        for its, recovery in zip(found, recoveries(plan, asked, tokens, metric, direction), strict=True):
+            its.append(recovery)
+        asked = [replace(case, cells=finer(its[-1], search, each_s)) for case, its in zip(asked, found, strict=True)]
+    return [joined(its) for its in found]
+
+
+def finer(recovery: Recovery, search: Search, each_s: float) -> list[Cell]:
+    """Halves of the best windows of the last size; none, once they are single positions."""
+    best = recovery.rate.nan_to_num(nan=-torch.inf).argsort(descending=True)[: search.n_best].tolist()
+    return [half for n in best if len(recovery.cells[n].positions) > 1 for half in halves(recovery.cells[n], each_s)]
+
+
+def joined(recoveries: Sequence[Recovery]) -> Recovery:
+    """The rounds of one case as one."""
+    rounds = [its for its in recoveries if its.cells]
+    parts = {name: torch.cat([getattr(its, name) for its in rounds]) for name in ("p_patched", "m_patched", "rate")}
+    costs = [its.cost for its in rounds]
+    cost = Cost(
+        sum(its.n_branches for its in costs),
+        sum(its.n_skipped for its in costs),
+        sum(its.forwards for its in costs),
+        sum(its.flops for its in costs),
+    )
+    cells = [cell for its in rounds for cell in its.cells]
+    return replace(rounds[0], cells=cells, cost=cost, noise=max(its.noise for its in rounds), **parts)
