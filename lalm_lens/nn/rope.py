@@ -24,6 +24,10 @@ class Rotation:
         first, second = x.chunk(2, dim=-1)
         return x * self.cos + torch.cat([-second, first], dim=-1) * self.sin
 
+    def to(self, device: torch.device | str) -> "Rotation":
+        """As `Tensor.to`, for a block that runs on another GPU."""
+        return Rotation(self.cos.to(device), self.sin.to(device))
+
 
 class Rotary(nn.Module):
     """Plain rotary embedding. Holds no buffer: the angles are computed in float32 where the positions are."""
