@@ -107,6 +107,7 @@ def trace(
     label_space: Annotated[bool, typer.Option(help="Labels begin with a space, as after a word.")] = True,
     cut: Annotated[bool, typer.Option("--cut", help="Cut clips that are longer than the model hears.")] = False,
     device: Device = "cpu",
+    device_map: Annotated[str | None, typer.Option(help="auto: spread over GPUs, CPU and disk, as it fits.")] = None,
     dtype: Dtype = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Patched runs that share a forward.")] = 32,
 ) -> None:
@@ -127,7 +128,7 @@ def trace(
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.loading import from_pretrained
 
-    lens = from_pretrained(model, device=device, dtype=getattr(torch, dtype))
+    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype))
     if cut:
         samples = cut_to_hearing(lens, samples)
     traced = causal_trace(lens, samples, attribute=asked, label_space=label_space, batch_size=batch_size, **settings)
