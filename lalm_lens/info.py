@@ -14,7 +14,7 @@ from lalm_lens.axes import axes_of
 from lalm_lens.config import DecoderConfig, EncoderConfig, LALMConfig
 from lalm_lens.loading import conversion_for, local_folder, model_name, read_config, skeleton
 from lalm_lens.model import HookedLALM
-from lalm_lens.offload import Placement
+from lalm_lens.placement import Placement
 from lalm_lens.shapes import typed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

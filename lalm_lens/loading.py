@@ -17,7 +17,8 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from lalm_lens.errors import ConversionError, InputError, reason
 from lalm_lens.model import HookedLALM
-from lalm_lens.offload import DeviceMap, MaxMemory, Placement, Store, attach, usable_device
+from lalm_lens.offload import Store, attach
+from lalm_lens.placement import DeviceMap, MaxMemory, Placement, usable_device
 from lalm_lens.prompts import Processor
 from lalm_lens.shapes import typed
 from lalm_lens.weights import FLOATS, Checkpoint, Conversion, Place, StateDict, Tensors, load, onto, read_json

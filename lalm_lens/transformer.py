@@ -22,7 +22,8 @@ from lalm_lens.nn.embed import Embed, Unembed
 from lalm_lens.nn.kv_cache import KeyValueCache, Memory
 from lalm_lens.nn.norm import RMSNorm
 from lalm_lens.nn.rope import ROTARY
-from lalm_lens.offload import Placement, held
+from lalm_lens.offload import held
+from lalm_lens.placement import Placement
 from lalm_lens.shapes import typed
 
 At = int | slice | Int[Tensor, " at"] | None  # positions; None is all

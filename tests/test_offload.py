@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from conversions.qwen2_audio import QWEN2_AUDIO
-from lalm_lens import info, offload
+from lalm_lens import info, offload, placement
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.datasets import read_folder
@@ -27,7 +27,8 @@ from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.inputs import Inputs
 from lalm_lens.interventions import Patch
 from lalm_lens.loading import from_pretrained, skeleton
-from lalm_lens.offload import Placement, Store, attach, held
+from lalm_lens.offload import Store, attach, held
+from lalm_lens.placement import Placement
 from lalm_lens.transformer import HookedTransformer
 from lalm_lens.weights import assign
 
@@ -280,7 +281,7 @@ def test_what_cannot_be_spread_is_refused(checkpoint, monkeypatch, says, spread)
 
 
 def test_a_block_is_not_split_over_gpus(checkpoint, monkeypatch):
-    monkeypatch.setattr(offload, "usable_device", torch.device)
+    monkeypatch.setattr(placement, "usable_device", torch.device)
     with pytest.raises(InputError, match=r"splits blocks\.1.* over cuda:0 and cuda:1"):
         from_pretrained(checkpoint, device_map={"blocks.1.mlp": "cuda:1", "": "cuda:0"})
 
@@ -336,7 +337,7 @@ def test_several_gpus_meet_no_tensor_of_another(checkpoint):
     places = {"blocks.0": "cuda:0", "blocks.1": "cuda:1", "blocks.2": "cpu", "blocks.3": "disk"}
     places |= {"embed": "cuda:0", "ln_final": "cuda:1", "unembed": "cuda:1", "adapter": "cuda:1"}
     places |= {"audio_encoder": "cuda:0", "audio_encoder.W_pos": "cuda:1", "audio_encoder.conv2": "cuda:1"}
-    lies = {name: offload.said_of(name, places) for name, _ in model.named_parameters()}
+    lies = {name: placement.said_of(name, places) for name, _ in model.named_parameters()}
     model.placement, seen = Placement.from_lies(model, lies), {}
 
     class Pretended(Store):
