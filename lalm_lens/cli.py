@@ -110,6 +110,7 @@ def trace(
     label_space: Annotated[bool, typer.Option(help="Labels begin with a space, as after a word.")] = True,
     cut: Annotated[bool, typer.Option("--cut", help="Cut clips that are longer than the model hears.")] = False,
     device: Device = "cpu",
+    device_map: Annotated[str | None, typer.Option(help="auto: spread over GPUs, CPU and disk, as it fits.")] = None,
     dtype: Dtype = "float32",
     kinds: Annotated[str, choice("kinds", "What is patched at a time, with commas between")] = "",
     audio: Annotated[str, choice("audio", "How finely the audio is looked at")] = "whole",
@@ -140,7 +141,7 @@ def trace(
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.loading import from_pretrained
 
-    lens = from_pretrained(model, device=device, dtype=getattr(torch, dtype))
+    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype))
     if cut:
         samples = cut_to_hearing(lens, samples)
     traced = causal_trace(lens, samples, attribute=asked, **settings)

@@ -30,3 +30,8 @@ class HookError(LensError, KeyError):
 
 class DataError(LensError, ValueError):
     """A folder of clips that is not in audiofolder layout, or contradicts itself."""
+
+
+def reason(error: BaseException | None) -> str:
+    """The first line of what somebody else's error says."""
+    return (str(error).strip() or "for no reason given").splitlines()[0]

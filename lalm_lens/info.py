@@ -14,6 +14,7 @@ from lalm_lens.axes import axes_of
 from lalm_lens.config import DecoderConfig, EncoderConfig, LALMConfig
 from lalm_lens.loading import conversion_for, local_folder, model_name, read_config, skeleton
 from lalm_lens.model import HookedLALM
+from lalm_lens.placement import Placement
 from lalm_lens.shapes import typed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,6 +35,7 @@ class ModelInfo:
     n_audio: int  # audio tokens of such a clip
     n_text: int  # tokens of the prompt beside it, for which the caches are counted
     cache_bytes: dict[str, dict[str, int]]  # by what is cached, then by dtype
+    spread: dict[str, Placement]  # what device_map="auto" does on this machine, by dtype
     hooks: dict[str, str]  # axes by name, blocks taken together
 
     def __repr__(self) -> str:
@@ -51,6 +53,7 @@ class ModelInfo:
             f"{'memory':18} {'float32':>12} {'bfloat16':>12}",
             *(f"{what:18} {megabytes(of['float32'])} {megabytes(of['bfloat16'])}" for what, of in memory.items()),
             f"(cached by run_with_cache: of one clip of {self.heard_s:g} s and {self.n_text} tokens of text)",
+            f'device_map="auto" here: {", ".join(f"{dtype} {where}" for dtype, where in self.spread.items())}',
             "",
             *(f"{name:{width}}  [{axes}]" for name, axes in self.hooks.items()),
         ]
@@ -79,6 +82,7 @@ def info(path_or_hub_id: str | Path, *, n_text: int = 60) -> ModelInfo:
             what: {dtype: n_bytes(states, chosen) for dtype, states in passed.items()}
             for what, chosen in CACHED.items()
         },
+        spread={name: Placement.of(model.to(dtype), "auto") for name, dtype in DTYPES.items()},
         hooks=collapsed(model.hook_dict),
     )
 

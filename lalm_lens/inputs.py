@@ -67,5 +67,6 @@ class Embedded:
     embed: Float[Tensor, "batch pos d_model"]
     attention_mask: Bool[Tensor, "batch pos"]
 
-    def to(self, device: torch.device | str | None) -> "Embedded":
+    def to(self, device: torch.device | str) -> "Embedded":
+        """As `Tensor.to`."""
         return Embedded(self.embed.to(device), self.attention_mask.to(device))

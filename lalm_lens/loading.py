@@ -15,11 +15,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from lalm_lens.errors import ConversionError, InputError
+from lalm_lens.errors import ConversionError, InputError, reason
 from lalm_lens.model import HookedLALM
+from lalm_lens.offload import Store, attach
+from lalm_lens.placement import DeviceMap, MaxMemory, Placement, usable_device
 from lalm_lens.prompts import Processor
 from lalm_lens.shapes import typed
-from lalm_lens.weights import FLOATS, Checkpoint, Conversion, StateDict, Tensors, load, read_json
+from lalm_lens.weights import FLOATS, Checkpoint, Conversion, Place, StateDict, Tensors, load, onto, read_json
 
 # What transformers raises for a tokenizer, feature extractor, config or weight file that it cannot use.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
@@ -38,10 +40,6 @@ class Readable(AbstractContextManager):
             raise ConversionError(f"{self.what} ({type(error).__name__}: {reason(error)}). {self.advice}") from error
 
 
-def reason(error: BaseException | None) -> str:
-    return (str(error).strip() or "for no reason given").splitlines()[0]
-
-
 @typed
 def from_pretrained(
     path_or_hub_id: str | Path,
@@ -49,6 +47,9 @@ def from_pretrained(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     conversion: Conversion | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | Path | None = None,
 ) -> HookedLALM:
     """Load a published checkpoint as a hooked model in eval mode, with its processor beside it.
 
@@ -56,14 +57,32 @@ def from_pretrained(
     follows from the config's `model_type`, unless one is given. float32 is the default because the numbers that a
     trace compares are small; bfloat16 halves the memory. Raises `ConversionError` if a tensor or a config key is
     unknown, missing or misshapen.
+
+    `device_map`, in place of `device`, spreads a model over GPUs, CPU and disk: accelerate's "auto" ("balanced",
+    "balanced_low_0", "sequential") within `max_memory` per device, as {0: "20GB", "cpu": "60GB"}; or your own map from
+    modules to places, as {"blocks.2": "disk", "": "cpu"}. Such a model runs on the first GPU of the map, or on the CPU:
+    inputs may be given on any device, logits come back on that one. What goes to disk lies in a new folder inside
+    `offload_folder`, by default the system's temporary one, as long as the model lives. Raises `InputError` for a map
+    or folder that cannot be used.
     """
     device = usable_device(device)
+    if device_map is None and (max_memory, offload_folder) != (None, None):
+        raise InputError("max_memory and offload_folder belong to a device_map: give device_map='auto' with them.")
+    if device_map is not None and device.type != "cpu":
+        raise InputError(f"device = {str(device)!r} and a device_map contradict each other: give one of them.")
     folder = local_folder(path_or_hub_id)
     config = read_config(folder)
     conversion = conversion or conversion_for(config)
     model = skeleton(config, conversion, model_name(path_or_hub_id))
     with ExitStack() as stack:
-        fill(model, Checkpoint.open(folder, stack), conversion, dtype, device)
+        checkpoint = Checkpoint.open(folder, stack)
+        if device_map is None:
+            fill(model, checkpoint, conversion, onto(device, dtype))
+        else:
+            model.placement = Placement.of(model.to(dtype), device_map, max_memory)
+            store = Store(model, model.placement, dtype, offload_folder)
+            fill(model, checkpoint, conversion, store.put)
+            attach(model, model.placement, store)
     generation = folder / "generation_config.json"
     model.stop_tokens = stop_tokens(read_json(generation) if generation.is_file() else {}, config)
     return with_processor(model, read_processor(folder), conversion)
@@ -87,7 +106,7 @@ def from_hf(
     conversion = conversion or conversion_for(config)
     ours = skeleton(config, conversion, model_name(model.name_or_path or state.name))
     one = next(iter(state.tensors.values()))
-    fill(ours, state, conversion, one.dtype, one.device)
+    fill(ours, state, conversion, onto(one.device, one.dtype))
     generation = model.generation_config
     ours.stop_tokens = stop_tokens({} if generation is None else generation.to_dict(), config)
     return with_processor(ours, processor, conversion)
@@ -110,8 +129,8 @@ def skeleton(config: Mapping[str, Any], conversion: Conversion, name: str) -> Ho
         return HookedLALM(cfg, conversion.encoder(cfg), conversion.adapter(cfg), name)
 
 
-def fill(model: HookedLALM, tensors: Tensors, conversion: Conversion, dtype: torch.dtype, device: torch.device) -> None:
-    load(model, tensors, conversion.rows(model.lalm_cfg), conversion.layouts, dtype, device)
+def fill(model: HookedLALM, tensors: Tensors, conversion: Conversion, place: Place) -> None:
+    load(model, tensors, conversion.rows(model.lalm_cfg), conversion.layouts, place)
     model.tie()
     model.follow_weights()
     model.eval()
@@ -158,16 +177,6 @@ def model_name(path_or_hub_id: str | Path) -> str:
     """The Hub id, or the name of the folder: a downloaded snapshot's folder is named by a hash."""
     path = Path(path_or_hub_id).expanduser()
     return path.resolve().name if path.is_dir() else str(path_or_hub_id)
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    try:
-        there = torch.empty(0, device=device).device
-        if there.type == "meta":
-            raise RuntimeError("it holds shapes and no numbers")
-        return there
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch asserts that it was built with CUDA
-        raise InputError(f"The device {str(device)!r} cannot be used here: {reason(error)}") from None
 
 
 def local_folder(path_or_hub_id: str | Path, wanted: Sequence[str] = WANTED) -> Path:

@@ -78,6 +78,7 @@ class HookedLALM(HookedTransformer):
 
         Raises `InputError` if placeholders and audio do not match one to one.
         """
+        inputs = self.here(inputs)
         text = self.embed(inputs.tokens)
         is_audio = inputs.tokens == self.lalm_cfg.audio_token
         n_audio = inputs.tokens.new_zeros(0) if inputs.n_frames is None else self.audio_encoder.n_audio(inputs.n_frames)
@@ -147,7 +148,8 @@ class HookedLALM(HookedTransformer):
             f"HookedLALM({self.cfg.model_name!r}, {self.lalm_cfg.model_type}: audio encoder {encoder.n_layers} x "
             f"{encoder.d_model}, decoder {decoder.n_layers} x {decoder.d_model}, {decoder.n_heads} heads on "
             f"{decoder.n_kv_heads} key-value heads, vocabulary {decoder.d_vocab}, "
-            f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f} M parameters, {self.cfg.dtype}, {self.cfg.device})"
+            f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f} M parameters, {self.cfg.dtype}, {self.cfg.device}"
+            f"{'' if self.placement is None else f'; {self.placement}'})"
         )
 
 
@@ -169,6 +171,7 @@ class BoundLALM(HookedLALM):
         vars(self).update(vars(model))  # the same modules and hook points: no copy, and no second model to keep in step
         self.model = [model]  # in a list, so that it does not count as a part of itself
         self.padding = self.decoder_cfg.d_vocab  # behind it, one token for each audio position
+        inputs = [self.here(each) for each in inputs]
         self.plain = [each.tokens for each in inputs]
         self.is_token = [each.attention_mask for each in inputs]
         self.tokens: tuple[Int[Tensor, "batch pos"], ...] = ()

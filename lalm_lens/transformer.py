@@ -1,9 +1,11 @@
 """`HookedTransformer`: a decoder on TransformerLens' hook points, under TransformerLens' names."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.config.transformer_lens_config import TransformerLensConfig
@@ -11,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.bridge_config import bridge_config, decoder_config
 from lalm_lens.config import DecoderConfig, EncoderConfig
-from lalm_lens.errors import InputError
+from lalm_lens.errors import InputError, LensError
 from lalm_lens.generation import Generates
 from lalm_lens.named_weights import NamedWeights
 from lalm_lens.nn.attention import causal_mask
@@ -20,6 +22,8 @@ from lalm_lens.nn.embed import Embed, Unembed
 from lalm_lens.nn.kv_cache import KeyValueCache, Memory
 from lalm_lens.nn.norm import RMSNorm
 from lalm_lens.nn.rope import ROTARY
+from lalm_lens.offload import held
+from lalm_lens.placement import Placement
 from lalm_lens.shapes import typed
 
 At = int | slice | Int[Tensor, " at"] | None  # positions; None is all
@@ -43,6 +47,8 @@ class HookedTransformer(Generates, NamedWeights):
     `blocks.{l}.mlp.hook_pre/pre_linear/post`, `blocks.{l}.ln1/ln2.hook_scale/hook_normalized`, `ln_final.hook_*`;
     once switched on, `blocks.{l}.attn.hook_result/attn_in/q_input/k_input/v_input` and `blocks.{l}.hook_mlp_in`.
     """
+
+    placement: Placement | None = None  # where the weights of a model lie that was loaded with a device_map
 
     def __init__(self, cfg: DecoderConfig | TransformerLensConfig, name: str | None = None):
         """From our own config, or from one of TransformerLens'; then the weights are random, as it says."""
@@ -109,6 +115,7 @@ class HookedTransformer(Generates, NamedWeights):
         if kv_cache is not None and len(layers) < self.decoder_cfg.n_layers:
             raise InputError("A key-value cache needs every block: leave out start_at_layer and stop_at_layer.")
         self.refuse_silent_hooks(inputs, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
+        inputs, attention_mask = self.here(inputs), self.here(attention_mask)
         with self.told(offset=kv_cache.n_pos if kv_cache else 0, n_more=kv_cache.n_more if kv_cache else 0):
             if start_at_layer is None:
                 resid, attention_mask = self.enter(inputs, attention_mask)
@@ -124,7 +131,7 @@ class HookedTransformer(Generates, NamedWeights):
 
     def advance(self, inputs: Any, kv_cache: KeyValueCache) -> Float[Tensor, "batch d_vocab"]:
         with self.told(offset=kv_cache.n_pos, n_more=kv_cache.n_more):
-            resid = self.run_blocks(*self.enter(inputs, None), range(self.decoder_cfg.n_layers), kv_cache)
+            resid = self.run_blocks(*self.enter(self.here(inputs), None), range(self.decoder_cfg.n_layers), kv_cache)
             logits = self.unembed(self.ln_final(resid[:, -1:]))[:, -1]
         kv_cache.commit()
         return logits
@@ -166,7 +173,9 @@ class HookedTransformer(Generates, NamedWeights):
         masks = {window: causal_mask(is_token, n_pos, n_key, window, device) for window in set(windows)}
         for layer in layers:
             memory = None if kv_cache is None else Memory(kv_cache, layer)
-            resid = blocks[layer](resid, masks[windows[layer]], rotation, memory)
+            # Switched on, a block reads its own W_*, and not through the modules to which offloaded weights come.
+            with held(blocks[layer]) if self.switched else nullcontext():
+                resid = blocks[layer](resid, masks[windows[layer]], rotation, memory)
         return resid
 
     def live(
@@ -252,15 +261,28 @@ class HookedTransformer(Generates, NamedWeights):
         """Whether the MLP reads its own copy of the residual stream: `hook_mlp_in` [batch, pos, d_model]."""
         self.switch("use_hook_mlp_in", use_hook_mlp_in)
 
+    @property
+    def device(self) -> torch.device:
+        """Where runs begin and end."""
+        return super().device if self.placement is None else torch.device(self.placement.device)
+
+    def here(self, inputs: Any) -> Any:
+        """Inputs on that device, if the model was loaded with a device_map; else as they are."""
+        return inputs if self.placement is None else send_to_device(inputs, self.device)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> "HookedTransformer":
+        if self.placement is not None:
+            raise LensError(
+                f"This model was loaded with a device_map ({self.placement}), so it can be neither moved nor cast. "
+                "Load it again with another device_map, device or dtype."
+            )
         super()._apply(fn, recurse)
         self.follow_weights()
         return self
 
     def follow_weights(self) -> None:
-        """`cfg` says where the weights are and of what type."""
-        weight = self.embed.table.weight
-        self.cfg.device, self.cfg.dtype = str(weight.device), weight.dtype
+        """`cfg` says where the model runs and of what type its weights are."""
+        self.cfg.device, self.cfg.dtype = str(self.device), self.embed.table.weight.dtype
 
 
 def axis_sizes(cfg: DecoderConfig | EncoderConfig, n_batch: int, n_pos: int) -> dict[str, int]:

@@ -18,8 +18,9 @@ from lalm_lens.audio import RATE_HZ, Waveform, Waveforms
 from lalm_lens.config import LALMConfig
 from lalm_lens.errors import ConversionError
 from lalm_lens.inputs import Inputs
-from lalm_lens.loading import Readable, from_pretrained, local_folder, our_conversions, usable_device
+from lalm_lens.loading import Readable, from_pretrained, local_folder, our_conversions
 from lalm_lens.model import HookedLALM
+from lalm_lens.placement import usable_device
 from lalm_lens.prompts import Processor
 from lalm_lens.shapes import typed
 from lalm_lens.weights import Conversion, Rule, Table, choose_layout

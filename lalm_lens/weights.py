@@ -24,6 +24,7 @@ from lalm_lens.errors import ConversionError
 from lalm_lens.prompts import AudioMarks
 
 Shapes = dict[str, tuple[int, ...]]
+Place = Callable[[str, Tensor], Tensor]  # our name and HF's tensor -> what the parameter becomes
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -213,10 +214,11 @@ def load(
     checkpoint: Tensors,
     rows: tuple[Row, ...],
     layouts: tuple[Layout, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    place: Place,
 ) -> None:
     """Fill `model`, whose parameters may be on the meta device, from a checkpoint. Never holds two copies.
+
+    Each tensor goes straight to where `place` puts it.
 
     Raises `ConversionError` that names what is missing, extra or misshapen, before anything is read.
     """
@@ -227,9 +229,14 @@ def load(
     for name in tqdm(checkpoint.shapes, "loading", unit="tensor", delay=2, leave=False, disable=None):
         row, target = table.find(layout.to_table(name)) or (None, "")
         if isinstance(row, Rule):
-            assign(model, target, checkpoint[name].to(device=device, dtype=dtype))
+            assign(model, target, place(target, checkpoint[name]))
         elif isinstance(row, Tied) and not torch.equal(checkpoint[name], checkpoint[layout.to_disk(target)]):
             raise ConversionError(f"{name} is said to be tied to {layout.to_disk(target)}, but they differ.")
+
+
+def onto(device: torch.device, dtype: torch.dtype) -> Place:
+    """Everything on one device."""
+    return lambda _, tensor: tensor.to(device=device, dtype=dtype)
 
 
 def choose_layout(names: Iterable[str], table: Table, layouts: tuple[Layout, ...]) -> Layout:

@@ -22,7 +22,7 @@ from lalm_lens.config import ConfigReader, DecoderConfig, Rope
 from lalm_lens.errors import ConversionError, PromptError
 from lalm_lens.loading import from_pretrained, our_conversions
 from lalm_lens.transformer import HookedTransformer
-from lalm_lens.weights import Checkpoint, Drop, Layout, Rule, Table, Tied, assign, export, load
+from lalm_lens.weights import Checkpoint, Drop, Layout, Rule, Table, Tied, assign, export, load, onto
 
 
 @pytest.fixture
@@ -327,7 +327,7 @@ def loaded(folder: Path, tensors: dict[str, torch.Tensor], layout: Layout) -> Li
     model = Little()
     save_file(tensors, folder / "model.safetensors")
     with ExitStack() as stack:
-        load(model, Checkpoint.open(folder, stack), LITTLE, (layout,), torch.float32, torch.device("cpu"))
+        load(model, Checkpoint.open(folder, stack), LITTLE, (layout,), onto(torch.device("cpu"), torch.float32))
     return model
 
 

@@ -43,9 +43,9 @@ print(max(*peaks, anonymous()) - peaks[0])
 """
 
 
-def checkpoint_of(folder: Path, n_layers: int) -> Path:
+def checkpoint_of(folder: Path, n_layers: int, **text: int) -> Path:
     """bfloat16 zeros in shards, about 75 MB a layer."""
-    config = CONFIG | {"text_config": CONFIG["text_config"] | {"num_hidden_layers": n_layers}}
+    config = CONFIG | {"text_config": CONFIG["text_config"] | {"num_hidden_layers": n_layers, **text}}
     (folder / "config.json").write_text(json.dumps(config))
     parameters = list(skeleton(config, QWEN2_AUDIO, "large").named_parameters())
     for n in range(4):

@@ -28,6 +28,10 @@ class Rotation:
         """Of some of the positions alone."""
         return Rotation(self.cos[:, positions], self.sin[:, positions])
 
+    def to(self, device: torch.device | str) -> "Rotation":
+        """As `Tensor.to`, for a block that runs on another GPU."""
+        return Rotation(self.cos.to(device), self.sin.to(device))
+
 
 class Rotary(nn.Module):
     """Plain rotary embedding. Holds no buffer: the angles are computed in float32 where the positions are."""

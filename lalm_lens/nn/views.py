@@ -46,10 +46,13 @@ class WeightView:
             raise self.not_plain(type(module).__name__)
         tensor = getattr(module, self.parameter)
         if tensor.is_meta:
-            raise LensError(f"{self.name} is offloaded: its numbers are not here. Load the model without offloading.")
+            raise self.offloaded()
         if type(tensor) is not nn.Parameter or not tensor.is_floating_point():
             raise self.not_plain(f"layer of {tensor.dtype} {type(tensor).__name__}")
         return tensor
+
+    def offloaded(self) -> LensError:
+        return LensError(f"{self.name} is offloaded: its numbers are not here. Load the model without offloading.")
 
     def not_plain(self, kind: str) -> LensError:
         return LensError(
@@ -67,6 +70,8 @@ class BiasView(WeightView):
         if self.is_there(owner):
             return super().stored(owner)
         weight = getattr(owner, self.module).weight
+        if weight.is_meta:  # zeros on the meta device are no numbers
+            raise self.offloaded()
         return weight.new_zeros(1).expand(weight.shape[0])  # one zero for all, so that torch refuses a write in place
 
     def __set__(self, owner: nn.Module, value: Tensor) -> None:
