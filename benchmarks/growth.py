@@ -30,6 +30,7 @@ def draw_growth(name: str, setting: Setting, path: Path) -> None:
         grid[-1, column].set_xlabel(AXES[axis])
     for quantity, ax in zip(QUANTITIES, grid[:, 0], strict=True):
         ax.set_ylabel(quantity)
+        ax.set_ylim(bottom=0)  # at the end: it fixes the top as well, for the whole row
     figure.suptitle(f"{RIVALS[name].title}, around {short(setting.shape)}")
     figure.savefig(path, dpi=120)
 
@@ -45,7 +46,6 @@ def measured(name: str, setting: Setting) -> tuple[float, float, float]:
 def draw(ax: Axes, sizes: list[int], values: list[float]) -> None:
     ax.plot(sizes, values, marker="o", color="tab:blue")
     ax.set_xticks(sizes)
-    ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
 
 
