@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -35,6 +36,7 @@ def draw_growth(name: str, setting: Setting, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@torch.no_grad()
 def measured(name: str, setting: Setting) -> tuple[float, float, float]:
     task, entry = setting.build(), RIVALS[name]
     rival = entry.build(task.hf)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.hf import Rival
 from benchmarks.loading import Peak
-from benchmarks.rivals import RIVALS, Rival
+from benchmarks.rivals import RIVALS
 from benchmarks.task import Patches, Shape, Task, build
 
 

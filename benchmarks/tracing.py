@@ -20,9 +20,10 @@ import typer
 
 from benchmarks.arithmetic import needed
 from benchmarks.growth import draw_growth
+from benchmarks.hf import Rival
 from benchmarks.measure import Setting, map_seconds, matmul_rate, peak_bytes
 from benchmarks.parts import by_part
-from benchmarks.rivals import RIVALS, Rival
+from benchmarks.rivals import RIVALS
 from benchmarks.task import SHAPES, Patches, Task
 
 README = Path(__file__).with_name("README.md")

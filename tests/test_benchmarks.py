@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import arithmetic
-from benchmarks.rivals import RIVALS, PlainHooks
+from benchmarks.hf import PlainHooks
+from benchmarks.rivals import RIVALS
 from benchmarks.task import SHAPES, Task, build
 from benchmarks.tracing import write_section
 
