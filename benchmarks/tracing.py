@@ -10,6 +10,7 @@ says so.
 """
 
 import platform
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -77,15 +78,24 @@ def compare(setting: Setting, names: list[str], rounds: int) -> str:
     rivals, missing = built(task, names)
     answers = {name: answer(rivals[name], task, patches_of(name, setting)) for name in rivals}  # warms up as well
     times: dict[str, list[float]] = {name: [] for name in rivals}
-    rates: list[float] = []
+    rates: dict[str, list[float]] = {name: [] for name in rivals}
+    start = time.perf_counter(), time.process_time()
     for _ in range(rounds):
         for name, each in rivals.items():
-            rates.append(matmul_rate(setting))
+            rates[name].append(matmul_rate(setting))
             times[name].append(map_seconds(each, task, setting, RIVALS[name].whole))
+    share = (time.process_time() - start[1]) / (time.perf_counter() - start[0])
     del rivals
-    rows = [row(name, times, answers, setting, median(rates)) for name in times]
+    rows = [row(name, times, rates[name], answers, setting) for name in times]
     absent = [f"| {RIVALS[name].title} | not run: {why} | | | | | | |" for name, why in missing.items()]
-    lines = [*caption(task, setting, answers, rates, rounds), "", HEAD, "|---|" + 7 * "---:|", *rows, *absent]
+    lines = [
+        *caption(task, setting, answers, [rate for each in rates.values() for rate in each], rounds, share),
+        "",
+        HEAD,
+        "|---|" + 7 * "---:|",
+        *rows,
+        *absent,
+    ]
     return "\n".join(lines)
 
 
@@ -108,27 +118,36 @@ def answer(rival: Rival, task: Task, patches: Patches) -> Answers:
     return dict(zip(patches, rival(task.clean, task.corrupt, patches, task.token).tolist(), strict=True))
 
 
-def row(name: str, times: dict[str, list[float]], answers: dict[str, Answers], setting: Setting, rate: float) -> str:
-    taken = median(times[name])
+def row(
+    name: str, times: dict[str, list[float]], rates: list[float], answers: dict[str, Answers], setting: Setting
+) -> str:
+    """Ratios are taken within a round, where the machine is the same for both."""
+    taken = times[name]
     sampled = "" if RIVALS[name].whole else " (sampled)"
     cells = [
         f"{RIVALS[name].title}{sampled}",
-        f"{taken:,.2f}",
-        f"{min(times[name]):,.2f} to {max(times[name]):,.2f}",
-        f"{median(times['hooks']) / taken:.2f}" if "hooks" in times else "",
-        f"{taken / median(times['ours-sweep']):.2f}" if "ours-sweep" in times else "",
+        f"{median(taken):,.2f}",
+        f"{min(taken):,.2f} to {max(taken):,.2f}",
+        f"{median_ratio(times['hooks'], taken):.2f}" if "hooks" in times else "",
+        f"{median_ratio(taken, times['ours-sweep']):.2f}" if "ours-sweep" in times else "",
         f"{largest_difference(answers[name], answers['hooks'], setting):.1e}" if "hooks" in answers else "",
         f"{peak_bytes(name, setting) / 1e6:,.0f}",
-        f"{needed(setting.shape) / (taken * rate):.3f}",
+        f"{needed(setting.shape) * median_ratio([1 / rate for rate in rates], taken):.3f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    return median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
 def largest_difference(ours: Answers, theirs: Answers, setting: Setting) -> float:
     return max(abs(ours[patch] - theirs[patch]) for patch in setting.sample)
 
 
-def caption(task: Task, setting: Setting, answers: dict[str, Answers], rates: list[float], rounds: int) -> list[str]:
+def caption(
+    task: Task, setting: Setting, answers: dict[str, Answers], rates: list[float], rounds: int, share: float
+) -> list[str]:
     clean, corrupt = task.log_probability
     mapped = max(answers.values(), key=len)
     effects = sorted(abs(each - corrupt) for each in mapped.values())
@@ -136,7 +155,9 @@ def caption(task: Task, setting: Setting, answers: dict[str, Answers], rates: li
     return [
         f"{setting.shape}. {setting.device}, {setting.dtype}, {torch.get_num_threads()} thread, {versions()}.",
         f"Median of {rounds} interleaved rounds. (sampled): timed on {len(setting.sample)} patches drawn evenly over "
-        f"the layers and scaled to all {len(setting.shape.patches):,}; the two base runs are included, once.",
+        f"the layers and scaled to all {len(setting.shape.patches):,}; the two base runs are included, once. Ratios "
+        f"and efficiency are medians of those within a round. The process had {share:.0%} of a core meanwhile: with "
+        "much less than 100% on a CPU, other work was in the way.",
         f"Needed: {needed(setting.shape) / 1e9:,.1f} GFLOP. Matrix products in the same rounds: {rate:,.1f} GFLOP/s "
         f"({slowest:,.1f} to {fastest:,.1f}). Efficiency is needed / (seconds x that rate).",
         f"Log-probability of the token: clean {clean:.3f}, corrupt {corrupt:.3f}; a patch moves it by "
