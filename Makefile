@@ -29,8 +29,10 @@ stress: setup
 	$(BIN)/pytest -m stress
 
 bench: setup
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python -m benchmarks.tracing
 
 tiny: setup
 	$(BIN)/python -m lalm_lens.assets.train tiny_lalm

@@ -63,7 +63,7 @@ def rivals() -> dict[str, Callable[[], object]]:
 def bridge(hf: Qwen2AudioForConditionalGeneration) -> TransformerBridge:
     """TransformerLens' own wrapper. It changes the model it is given; name and tokenizer are needed, and never used."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_LALM, trust_remote_code=False)
-    return TransformerBridge.boot_transformers(str(TINY_LALM), hf_model=hf, device="cpu", tokenizer=tokenizer)
+    return TransformerBridge.boot_transformers(str(TINY_LALM), hf_model=hf, device=str(hf.device), tokenizer=tokenizer)
 
 
 @torch.no_grad()
