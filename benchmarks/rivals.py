@@ -9,13 +9,20 @@ those alone.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.hf import HF, Change, Clever, LastLogits, PlainHooks, Rival, log_probabilities
 from benchmarks.peers import Bridge, NNsight, Pyvene
 from benchmarks.task import Embed, Patches
+from lalm_lens.engine.branches import Branch
+from lalm_lens.engine.plan import Engine, run_branches
+from lalm_lens.inputs import Embedded
+from lalm_lens.interventions import Patch
 from lalm_lens.loading import from_hf
+from lalm_lens.readouts import LogProbs
+from lalm_lens.runs import Run, Source
 
 
 def ours_plain(hf: HF) -> Rival:
@@ -43,14 +50,24 @@ def ours_plain(hf: HF) -> Rival:
     return run
 
 
-def ours_hooks(hf: HF) -> Rival:
-    """FILL IN: the map by `lalm_lens.engine`'s hooks executor, on `from_hf(hf)`."""
-    raise NotImplementedError("the hooks executor is not wired in yet")
+def ours(engine: Engine) -> Callable[[HF], Rival]:
+    """The map by one of our two engines."""
 
+    def build(hf: HF) -> Rival:
+        model = from_hf(hf)
 
-def ours_sweep(hf: HF) -> Rival:
-    """FILL IN: the map by `lalm_lens.engine`'s sweep, on `from_hf(hf)`."""
-    raise NotImplementedError("the sweep is not wired in yet")
+        def run(clean: Embed, corrupt: Embed, patches: Patches, token: int) -> Float[Tensor, " patch"]:
+            everything = torch.ones(clean.shape[:2], dtype=torch.bool, device=clean.device)
+            source, base = (Run(Embedded(embed, everything)) for embed in (clean, corrupt))
+            branches = [Branch(base, (Patch("resid_post", layer, (at,), Source(source)),)) for layer, at in patches]
+            # With no patches the two runs alone: a patch that nothing reads makes them, and costs nothing.
+            idle = Branch(base, (Patch("resid_post", model.cfg.n_layers - 1, (0,), Source(source)),))
+            readout = LogProbs(tokens=(token,))
+            return run_branches(model, branches or [idle], readout, engine=engine).values[: len(patches), 0, 0]
+
+        return run
+
+    return build
 
 
 class Entry(NamedTuple):
@@ -68,6 +85,6 @@ RIVALS = {
     "last-logits": Entry("plain hooks on HF, last logits only", LastLogits),
     "clever": Entry("HF with cached prefix, batched, last logits only", Clever, whole=True),
     "ours-plain": Entry("lalm_lens, run_with_hooks from the patched block on", ours_plain),
-    "ours-hooks": Entry("lalm_lens, hooks executor", ours_hooks),
-    "ours-sweep": Entry("lalm_lens, sweep", ours_sweep, whole=True),
+    "ours-hooks": Entry("lalm_lens, hooks executor", ours("hooks")),
+    "ours-sweep": Entry("lalm_lens, sweep", ours("sweep"), whole=True),
 }

@@ -106,6 +106,8 @@ class Plan:
                 f"A hook on {min(attached)} would be part of every run, and the sweep computes parts of runs: "
                 '`model.reset_hooks(including_permanent=True)` removes it, engine="hooks" runs it.'
             )
+        if self.model.placement is not None and len(set(self.model.placement.runs.values())) > 1:
+            return InputError('The sweep computes on one device, and this model on several: engine="hooks" does.')
         for branch in self.branches:
             for change in branch.changes:
                 if isinstance(change, tuple):

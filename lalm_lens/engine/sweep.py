@@ -23,6 +23,7 @@ from lalm_lens.inputs import Inputs
 from lalm_lens.interventions import Edit, Knockout, Patch, Recompute, Valued
 from lalm_lens.model import HookedLALM
 from lalm_lens.nn.block import DecoderBlock
+from lalm_lens.offload import held
 from lalm_lens.readouts import Readout, Resid, n_blocks
 from lalm_lens.runs import Run, Source
 from lalm_lens.transformer import HookedTransformer
@@ -367,10 +368,12 @@ class Pass:
         for layer in range(self.sweep.n_run):
             groups = self.sweep.groups(self.members, layer)
             if groups:
-                self.through(layer, groups)
+                with held(self.model.each_block[layer]):  # offloaded weights are read once
+                    self.through(layer, groups)
             else:
                 self.resid, self.space = self.resid[:0], Space()
-        return self.read()
+        with held(self.model.ln_final), held(self.model.unembed):
+            return self.read()
 
     def through(self, layer: int, groups: list[Group]) -> None:
         """All branches that are computed in a block, through it."""
