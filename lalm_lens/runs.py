@@ -7,11 +7,13 @@ from enum import Enum
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformer_lens import ActivationCache
 
 from lalm_lens.errors import InputError
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.prompts import Prompt
 
+Cache = Mapping[str, Tensor] | ActivationCache  # the latter is no mapping, and is read like one
 Positions = tuple[int, ...] | range | str  # by index, from the end if negative, or the name of a region of the prompt
 
 
@@ -85,7 +87,7 @@ class Source:
     `positions` and `site` are by default those of the change that uses it.
     """
 
-    run: Run | Mapping[str, Tensor] | Own = field(repr=False)
+    run: Run | Cache | Own = field(repr=False)
     layer: int | None = None
     positions: Positions | None = None
     site: str | None = None

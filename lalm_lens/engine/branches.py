@@ -10,7 +10,7 @@ from lalm_lens.errors import InputError
 from lalm_lens.interventions import BY_HEAD, Change, Edit, Knockout, NamedHook, Valued, hook_name
 from lalm_lens.model import HookedLALM
 from lalm_lens.readouts import Readout
-from lalm_lens.runs import OWN, Run, Source, indices, rows
+from lalm_lens.runs import OWN, Cache, Run, Source, indices, rows
 from lalm_lens.transformer import HookedTransformer
 
 EARLIER = ("resid_pre", "resid_mid", "resid_post")  # what a branch can take from itself
@@ -71,17 +71,17 @@ def pointed(source: Source, change: Edit, positions: tuple[int, ...], run: Run) 
     """A source that says everything: its layer, positions and site are no longer those of the change."""
     layer = change.layer if source.layer is None else source.layer
     site = source.site or change.site
-    at = source.positions
-    if at is None:
-        at = positions
+    at = positions if source.positions is None else source.positions
+    if change.is_heard:
+        at = heard_positions(replace(change, positions=at))
     elif isinstance(source.run, Run):
-        at = source.run.indices(at)
+        at = source.run.indices(change.positions if source.positions is None else at)
     elif source.run is OWN:
         at = run.indices(at)
     elif isinstance(at, str):
         raise InputError(f"A cache has no regions: say which positions {at!r} is, or give a `Run` with its prompt.")
     else:
-        at = indices(at, n_pos_of(source.run, hook_name(site, layer, change.stack)))
+        at = indices(at, n_pos_of(source.run, hook_name(site, layer, change.stack), change))
     if len(at) != len(positions):
         raise InputError(f"{len(at)} states are to go to {len(positions)} positions: give as many.")
     if source.run is OWN and not (site in EARLIER and earlier(site, layer, change)):
@@ -96,9 +96,8 @@ def earlier(site: str, layer: int, change: Edit) -> bool:
     return not change.is_heard and (layer, order.index(site)) < (change.layer, order.index(change.site))
 
 
-def n_pos_of(cache: Mapping[str, Tensor], name: str) -> int:
-    state = cache[name]
-    return state.shape[-2 if "pattern" in name or state.ndim <= 3 else -3]
+def n_pos_of(cache: Cache, name: str, change: Edit) -> int:
+    return unbatched(cache, name, change).shape[1 if change.site == "pattern" else 0]
 
 
 def sources(branches: Sequence[Branch]) -> dict[Run, set[str]]:
@@ -139,15 +138,15 @@ def resolved(change: Change | NamedHook, captured: Captured) -> Change | NamedHo
         return change
     source, name = change.value, source_name(change.value, change)
     run = source.run
+    assert run is not OWN
     state = captured[run][name] if isinstance(run, Run) else unbatched(run, name, change)
     return replace(change, value=value_of(state, change, source.at))
 
 
-def unbatched(cache: object, name: str, change: Edit) -> Tensor:
+def unbatched(cache: Cache, name: str, change: Edit) -> Tensor:
     """The state of the only prompt of a cache, which may have lost the axis of the batch."""
-    assert isinstance(cache, Mapping) or hasattr(cache, "cache_dict")
     try:
-        state: Tensor = cache[name]  # pyright: ignore[reportIndexIssue]
+        state = cache[name]
     except KeyError:
         raise InputError(f"This cache does not hold {name}: name it when you make the cache.") from None
     if state.ndim == 3 + (change.site in BY_HEAD):
@@ -160,5 +159,7 @@ def unbatched(cache: object, name: str, change: Edit) -> Tensor:
 def value_of(state: Tensor, change: Edit, positions: tuple[int, ...]) -> Tensor:
     """The part of a state that a change of this kind takes: [at, ...]."""
     by_position = state.transpose(0, 1) if change.site == "pattern" else state
+    if max(positions) >= len(by_position):
+        raise InputError(f"Position {max(positions)} is asked of a state that has {len(by_position)}.")
     taken = rows(by_position, positions)[None]
     return taken[change.units(taken.device)][0]

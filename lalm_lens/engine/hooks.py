@@ -29,7 +29,7 @@ def run_hooks(
 
 def run_branch(model: HookedTransformer, branch: Branch, readout: Readout) -> Tensor:
     inputs = branch.run.inputs.to(model.device)
-    hooks = [hook for change in branch.changes for hook in hooks_of(change)]
+    hooks = hooks_of(branch)
     if isinstance(readout, Resid):
         return read_resid(model, inputs, hooks, readout)
     at = torch.tensor(readout.positions, device=model.device)
@@ -48,19 +48,28 @@ def read_resid(model: HookedTransformer, inputs: Inputs | Embedded, hooks: list[
     return kept[0]
 
 
-def hooks_of(change: Change | NamedHook) -> list[NamedHook]:
+def hooks_of(branch: Branch) -> list[NamedHook]:
+    """Those that take a state come last: it then has all the changes that are made there."""
+    changes, takes = [], []
+    for change in branch.changes:
+        if isinstance(change, Valued) and isinstance(change.value, Source):
+            take, use = from_itself(change, change.value)
+            takes.append(take)
+            changes.append(use)
+        else:
+            changes += hooks_of_change(change)
+    return changes + takes
+
+
+def hooks_of_change(change: Change | NamedHook) -> list[NamedHook]:
     if isinstance(change, tuple):
         return [change]
     if isinstance(change, Knockout):
         return change.hooks()
-    if isinstance(change, Recompute):
-        return []
-    if isinstance(change, Valued) and isinstance(change.value, Source):
-        return from_itself(change, change.value)
-    return [change.hook()]
+    return [] if isinstance(change, Recompute) else [change.hook()]
 
 
-def from_itself(change: Valued, source: Source) -> list[NamedHook]:
+def from_itself(change: Valued, source: Source) -> tuple[NamedHook, NamedHook]:
     """Two hooks: one takes the state where the branch comes to it, one uses it further on."""
     taken: list[Tensor] = []
 
@@ -71,4 +80,4 @@ def from_itself(change: Valued, source: Source) -> list[NamedHook]:
         ready: Edit = replace(change, value=taken[0])
         return ready.apply(state, hook)
 
-    return [(source_name(source, change), take), (change.name, use)]
+    return (source_name(source, change), take), (change.name, use)

@@ -1,8 +1,8 @@
 """`Plan`: many branches, what they cost, and the two ways to run them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -90,6 +90,8 @@ class Plan:
 
     def chosen(self, engine: Engine) -> Literal["sweep", "hooks"]:
         """Which engine runs: with "auto" the sweep, unless it lacks something."""
+        if engine not in get_args(Engine):
+            raise InputError(f"An engine is one of {', '.join(get_args(Engine))}; got {engine!r}.")
         if engine == "hooks":
             return "hooks"
         lacks = self.lacks()
@@ -102,10 +104,7 @@ class Plan:
     def lacks(self) -> Exception | None:
         """What keeps the sweep from running these branches."""
         if attached := self.model.list_hooks():
-            return HookError(
-                f"A hook on {min(attached)} would be part of every run, and the sweep computes parts of runs: "
-                '`model.reset_hooks(including_permanent=True)` removes it, engine="hooks" runs it.'
-            )
+            return foreign(attached)
         if self.model.placement is not None and len(set(self.model.placement.runs.values())) > 1:
             return InputError('The sweep computes on one device, and this model on several: engine="hooks" does.')
         for branch in self.branches:
@@ -114,7 +113,8 @@ class Plan:
                     return InputError(
                         f'The sweep takes typed changes, and this one is a function on {change[0]}: engine="hooks".'
                     )
-                if isinstance(change, Edit) and change.site == "pattern" and branch.run.n_pad:
+                is_pattern = isinstance(change, Edit) and change.site == "pattern" and not change.is_heard
+                if is_pattern and branch.run.n_pad:
                     return InputError(
                         'The sweep leaves out padding, and a pattern has it among its keys: engine="hooks", or a run '
                         "without padding."
@@ -155,6 +155,8 @@ class Plan:
     def run(self, progress: bool = False) -> Outcome:
         """Run every branch. What was computed before an error is lost; memory that runs out is no error, until not even
         one branch has room."""
+        if self.sweep is not None and (attached := self.model.list_hooks()):
+            raise foreign(attached)  # since the plan was made
         cost = self.cost()
         with tqdm(total=len(self.branches), desc=str(self.engine), unit="branch", disable=not progress) as bar:
             if self.sweep is None:
@@ -176,7 +178,7 @@ class Plan:
             try:
                 done = sweep.run(batch)
             except RuntimeError as error:
-                if not ran_out(error) or len(batch) == 1:
+                if not ran_out(error) or len(batch) == 1 or self.token_budget == 1:
                     raise
                 self.token_budget = max(1, min(self.token_budget, sweep.tokens(batch)) // 2)
                 continue
@@ -185,6 +187,13 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.cost()}, engine {self.engine!r})"
+
+
+def foreign(attached: Iterable[str]) -> HookError:
+    return HookError(
+        f"A hook on {min(attached)} would be part of every run, and the sweep computes parts of runs: "
+        '`model.reset_hooks(including_permanent=True)` removes it, engine="hooks" runs it.'
+    )
 
 
 def ran_out(error: RuntimeError) -> bool:

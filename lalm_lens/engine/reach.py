@@ -57,7 +57,8 @@ def mirrored(positions: int, n_pos: int) -> int:
 @dataclass(frozen=True)
 class Touch:
     """What a change does to sets of positions. `differs` are those at which the base run's own state would be changed;
-    if it `replaces` the state, the rest of `positions` becomes the base run's."""
+    if it `replaces` the state, the rest of `positions` becomes the base run's. `looks_at` are keys that a pattern gives
+    weight to, in sight or not."""
 
     point: str
     layer: int
@@ -65,6 +66,7 @@ class Touch:
     differs: int
     replaces: bool = False
     on_keys: bool = False
+    looks_at: int = 0
 
     def applied(self, changed: int) -> int:
         return (changed & ~self.positions if self.replaces else changed) | self.differs
@@ -125,7 +127,7 @@ def reach(touches: Sequence[Touch], reader: Reader, seen: Sequence[int]) -> Reac
         changed, keys = entered(changed, here)
         after = passed(changed, keys, window, here, reader.n_pos)
         out = after & seen[layer + 1]
-        own = keys & behind(out, window) if out else 0
+        own = keys & in_sight(out, window, here) if out else 0
         if out:
             steps[layer] = Step(own, out)
         changed = left(after, here) & seen[layer + 1]
@@ -151,6 +153,14 @@ def passed(changed: int, keys: int, window: int | None, here: Sequence[Touch], n
         if touch.point != "resid_pre" and not touch.on_keys:
             out |= touch.differs
     return out
+
+
+def in_sight(queries: int, window: int | None, here: Sequence[Touch]) -> int:
+    """The keys that count for some queries."""
+    keys = behind(queries, window)
+    for touch in here:
+        keys |= touch.looks_at
+    return keys
 
 
 def left(out: int, here: Sequence[Touch]) -> int:

@@ -25,7 +25,7 @@ from lalm_lens.model import HookedLALM
 from lalm_lens.nn.block import DecoderBlock
 from lalm_lens.offload import held
 from lalm_lens.readouts import Readout, Resid, n_blocks
-from lalm_lens.runs import Run, Source
+from lalm_lens.runs import OWN, Run, Source
 from lalm_lens.transformer import HookedTransformer
 
 RESID = ("resid_pre", "resid_mid", "resid_post")
@@ -60,8 +60,9 @@ def needed(n_run: int) -> set[str]:
 def compared(branch: Branch) -> set[str]:
     """The hook points of the base run whose states tell whether a change is one, or are taken by the branch itself."""
     edits = [change for change in branch.changes if isinstance(change, Edit) and not change.is_heard]
-    own = [(edit, edit.value) for edit in edits if isinstance(edit, Valued) and isinstance(edit.value, Source)]
-    return {edit.name for edit in edits if edit.site != "pattern"} | {source_name(its, edit) for edit, its in own}
+    taken = [(edit, edit.value) for edit in edits if isinstance(edit, Valued) and isinstance(edit.value, Source)]
+    own = {source_name(source, edit) for edit, source in taken if source.run is OWN}
+    return {edit.name for edit in edits if edit.site != "pattern"} | own
 
 
 def base_of(run: Run, states: States, value: Tensor, n_run: int) -> Base:
@@ -175,7 +176,7 @@ class Sweep:
         edits = [edit for edit in edits if edit.layer < self.n_run]
         touches = [self.touch(edit, base) for edit in edits]
         touches += self.knocked(knockouts)
-        reader = Reader(base.n_pos, self.windows, as_set(self.read_positions(base)), self.taken_early(edits))
+        reader = Reader(base.n_pos, self.windows, as_set(self.read_positions(base)), self.read_early(edits))
         if reader not in self.seen:
             self.seen[reader] = reader.seen()
         reached = reach(touches, reader, self.seen[reader])
@@ -203,7 +204,7 @@ class Sweep:
         on_keys = edit.site in ("k", "v")
         unknown = edit.site == "pattern" or isinstance(edit, Recompute)
         if unknown or (isinstance(edit, Valued) and not isinstance(edit.value, Tensor)):
-            return Touch(point, edit.layer, where, where, on_keys=on_keys)
+            return Touch(point, edit.layer, where, where, on_keys=on_keys, looks_at=looked_at(edit))
         before = base.states[edit.name][list(edit.at)]
         differs = (edit.edited(before[None])[0] != before).flatten(1).any(1).tolist()
         changed = as_set(position for position, its in zip(edit.at, differs, strict=True) if its)
@@ -234,15 +235,17 @@ class Sweep:
             hit |= bool(seen & lost)
         return hit
 
-    def taken_early(self, edits: Sequence[Edit]) -> tuple[tuple[int, int], ...]:
-        """What branches take from themselves, as a `Reader` wants it."""
-        taken = []
+    def read_early(self, edits: Sequence[Edit]) -> tuple[tuple[int, int], ...]:
+        """What branches take from themselves, and what their patterns look at, as a `Reader` wants it."""
+        read = []
         for edit in edits:
             if isinstance(edit, Valued) and isinstance(edit.value, Source):
                 source = edit.value
                 assert source.layer is not None
-                taken.append((source.layer + (source.site != "resid_pre"), as_set(source.at)))
-        return tuple(taken)
+                read.append((source.layer + (source.site != "resid_pre"), as_set(source.at)))
+            if keys := looked_at(edit):
+                read.append((edit.layer, keys))
+        return tuple(read)
 
     @torch.no_grad()
     def run(self, members: Sequence[Planned]) -> dict[int, Tensor]:
@@ -316,6 +319,14 @@ def heard_again(model: HookedTransformer, member: Planned) -> Float[Tensor, "pos
     with model.hooks(fwd_hooks=[*hooks]):
         embedded = model.embed_inputs(member.run.inputs.to(model.device))  # pyright: ignore[reportArgumentType]
     return embedded.embed[0, member.run.n_pad :]
+
+
+def looked_at(edit: Edit) -> int:
+    """The keys to which a changed pattern gives weight: also such as attention itself would not let it see."""
+    if edit.site != "pattern" or not isinstance(edit, Valued) or not isinstance(edit.value, Tensor):
+        return 0
+    columns = edit.value.flatten(0, -2).ne(0).any(0).nonzero()[:, 0].tolist()
+    return as_set(columns if edit.keys is None else (edit.keys[column] for column in columns))
 
 
 def unpadded(edit: Edit, n_pad: int) -> list[Edit]:
