@@ -39,7 +39,7 @@ def cost_of(model: HookedTransformer, branches: Sequence[Branch], readout: Reado
     whole = {branch.run: forward_flops(model, branch.run, readout) for branch in branches}
     if sweep is None:
         flops = sum(whole[branch.run] for branch in branches)
-        return Cost(len(branches), 0, len(branches), flops, n_heard)
+        return Cost(len(branches), 0, float(len(branches)), flops, n_heard)
     flops_of = {planned.number: sweep_flops(sweep, planned.number) for planned in sweep.planned}
     return Cost(
         len(branches),
