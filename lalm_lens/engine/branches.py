@@ -97,8 +97,7 @@ def earlier(site: str, layer: int, change: Edit) -> bool:
 
 
 def n_pos_of(cache: Mapping[str, Tensor], name: str) -> int:
-    state = cache[name]
-    return state.shape[-2 if "pattern" in name or state.ndim <= 3 else -3]
+    return cache[name].shape[-3 if name.endswith(("hook_q", "hook_k", "hook_v", "hook_z")) else -2]
 
 
 def sources(branches: Sequence[Branch]) -> dict[Run, set[str]]:
