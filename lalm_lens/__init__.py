@@ -8,67 +8,104 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lalm_lens import patching
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
     from lalm_lens.datasets import Sample, cut_to, read_folder, read_sample
+    from lalm_lens.engine.branches import Branch
+    from lalm_lens.engine.plan import Plan, run_branches
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
-    from lalm_lens.interventions import Patch
+    from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
     from lalm_lens.loading import from_hf, from_pretrained
     from lalm_lens.model import HookedLALM
+    from lalm_lens.readouts import Logits, LogProbs, Probabilities, Resid, Score
     from lalm_lens.results import CausalTrace
+    from lalm_lens.runs import OWN, Run, Source
     from lalm_lens.transformer import HookedTransformer
 
 _HOME = {
     "ATTRIBUTES": "attributes",
+    "OWN": "runs",
+    "Add": "interventions",
     "Attribute": "attributes",
+    "Branch": "engine.branches",
     "CausalTrace": "results",
     "Embedded": "inputs",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
     "Inputs": "inputs",
+    "Knockout": "interventions",
     "LensError": "errors",
+    "LogProbs": "readouts",
+    "Logits": "readouts",
     "OtherClip": "corrupt",
     "Patch": "interventions",
+    "Plan": "engine.plan",
+    "Probabilities": "readouts",
+    "Recompute": "interventions",
+    "Resid": "readouts",
+    "Run": "runs",
     "Sample": "datasets",
     "Sampling": "generation",
+    "Scale": "interventions",
+    "Score": "readouts",
     "Silence": "corrupt",
+    "Source": "runs",
     "WhiteNoise": "corrupt",
     "causal_trace": "experiments.causal_trace",
     "cut_to": "datasets",
     "from_hf": "loading",
     "from_pretrained": "loading",
+    "patching": "patching",
     "read_audio": "audio",
     "read_folder": "datasets",
     "read_sample": "datasets",
+    "run_branches": "engine.plan",
     "silence": "corrupt",
 }
 
 __all__ = [
     "ATTRIBUTES",
+    "OWN",
+    "Add",
     "Attribute",
+    "Branch",
     "CausalTrace",
     "Embedded",
     "HookedLALM",
     "HookedTransformer",
     "Inputs",
+    "Knockout",
     "LensError",
+    "LogProbs",
+    "Logits",
     "OtherClip",
     "Patch",
+    "Plan",
+    "Probabilities",
+    "Recompute",
+    "Resid",
+    "Run",
     "Sample",
     "Sampling",
+    "Scale",
+    "Score",
     "Silence",
+    "Source",
     "WhiteNoise",
     "causal_trace",
     "cut_to",
     "from_hf",
     "from_pretrained",
+    "patching",
     "read_audio",
     "read_folder",
     "read_sample",
+    "run_branches",
     "silence",
 ]
 
@@ -76,7 +113,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"lalm_lens has no {name!r}")
-    return getattr(import_module(f"lalm_lens.{_HOME[name]}"), name)
+    module = import_module(f"lalm_lens.{_HOME[name]}")
+    return module if name == _HOME[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:

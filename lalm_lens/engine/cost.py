@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 from lalm_lens.engine.attention import View
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.reach import Step
-from lalm_lens.engine.sweep import Sweep
+from lalm_lens.engine.sweep import Planned, Sweep
 from lalm_lens.interventions import Edit
 from lalm_lens.nn.block import DecoderBlock
 from lalm_lens.readouts import Readout, Resid
@@ -36,11 +37,12 @@ class Cost:
 
 def cost_of(model: HookedTransformer, branches: Sequence[Branch], readout: Readout, sweep: Sweep | None) -> Cost:
     n_heard = sum(any(isinstance(change, Edit) and change.is_heard for change in its.changes) for its in branches)
-    whole = {branch.run: forward_flops(model, branch.run, readout) for branch in branches}
+    whole = {run: forward_flops(model, run, readout) for run in dict.fromkeys(branch.run for branch in branches)}
     if sweep is None:
         flops = sum(whole[branch.run] for branch in branches)
         return Cost(len(branches), 0, float(len(branches)), flops, n_heard)
-    flops_of = {planned.number: sweep_flops(sweep, planned.number) for planned in sweep.planned}
+    prices = [Prices.in_block(block) for block in model.each_block]
+    flops_of = {planned.number: sweep_flops(sweep, planned, prices) for planned in sweep.planned}
     return Cost(
         len(branches),
         sum(planned.reach.is_void for planned in sweep.planned),
@@ -50,27 +52,39 @@ def cost_of(model: HookedTransformer, branches: Sequence[Branch], readout: Reado
     )
 
 
-def sweep_flops(sweep: Sweep, number: int) -> int:
-    planned = sweep.planned[number]
+def sweep_flops(sweep: Sweep, planned: Planned, prices: Sequence[Prices]) -> int:
     if planned.reach.is_void:
         return 0
-    blocks = sweep.model.each_block
     return read_flops(sweep.model, sweep.readout) + sum(
-        step_flops(blocks[layer], step, sweep.view_of(planned, layer)) for layer, step in planned.reach.steps.items()
+        step_flops(prices[layer], step, sweep.view_of(planned, layer)) for layer, step in planned.reach.steps.items()
     )
 
 
-def step_flops(block: DecoderBlock, step: Step, view: View) -> int:
-    return block_flops(block, step.own.bit_count(), step.out.bit_count(), step.out.bit_count() * view.n_keys)
+class Prices(NamedTuple):
+    """Multiplications in a block: of a new key and value, of a query with its output and MLP, of a pair of a query and
+    a key."""
+
+    key: int
+    query: int
+    pair: int
+
+    @classmethod
+    def in_block(cls, block: DecoderBlock) -> "Prices":
+        attn = block.attn
+        mlp = sum(module.weight.numel() for module in block.mlp.modules() if isinstance(module, nn.Linear))
+        return cls(
+            attn.k_proj.weight.numel() + attn.v_proj.weight.numel(),
+            attn.q_proj.weight.numel() + attn.o_proj.weight.numel() + mlp,
+            2 * attn.n_heads * attn.d_head,
+        )
+
+    def of(self, n_keys: int, n_queries: int, n_pairs: int) -> int:
+        """Floating-point operations: an addition for each multiplication."""
+        return 2 * (n_keys * self.key + n_queries * self.query + n_pairs * self.pair)
 
 
-def block_flops(block: DecoderBlock, n_keys: int, n_queries: int, n_pairs: int) -> int:
-    """Of new keys and values, of queries with their outputs and MLP, and of pairs of a query and a key."""
-    attn = block.attn
-    by_key = attn.k_proj.weight.numel() + attn.v_proj.weight.numel()
-    mlp = sum(module.weight.numel() for module in block.mlp.modules() if isinstance(module, nn.Linear))
-    by_query = attn.q_proj.weight.numel() + attn.o_proj.weight.numel() + mlp
-    return 2 * (n_keys * by_key + n_queries * by_query + n_pairs * 2 * attn.n_heads * attn.d_head)
+def step_flops(prices: Prices, step: Step, view: View) -> int:
+    return prices.of(step.own.bit_count(), step.out.bit_count(), step.out.bit_count() * view.n_keys)
 
 
 def read_flops(model: HookedTransformer, readout: Readout) -> int:
@@ -82,5 +96,7 @@ def forward_flops(model: HookedTransformer, run: Run, readout: Readout) -> int:
     """Of the decoder on one run, every position of it, with the logits that are read."""
     n_pos, windows = run.n_pos - run.n_pad, model.decoder_cfg.windows
     pairs = [sum(min(pos + 1, window or n_pos) for pos in range(n_pos)) for window in windows]
-    blocks = zip(model.each_block, pairs, strict=True)
-    return read_flops(model, readout) + sum(block_flops(block, n_pos, n_pos, n) for block, n in blocks)
+    prices = (Prices.in_block(block) for block in model.each_block)
+    return read_flops(model, readout) + sum(
+        each.of(n_pos, n_pos, n_pairs) for each, n_pairs in zip(prices, pairs, strict=True)
+    )
