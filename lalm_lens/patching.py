@@ -32,7 +32,7 @@ from lalm_lens.errors import InputError
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.interventions import Patch, Site
 from lalm_lens.readouts import Score
-from lalm_lens.runs import Positions, Run, Source
+from lalm_lens.runs import Own, Positions, Run, Source
 from lalm_lens.shapes import typed
 from lalm_lens.transformer import HookedTransformer
 
@@ -156,7 +156,7 @@ def check_length(patch: Patch, run: Run) -> None:
     if isinstance(clean, Run):
         if (clean.n_pos, clean.n_pad) != (run.n_pos, run.n_pad):
             raise unequal(f"{clean.n_pos - clean.n_pad} positions and {clean.n_pad} of padding", run)
-    elif not patch.is_heard:
+    elif not patch.is_heard and not isinstance(clean, Own):
         state = unbatched(clean, patch.name, patch)
         if (n_clean := state.shape[-1 if patch.site == "pattern" else 0]) != run.n_pos:
             raise unequal(f"{n_clean} positions", run)

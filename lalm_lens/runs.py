@@ -33,6 +33,9 @@ class Run:
         if self.prompt is not None and len(self.prompt) != self.n_pos - self.n_pad:
             raise InputError(f"The prompt has {len(self.prompt)} positions, and the inputs {self.n_pos - self.n_pad}.")
 
+    def __repr__(self) -> str:
+        return f"Run({self.n_pos - self.n_pad} positions{f' behind {self.n_pad} of padding' if self.n_pad else ''})"
+
     @property
     def is_token(self) -> Bool[Tensor, " pos"]:
         return self.inputs.attention_mask[0]

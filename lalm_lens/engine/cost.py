@@ -35,6 +35,29 @@ class Cost:
         return f"{self.n_branches} branches{skipped}: worth {self.forwards:.1f} forwards{heard}"
 
 
+class Prices(NamedTuple):
+    """Multiplications in a block: of a new key and value, of a query with its output and MLP, of a pair of a query and
+    a key."""
+
+    key: int
+    query: int
+    pair: int
+
+    @classmethod
+    def in_block(cls, block: DecoderBlock) -> "Prices":
+        attn = block.attn
+        mlp = sum(module.weight.numel() for module in block.mlp.modules() if isinstance(module, nn.Linear))
+        return cls(
+            attn.k_proj.weight.numel() + attn.v_proj.weight.numel(),
+            attn.q_proj.weight.numel() + attn.o_proj.weight.numel() + mlp,
+            2 * attn.n_heads * attn.d_head,
+        )
+
+    def of(self, n_keys: int, n_queries: int, n_pairs: int) -> int:
+        """Floating-point operations: an addition for each multiplication."""
+        return 2 * (n_keys * self.key + n_queries * self.query + n_pairs * self.pair)
+
+
 def cost_of(model: HookedTransformer, branches: Sequence[Branch], readout: Readout, sweep: Sweep | None) -> Cost:
     n_heard = sum(any(isinstance(change, Edit) and change.is_heard for change in its.changes) for its in branches)
     whole = {run: forward_flops(model, run, readout) for run in dict.fromkeys(branch.run for branch in branches)}
@@ -58,29 +81,6 @@ def sweep_flops(sweep: Sweep, planned: Planned, prices: Sequence[Prices]) -> int
     return read_flops(sweep.model, sweep.readout) + sum(
         step_flops(prices[layer], step, sweep.view_of(planned, layer)) for layer, step in planned.reach.steps.items()
     )
-
-
-class Prices(NamedTuple):
-    """Multiplications in a block: of a new key and value, of a query with its output and MLP, of a pair of a query and
-    a key."""
-
-    key: int
-    query: int
-    pair: int
-
-    @classmethod
-    def in_block(cls, block: DecoderBlock) -> "Prices":
-        attn = block.attn
-        mlp = sum(module.weight.numel() for module in block.mlp.modules() if isinstance(module, nn.Linear))
-        return cls(
-            attn.k_proj.weight.numel() + attn.v_proj.weight.numel(),
-            attn.q_proj.weight.numel() + attn.o_proj.weight.numel() + mlp,
-            2 * attn.n_heads * attn.d_head,
-        )
-
-    def of(self, n_keys: int, n_queries: int, n_pairs: int) -> int:
-        """Floating-point operations: an addition for each multiplication."""
-        return 2 * (n_keys * self.key + n_queries * self.query + n_pairs * self.pair)
 
 
 def step_flops(prices: Prices, step: Step, view: View) -> int:

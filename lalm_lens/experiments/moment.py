@@ -69,12 +69,13 @@ def find_moments(
     found: list[list[Recovery]] = [[] for _ in cases]
     tokens, readout = readout_of(cases)
     plan = None
-    while any(case.cells for case in asked):
-        branches = branches_of(asked, direction)
+    while going := [n for n, case in enumerate(asked) if case.cells]:
+        cases_now = [asked[n] for n in going]
+        branches = branches_of(cases_now, direction)
         plan = Plan(model, branches, readout, engine=engine, token_budget=token_budget, before=plan)
-        for its, recovery in zip(found, recoveries(plan, asked, tokens, metric, direction), strict=True):
-            its.append(recovery)
-        asked = [replace(case, cells=finer(its[-1], search, each_s)) for case, its in zip(asked, found, strict=True)]
+        for n, recovery in zip(going, recoveries(plan, cases_now, tokens, metric, direction), strict=True):
+            found[n].append(recovery)
+            asked[n] = replace(asked[n], cells=finer(recovery, search, each_s))
     return [joined(its) for its in found]
 
 
@@ -84,9 +85,8 @@ def finer(recovery: Recovery, search: Search, each_s: float) -> list[Cell]:
     return [half for n in best if len(recovery.cells[n].positions) > 1 for half in halves(recovery.cells[n], each_s)]
 
 
-def joined(recoveries: Sequence[Recovery]) -> Recovery:
+def joined(rounds: Sequence[Recovery]) -> Recovery:
     """The rounds of one case as one."""
-    rounds = [its for its in recoveries if its.cells]
     parts = {name: torch.cat([getattr(its, name) for its in rounds]) for name in ("p_patched", "m_patched", "rate")}
     costs = [its.cost for its in rounds]
     cost = Cost(
