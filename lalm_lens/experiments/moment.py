@@ -33,6 +33,13 @@ class Search:
         if self.window_s <= 0 or self.n_best < 1:
             raise InputError(f"A search needs windows longer than 0 s and 1 best or more; got {self}.")
 
+    def n_most(self, n_pos: int, each_s: float) -> int:
+        """The most branches that a search among so many audio positions takes: none costs more than a forward."""
+        size = max(1, round(self.window_s / each_s))
+        n_windows = -(-n_pos // size)
+        n_halvings = (min(size, n_pos) - 1).bit_length()
+        return n_windows + n_halvings * 2 * self.n_best
+
 
 def coarse(model: HookedLALM, run: Run, search: Search) -> list[Cell]:
     """The windows that a search begins with."""
