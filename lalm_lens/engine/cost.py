@@ -56,7 +56,9 @@ def sweep_flops(sweep: Sweep, number: int) -> int:
         return 0
     blocks = sweep.model.each_block
     return read_flops(sweep.model, sweep.readout) + sum(
-        step_flops(blocks[layer], step, sweep.view_of(planned, layer)) for layer, step in planned.reach.steps.items()
+        step_flops(blocks[layer], step, sweep.view_of(planned, layer))
+        for layer, step in planned.reach.steps.items()
+        if step.out
     )
 
 
