@@ -125,6 +125,17 @@ class CausalTrace:
             raise DataError(f"The table has no rows of {attribute!r}, only of {sorted(self.frame.attribute.unique())}.")
         return CausalTrace(rows)
 
+    def moments(self) -> pd.DataFrame:
+        """Where in each kept clip the answer was decided: of the finest windows that a search tried, the one with the
+        largest recovery, from `start_s` to `end_s`. Raises `DataError` for a table without such a search."""
+        rows = self.kept[self.kept.kind == "moment"]
+        if not len(rows):
+            raise DataError('No moment was looked for in a clip that is kept: trace with audio="coarse-to-fine".')
+        length = (rows.end_s - rows.start_s).round(6)
+        finest = rows[length == length.groupby([rows[name] for name in BY_SAMPLE]).transform("min")]
+        best = finest.loc[finest.groupby(BY_SAMPLE, sort=False).recovery.idxmax()]
+        return best[[*BY_SAMPLE, "label", "start_s", "end_s", "recovery"]].reset_index(drop=True)
+
     def counts(self) -> pd.DataFrame:
         """Samples by model, attribute and status."""
         samples = self.frame.drop_duplicates(BY_SAMPLE)

@@ -79,7 +79,9 @@ def sweep_flops(sweep: Sweep, planned: Planned, prices: Sequence[Prices]) -> int
     if planned.reach.is_void:
         return 0
     return read_flops(sweep.model, sweep.readout) + sum(
-        step_flops(prices[layer], step, sweep.view_of(planned, layer)) for layer, step in planned.reach.steps.items()
+        step_flops(prices[layer], step, sweep.view_of(planned, layer))
+        for layer, step in planned.reach.steps.items()
+        if step.out
     )
 
 

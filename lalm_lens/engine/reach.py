@@ -74,14 +74,20 @@ class Touch:
 
 @dataclass(frozen=True)
 class Step:
-    """One branch in one block: the positions whose keys and values are its own, and those that come out of it."""
+    """One branch in one block: the positions whose keys and values are its own, those that come out of it, and those
+    that are first changed behind it."""
 
     own: int
     out: int
+    born: int = 0
 
     @property
     def rows(self) -> int:
         return self.own | self.out
+
+    @property
+    def left(self) -> int:
+        return self.out | self.born
 
 
 @dataclass(frozen=True)
@@ -128,9 +134,9 @@ def reach(touches: Sequence[Touch], reader: Reader, seen: Sequence[int]) -> Reac
         after = passed(changed, keys, window, here, reader.n_pos)
         out = after & seen[layer + 1]
         own = keys & in_sight(out, window, here) if out else 0
-        if out:
-            steps[layer] = Step(own, out)
         changed = left(after, here) & seen[layer + 1]
+        if out | changed:
+            steps[layer] = Step(own, out, changed & ~out)
     return Reach(steps, changed & reader.positions, is_void=not steps)
 
 
@@ -150,7 +156,7 @@ def passed(changed: int, keys: int, window: int | None, here: Sequence[Touch], n
     """The positions at which a block does something else than in the base run."""
     out = changed | ahead(keys, window, n_pos)
     for touch in here:
-        if touch.point != "resid_pre" and not touch.on_keys:
+        if touch.point == "inside" and not touch.on_keys:
             out |= touch.differs
     return out
 

@@ -29,7 +29,7 @@ from lalm_lens.runs import OWN, Run, Source
 from lalm_lens.transformer import HookedTransformer
 
 RESID = ("resid_pre", "resid_mid", "resid_post")
-Part = Literal["rows", "own", "out"]  # of the positions that a branch has in a block
+Part = Literal["rows", "own", "out", "left"]  # of the positions that a branch has in a block
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Group:
 
     members: list[Planned]
     step: Step
-    view: View
+    view: View | None  # None where nothing is computed in the block
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,10 @@ class Sweep:
                 has_pattern = any(member.edits_at(layer, "pattern"))
                 key = (member.run, step, member.knockouts_at(layer), has_pattern)
                 together.setdefault(key, []).append(member)
-        return [Group(its, step, self.view_of(its[0], layer)) for (_, step, _, _), its in together.items()]
+        return [
+            Group(its, step, self.view_of(its[0], layer) if step.out else None)
+            for (_, step, _, _), its in together.items()
+        ]
 
     def view_of(self, member: Planned, layer: int) -> View:
         step, knockouts, window = member.reach.steps[layer], member.knockouts_at(layer), self.windows[layer]
@@ -309,7 +312,8 @@ class Sweep:
 
     def rows_of(self, member: Planned) -> np.ndarray:
         steps = member.reach.steps
-        return np.array([steps[layer].rows.bit_count() if layer in steps else 0 for layer in range(self.n_run)])
+        each = (steps.get(layer, Step(0, 0)) for layer in range(self.n_run))
+        return np.array([(step.rows | step.left).bit_count() for step in each])
 
 
 def heard_again(model: HookedTransformer, member: Planned) -> Float[Tensor, "pos d_model"]:
@@ -378,11 +382,13 @@ class Pass:
     def values(self) -> dict[int, Tensor]:
         for layer in range(self.sweep.n_run):
             groups = self.sweep.groups(self.members, layer)
-            if groups:
+            if any(group.step.out for group in groups):
                 with held(self.model.each_block[layer]):  # offloaded weights are read once
                     self.through(layer, groups)
             else:
                 self.resid, self.space = self.resid[:0], Space()
+            if groups:
+                self.behind(layer, groups)
         with held(self.model.ln_final), held(self.model.unembed):
             return self.read()
 
@@ -390,12 +396,19 @@ class Pass:
         """All branches that are computed in a block, through it."""
         block = self.model.each_block[layer]
         rows, own, out = Space.of(groups, "rows"), Space.of(groups, "own"), Space.of(groups, "out")
-        resid = self.at_point(self.gathered(layer, groups, rows), rows, layer, "resid_pre")
+        resid = self.at_point(self.gathered(layer, groups, rows, "rows"), rows, layer, "resid_pre")
         from_rows = self.index(groups, "out")
         attn_out = self.looked(block, layer, groups, resid, own, out)
         resid = self.at_point(picked(resid, from_rows) + attn_out, out, layer, "resid_mid")
-        resid = self.at_point(resid + self.thought(block, layer, resid, out), out, layer, "resid_post")
-        self.resid, self.space = resid, out
+        self.resid, self.space = resid + self.thought(block, layer, resid, out), out
+
+    def behind(self, layer: int, groups: list[Group]) -> None:
+        """What is changed behind a block: of what it computed, and of what it left as it is in the base run."""
+        left = self.space
+        if any(group.step.born for group in groups):
+            left = Space.of(groups, "left")
+            self.resid = self.gathered(layer + 1, groups, left, "left")
+        self.resid, self.space = self.at_point(self.resid, left, layer, "resid_post"), left
 
     def at_point(
         self, resid: Float[Tensor, "row d_model"], space: Space, layer: int, site: str
@@ -431,25 +444,26 @@ class Pass:
         taken = self.taken.get((member.number, id(edit)))
         return replace(edit, value=self.base_rows(member, edit) if taken is None else taken)
 
-    def gathered(self, layer: int, groups: Sequence[Group], rows: Space) -> Float[Tensor, "row d_model"]:
-        """The residual stream before a block: what branches have changed, and the rest from their runs."""
+    def gathered(self, n_run: int, groups: Sequence[Group], rows: Space, what: Part) -> Float[Tensor, "row d_model"]:
+        """The residual stream after some blocks: what branches have changed, and the rest from their runs."""
         ours, from_ours = [], []
         theirs: dict[Run, tuple[list[np.ndarray], list[np.ndarray]]] = {}
         for group in groups:
-            positions = np.array(as_list(group.step.rows))
+            wanted = getattr(group.step, what)
+            positions = np.array(as_list(wanted), dtype=int)
             for member in group.members:
                 first = rows.first[member.number]
                 held = self.space.positions.get(member.number, 0)
-                is_ours = held_at(held, group.step.rows)
+                is_ours = held_at(held, wanted)
                 ours.append(first + np.flatnonzero(is_ours))
-                from_ours.append(self.space.first.get(member.number, 0) + rank(held, group.step.rows))
+                from_ours.append(self.space.first.get(member.number, 0) + rank(held, wanted))
                 to, which = theirs.setdefault(member.run, ([], []))
                 to.append(first + np.flatnonzero(~is_ours))
                 which.append(positions[~is_ours])
         resid = self.resid.new_empty(rows.n_rows, self.resid.shape[1])
         resid[self.tensor(ours)] = self.resid[self.tensor(from_ours)]
         for run, (to, which) in theirs.items():
-            resid[self.tensor(to)] = self.bases[run].resid[layer][self.tensor(which)]
+            resid[self.tensor(to)] = self.bases[run].resid[n_run][self.tensor(which)]
         return resid
 
     def tensor(self, parts: list[np.ndarray]) -> Int[Tensor, " at"]:
@@ -493,7 +507,8 @@ class Pass:
         k = self.rotation.at(self.positions(groups, "own"))(k[None])[0]
         z = torch.empty_like(q)
         for group in groups:
-            self.attend(layer, group, q, k, v, z, own, out)
+            if group.view is not None:
+                self.attend(layer, group, group.view, q, k, v, z, own, out)
         self.edit(z, out, layer, "z")
         attn_out = attn.output(z[None])[0]
         self.edit(attn_out, out, layer, "attn_out")
@@ -503,6 +518,7 @@ class Pass:
         self,
         layer: int,
         group: Group,
+        view: View,
         q: Float[Tensor, "out head d_head"],
         k: Float[Tensor, "own kv_head d_head"],
         v: Float[Tensor, "own kv_head d_head"],
@@ -513,7 +529,7 @@ class Pass:
         """One group's attention, into its rows of `z`: as many branches at a time as have room."""
         base, step = self.bases[group.members[0].run], group.step
         n_out, n_own = step.out.bit_count(), step.own.bit_count()
-        size = max(1, self.sweep.max_scores // (n_out * group.view.n_keys * q.shape[1]))
+        size = max(1, self.sweep.max_scores // (n_out * view.n_keys * q.shape[1]))
         for start in range(0, len(group.members), size):
             members = group.members[start : start + size]
             first_out, first_own = (space.first[members[0].number] for space in (out, own))
@@ -532,7 +548,7 @@ class Pass:
                 v[mine_own].unflatten(0, (len(members), n_own)),
                 base.k[layer],
                 base.v[layer],
-                group.view,
+                view,
                 edits,
                 as_list(step.own),
             ).flatten(0, 1)
@@ -574,7 +590,7 @@ class Pass:
 @lru_cache(maxsize=65536)
 def held_at(held: int, positions: int) -> np.ndarray:
     """For each of the positions, whether it is among those held."""
-    return np.array([bool(held >> position & 1) for position in as_list(positions)])
+    return np.array([bool(held >> position & 1) for position in as_list(positions)], dtype=bool)
 
 
 @lru_cache(maxsize=65536)

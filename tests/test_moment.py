@@ -1,0 +1,143 @@
+"""Which moment decided: on clips whose cue sits in one known 0.3 s."""
+
+import numpy as np
+import pytest
+import torch
+
+from lalm_lens.assets.animals import ANIMALS, animal
+from lalm_lens.attributes import ATTRIBUTES
+from lalm_lens.audio import RATE_HZ
+from lalm_lens.datasets import Sample
+from lalm_lens.errors import InputError
+from lalm_lens.experiments.causal_trace import causal_trace
+from lalm_lens.experiments.cells import Grid, cells, position_s
+from lalm_lens.experiments.moment import Search, find_moments
+from lalm_lens.experiments.recovery import Case, recover
+from lalm_lens.metrics import Answer
+from lalm_lens.runs import Run
+
+CUE_S = 0.3
+CLIP_S = 2.0
+N_CLIPS = 45
+
+
+def clips() -> list[tuple[Sample, float]]:
+    """The loudest 0.3 s of an animal's call somewhere in faint noise, and where."""
+    found = []
+    for index in range(N_CLIPS):
+        rng = np.random.default_rng([7, index])
+        name = list(ANIMALS)[index % len(ANIMALS)]
+        call, n_cue = animal(rng, name, CLIP_S), int(CUE_S * RATE_HZ)
+        loudest = int(np.convolve(call**2, np.ones(n_cue), "valid").argmax())
+        start = int(rng.integers(0, len(call) - n_cue))
+        samples = 1e-3 * rng.standard_normal(len(call))
+        samples[start : start + n_cue] += call[loudest : loudest + n_cue]
+        waveform = torch.from_numpy(samples.astype(np.float32))
+        found.append((Sample(f"{name}_{index}.wav", name, waveform), start / RATE_HZ))
+    return found
+
+
+@pytest.fixture(scope="module")
+def searched(tiny_lalm):
+    samples = [sample for sample, _ in clips()]
+    settings = {"attribute": "animal", "kinds": ("layer",), "audio": "coarse-to-fine", "direction": "noise"}
+    return causal_trace(tiny_lalm, samples, **settings, metric="log_probability", progress=False)
+
+
+def test_the_moment_is_found_where_the_cue_is(searched):
+    starts = {sample.name: start_s for sample, start_s in clips()}
+    moments = searched.moments()
+    assert len(moments) > 20
+    middle = (moments.start_s + moments.end_s) / 2
+    start_s = moments["sample"].map(starts)
+    found = ((middle > start_s - 0.02) & (middle < start_s + CUE_S + 0.02)).mean()
+    print(f"the moment is inside of the cue in {found:.0%} of {len(moments)} clips; by chance in {CUE_S / CLIP_S:.0%}")
+    assert found > 0.7
+    assert (moments.end_s - moments.start_s).max() == pytest.approx(0.04)
+
+
+def test_windows_become_halves_down_to_one_position(searched):
+    frame = searched.to_frame()
+    for _, rows in frame[frame.kind == "moment"].groupby("sample"):
+        sizes = ((rows.end_s - rows.start_s) / 0.04).round().astype(int)
+        assert sizes.iloc[0] == 25
+        assert sizes.min() == 1
+        whole = rows[sizes >= 24].sort_values("start_s")
+        assert whole.start_s.tolist() == pytest.approx([0, 1])
+        for row, size in zip(rows.itertuples(), sizes, strict=True):
+            around = (rows.start_s <= row.start_s + 1e-6) & (rows.end_s >= row.end_s - 1e-6)
+            assert size == 25 or (abs(sizes[around] - 2 * size) <= 1).any(), "half of none that was tried"
+    assert (frame[frame.kind == "moment"].site == "embed").all()
+
+
+def test_a_search_costs_what_was_said_before(tiny_lalm, searched):
+    run, silent = runs_of(tiny_lalm)
+    each_s, n_pos = position_s(tiny_lalm), len(run.indices("audio"))
+    for search in (Search(), Search(0.5, n_best=1), Search(0.3, n_best=3), Search(0.04)):
+        recovery = find_moments(tiny_lalm, [Case(run, silent, Answer((5,)), ())], search)[0]
+        most = search.n_most(n_pos, each_s)
+        assert 0.6 * most <= len(recovery.cells) <= most, search
+        assert recovery.cost.forwards <= most + 1
+        print(f"{search}: {len(recovery.cells)} windows of at most {most}: {recovery.cost}")
+
+
+def runs_of(model) -> tuple[Run, Run]:
+    sample = clips()[0][0]
+    processor = model.processor
+    prompt = processor.prompt(ATTRIBUTES["animal"], processor.n_frames(sample.waveform))
+    return tuple(
+        Run(processor.inputs([prompt], [waveform]), prompt)
+        for waveform in (sample.waveform, torch.zeros_like(sample.waveform))
+    )
+
+
+GRIDS = [
+    Grid("z"),
+    Grid("k", ("layer", "token")),
+    Grid("pattern", ("audio_layer",)),
+    Grid("post", n_neurons=100),
+    Grid("resid_post", ("audio_window",), window_s=0.5),
+    Grid("resid_pre", ("encoder_window",), window_s=0.7),
+    Grid("attn_out", ("encoder_window", "layer")),
+    Grid("v", ("encoder_window",)),
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.site} {' '.join(grid.chosen)}")
+def test_every_kind_of_cell_is_the_same_on_both_engines(tiny_lalm, grid):
+    run, silent = runs_of(tiny_lalm)
+    where = cells(tiny_lalm, grid, run)
+    chosen = where[:: max(1, len(where) // 40)]
+    assert {cell.kind for cell in chosen} == set(grid.chosen)
+    fast, plain = (
+        recover(tiny_lalm, [Case(run, silent, Answer((5,)), chosen)], metric="log_probability", engine=engine)[0]
+        for engine in ("sweep", "hooks")
+    )
+    torch.testing.assert_close(fast.m_patched, plain.m_patched, rtol=1e-5, atol=2e-5)
+    assert (plain.m_patched - plain.m_corrupted).abs().max() > 1e-3
+
+
+def test_windows_and_units_cover_everything_once(tiny_lalm):
+    run, _ = runs_of(tiny_lalm)
+    cfg = tiny_lalm.lalm_cfg
+    audio = cells(tiny_lalm, Grid("resid_post", ("audio_window",), window_s=0.3), run)
+    first = [cell for cell in audio if cell.layer == -1]
+    assert [pos for cell in first for pos in cell.positions] == list(run.indices("audio"))
+    assert first[-1].span_s[1] == pytest.approx(0.04 * len(run.indices("audio")))
+    heard = cells(tiny_lalm, Grid("resid_post", ("encoder_window",)), run)
+    of_block = [cell for cell in heard if cell.layer == 0]
+    assert [pos for cell in of_block for pos in cell.positions] == list(range(100))  # 2 s, 20 ms each
+    assert len(heard) == len(of_block) * cfg.encoder.n_layers
+    heads = cells(tiny_lalm, Grid("v", ("layer",)), run)
+    assert {cell.heads for cell in heads} == {(head,) for head in range(cfg.decoder.n_kv_heads)}
+    neurons = cells(tiny_lalm, Grid("post", ("layer",), n_neurons=100), run)
+    assert [n for cell in neurons if cell.layer == 0 for n in cell.neurons] == list(range(cfg.decoder.d_mlp))
+
+
+def test_grids_and_searches_that_hold_nothing_are_refused():
+    for settings in ({"window_s": 0.0}, {"n_neurons": 0}):
+        with pytest.raises(InputError, match="hold nothing"):
+            Grid(**settings)
+    for settings in ({"window_s": -1.0}, {"n_best": 0}):
+        with pytest.raises(InputError, match="A search needs"):
+            Search(**settings)
