@@ -19,8 +19,10 @@ from lalm_lens.runs import Run
 from lalm_lens.transformer import HookedTransformer
 
 Engine = Literal["auto", "sweep", "hooks"]
-TOKENS = {"cpu": 4096}  # that go through a block together, by the type of device
-MORE_TOKENS = 32_768
+IN_CACHE = (
+    3_000_000  # activations of an MLP: more of them leave a CPU's cache, and each pass over them takes 5x as long
+)
+ON_A_GPU = 32_768  # tokens
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Plan:
         if token_budget is not None and token_budget < 1:
             raise InputError(f"A token budget is 1 or more; got {token_budget}.")
         self.model, self.readout = model, readout
-        self.token_budget = token_budget or TOKENS.get(model.device.type, MORE_TOKENS)
+        self.token_budget = token_budget or usual_budget(model)
         self.branches = [
             replace(branch, changes=tuple(indexed(change, branch.run, model) for change in branch.changes))
             for branch in branches
@@ -187,6 +189,11 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.cost()}, engine {self.engine!r})"
+
+
+def usual_budget(model: HookedTransformer) -> int:
+    """Tokens that go through a block together where nothing else is asked for."""
+    return ON_A_GPU if model.device.type == "cuda" else max(256, IN_CACHE // model.decoder_cfg.d_mlp)
 
 
 def foreign(attached: Iterable[str]) -> HookError:
