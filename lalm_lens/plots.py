@@ -26,6 +26,7 @@ SEGMENTS = {  # of the paper, and the options apart: colour and line
     "late": ("#3d8b37", "-"),
     "last": ("#b03030", "-"),
 }
+WINDOWS = {"audio_window": "audio positions", "encoder_window": "states of the audio encoder"}
 HEARD = {"silence": "the silent run", "other_clip": "a run that hears another clip"}
 
 
@@ -79,7 +80,7 @@ def furnish(ax: Axes, frame: pd.DataFrame) -> None:
 
 
 def site(frame: pd.DataFrame) -> str:
-    return next(name for name in frame.site.unique() if name != "embed")
+    return next((name for name in frame.site.unique() if name != "embed"), "embed")
 
 
 def rate(frame: pd.DataFrame) -> str:
@@ -107,6 +108,11 @@ def layer_ticks(set_ticks: Callable, frame: pd.DataFrame) -> None:
     set_ticks(shown, ["embed" if layer < 0 else str(layer) for layer in shown], fontsize=8)
 
 
+def layer_rows(ax: Axes, frame: pd.DataFrame, lowest: int) -> None:
+    """Ticks of a map whose first row is layer `lowest`: the embedding, or block 0."""
+    layer_ticks(lambda at, names, **style: ax.set_yticks([layer - lowest for layer in at], names, **style), frame)
+
+
 def token_maps(frame: pd.DataFrame) -> Figure:
     """Mean recovery by patched layer and text position after the audio, aligned at the last; a map per attribute."""
     attributes = list(frame.attribute.unique())
@@ -126,8 +132,7 @@ def token_panel(ax: Axes, frame: pd.DataFrame) -> None:
     words = frame.drop_duplicates("text_index").set_index("text_index").loc[grid.columns]
     image = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-1, vmax=1)
     ax.set_xticks(range(len(words)), [printable(token) for token in words.token], rotation=90, fontsize=7)
-    lowest = grid.index.min()  # the embedding, or block 0
-    layer_ticks(lambda at, names, **style: ax.set_yticks([layer - lowest for layer in at], names, **style), frame)
+    layer_rows(ax, frame, grid.index.min())
     ax.set_ylabel("patched layer")
     elsewhere = grid.drop(columns=-1).abs().max().max()
     ax.set_xlabel(
@@ -137,6 +142,74 @@ def token_panel(ax: Axes, frame: pd.DataFrame) -> None:
     segment_bands(ax, list(words.segment))
     bar = ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both")
     bar.set_label(rate(frame).replace(" of ", "\nof "))
+
+
+def head_maps(frame: pd.DataFrame) -> Figure:
+    """Mean recovery by patched layer and head, or group of neurons, at all text positions; a map per attribute."""
+    rows = frame[(frame.kind == "layer") & (frame["head"].notna() | frame.neurons.notna())]
+    is_head = bool(rows["head"].notna().any())
+    named = rows.assign(unit=rows["head"] if is_head else rows.neurons.str.partition("-")[0].astype("Int64"))
+    return grids(frame, named, "unit", "head" if is_head else "first of the neurons", "text positions'")
+
+
+def window_maps(frame: pd.DataFrame) -> Figure:
+    """Mean recovery by patched layer and window of the clip; a map per attribute."""
+    kind = next(kind for kind in WINDOWS if (frame.kind == kind).any())
+    rows = frame[frame.kind == kind]
+    return grids(frame, rows, "start_s", f"start of the window in the clip, s ({WINDOWS[kind]})", "one window's")
+
+
+def moment_maps(frame: pd.DataFrame) -> Figure:
+    """For each clip and moment, the recovery of the finest window around it that was tried; a panel per attribute."""
+    rows = shown(frame[frame.kind == "moment"])
+    attributes = list(rows.attribute.unique())
+    n_clips = rows.groupby("attribute")["sample"].nunique().max()
+    figure = Figure(figsize=(8, len(attributes) * (1.8 + 0.16 * n_clips)), layout="constrained")
+    axes = figure.subplots(len(attributes), 1, squeeze=False)
+    for ax, attribute in zip(axes[:, 0], attributes, strict=True):
+        moment_panel(ax, rows[rows.attribute == attribute], rate(frame))
+        ax.set_title(title(frame, attribute), fontsize=10)
+    figure.suptitle(heading(rows, "one window's", figure), fontsize=10)
+    return figure
+
+
+def moment_panel(ax: Axes, rows: pd.DataFrame, label: str) -> None:
+    each_s = (rows.end_s - rows.start_s).min()
+    names, n_columns = list(rows["sample"].unique()), round(rows.end_s.max() / each_s)
+    grid = pd.DataFrame(float("nan"), index=names, columns=range(n_columns))
+    for row in rows.assign(length=rows.end_s - rows.start_s).sort_values("length", ascending=False).itertuples():
+        grid.loc[row.sample, round(row.start_s / each_s) : round(row.end_s / each_s) - 1] = row.recovery
+    edges = (0, n_columns * each_s, len(names) - 0.5, -0.5)
+    image = ax.imshow(grid, aspect="auto", cmap="RdBu_r", **reach(grid), extent=edges, interpolation="nearest")
+    ax.set_yticks(range(len(names)), names, fontsize=6)
+    ax.set_xlabel("time in the clip, s")
+    ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both").set_label(label.replace(" of ", "\nof "))
+
+
+def reach(grid: pd.DataFrame) -> dict[str, float]:
+    """Limits of the colours of a map of small parts: as large as what there is, and at most 1."""
+    largest = min(1.0, max(0.01, float(grid.abs().max().max())))
+    return {"vmin": -largest, "vmax": largest}
+
+
+def grids(frame: pd.DataFrame, rows: pd.DataFrame, across: str, label: str, whose: str) -> Figure:
+    """Layer x something maps of mean recovery, a panel per attribute."""
+    attributes = list(rows.attribute.unique())
+    figure = Figure(figsize=(max(6, 0.3 * rows[across].nunique() + 3), 3.6 * len(attributes)), layout="constrained")
+    axes = figure.subplots(len(attributes), 1, squeeze=False)
+    for ax, attribute in zip(axes[:, 0], attributes, strict=True):
+        of_attribute = rows[rows.attribute == attribute]
+        grid = shown(of_attribute).pivot_table(index="layer", columns=across, values="recovery", dropna=False)
+        image = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", **reach(grid))
+        step = -(-grid.shape[1] // 16)
+        ax.set_xticks(range(0, grid.shape[1], step), [f"{name:g}" for name in grid.columns[::step]], fontsize=8)
+        ax.set_xlabel(label)
+        layer_rows(ax, of_attribute, grid.index.min())
+        ax.set_ylabel("patched layer")
+        ax.set_title(title(frame, attribute), fontsize=10)
+        ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both").set_label(rate(frame).replace(" of ", "\nof "))
+    figure.suptitle(heading(frame, whose, figure), fontsize=10)
+    return figure
 
 
 def segment_bands(ax: Axes, segments: list[str]) -> None:

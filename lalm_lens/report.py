@@ -25,7 +25,7 @@ th { border-bottom: 1px solid #999 } figcaption { color: #555 } figure { margin:
 {{ "corrupted" if direction == "denoise" else "clean" }} run; the corrupted run hears: {{ corruption }}. The recovery
 rate says how much of the gap between the two runs a patch closes, in {{ metric }} of the true label: 0 is none, 1 is
 all. Only kept clips are averaged: the clean run is right, the corrupted run is wrong and lower (arXiv 2603.13768).
-<code>fusion_layer</code> is the first layer whose text states close half of it, <code>noise_floor</code> what batching
+<code>fusion_layer</code> is the first layer whose text states close half of it, <code>noise_floor</code> what rounding
 alone does to a rate.</p>
 {{ table | safe }}
 <ul>

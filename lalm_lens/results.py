@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GridKind = Literal["layer", "audio_layer", "token", "audio_window", "encoder_window"]
 Kind = Literal[GridKind, "moment"]  # a window that a search for the moment tried
 Status = Literal["kept", "clean_wrong", "corrupted_right", "no_gap"]
-View = Literal["layers", "tokens", "segments"]
+View = Literal["layers", "segments", "tokens", "heads", "windows", "moments"]
 EMBED_LAYER = -1  # rows of site "embed": the merged embedding, before block 0
 
 COLUMNS = {
@@ -79,7 +79,8 @@ def plots_module() -> ModuleType:
 def summarise(rows: pd.DataFrame) -> dict[str, str | int | float]:
     samples = rows.drop_duplicates("sample")
     kept = samples[samples.status == "kept"]
-    text = rows[(rows.status == "kept") & (rows.kind == "layer")].groupby("layer").recovery.mean()
+    whole = rows[(rows.status == "kept") & rows["head"].isna() & rows.neurons.isna()]
+    text = whole[whole.kind == "layer"].groupby("layer").recovery.mean()
     fused = text.index[text >= 0.5]
     return {
         "metric": rows.metric.iloc[0],
@@ -167,18 +168,42 @@ class CausalTrace:
         groups = self.frame.groupby(["model", "attribute"], sort=False)
         return pd.DataFrame([{"attribute": name, **summarise(rows)} for (_, name), rows in groups])
 
+    @property
+    def views(self) -> list[View]:
+        """The pictures that can be drawn of these rows."""
+        of_part = self.frame["head"].notna() | self.frame.neurons.notna()
+        kinds = {
+            "layers": self.frame.kind.isin(["layer", "audio_layer"]) & ~of_part,
+            "segments": (self.frame.kind == "token") & ~of_part,
+            "tokens": (self.frame.kind == "token") & ~of_part,
+            "heads": (self.frame.kind == "layer") & of_part,
+            "windows": self.frame.kind.isin(["audio_window", "encoder_window"]) & ~of_part,
+            "moments": self.frame.kind == "moment",
+        }
+        return [view for view in get_args(View) if kinds[view].any()]
+
     def plot(self, view: View = "layers") -> "Figure":
         """`layers`: recovery by layer, text against audio. `segments`: the same for single positions, by segment.
-        `tokens`: layer x position maps. A panel per attribute.
+        `tokens`: layer x position maps. `heads`: layer x head, or group of neurons. `windows`: layer x time.
+        `moments`: clip x time, as fine as a search went. A panel per attribute; `views` lists those that there are.
 
         Without a kept sample the excluded ones are drawn, and the title says so. Raises `DataError` for several models,
-        metrics or other settings in one table, and without matplotlib.
+        metrics or other settings in one table, for a view of which there are no rows, and without matplotlib.
         """
         refuse_mixed(self.frame, ["attribute", "kind"])
         plots = plots_module()
-        views = {"layers": plots.layer_curves, "segments": plots.segment_curves, "tokens": plots.token_maps}
+        views = {
+            "layers": plots.layer_curves,
+            "segments": plots.segment_curves,
+            "tokens": plots.token_maps,
+            "heads": plots.head_maps,
+            "windows": plots.window_maps,
+            "moments": plots.moment_maps,
+        }
         if view not in views:
             raise DataError(f"There is no view {view!r}. Choose one of {', '.join(views)}.")
+        if view not in self.views:
+            raise DataError(f"The table has nothing to show as {view}, only as {', '.join(self.views)}.")
         return views[view](self.frame)
 
     def save(self, path: str | Path) -> Path:

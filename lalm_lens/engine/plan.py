@@ -160,7 +160,8 @@ class Plan:
         if self.sweep is not None and (attached := self.model.list_hooks()):
             raise foreign(attached)  # since the plan was made
         cost = self.cost()
-        with tqdm(total=len(self.branches), desc=str(self.engine), unit="branch", disable=not progress) as bar:
+        shown = {"desc": str(self.engine), "unit": "branch", "leave": False, "disable": not progress}
+        with tqdm(total=len(self.branches), **shown) as bar:
             if self.sweep is None:
                 values = run_hooks(self.model, self.branches, self.readout, bar.update)
             else:

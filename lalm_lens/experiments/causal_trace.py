@@ -108,12 +108,12 @@ def causal_trace(
         for together in chunks(model, samples, plan):
             cases = [case for _, _, case in together]
             settings: dict = {"metric": metric, "direction": direction, "engine": engine, "token_budget": token_budget}
+            settings["progress"] = progress
             found = [recover(model, cases, **settings)]
             if audio == "coarse-to-fine":
                 found.append(find_moments(model, cases, Search(window_s), **settings))
             for its, of_sample in zip(together, zip(*found, strict=True), strict=True):
                 frames += [frame_of(model, *its, each, plan) for each in of_sample]
-            bar.set_postfix_str(str(found[0][0].cost))
             bar.update(len(together))
     return CausalTrace.concat(frames)
 

@@ -69,6 +69,7 @@ def find_moments(
     direction: Direction = "denoise",
     engine: Engine = "auto",
     token_budget: int | None = None,
+    progress: bool = False,
 ) -> list[Recovery]:
     """Every window that was tried, of each case; the cells of the cases are not looked at. The runs run once."""
     each_s = position_s(model)
@@ -80,7 +81,7 @@ def find_moments(
         cases_now = [asked[n] for n in going]
         branches = branches_of(cases_now, direction)
         plan = Plan(model, branches, readout, engine=engine, token_budget=token_budget, before=plan)
-        for n, recovery in zip(going, recoveries(plan, cases_now, tokens, metric, direction), strict=True):
+        for n, recovery in zip(going, recoveries(plan, cases_now, tokens, metric, direction, progress), strict=True):
             found[n].append(recovery)
             asked[n] = replace(asked[n], cells=finer(recovery, search, each_s))
     return [joined(its) for its in found]

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.cost import Cost
@@ -68,6 +69,7 @@ def recover(
     direction: Direction = "denoise",
     engine: Engine = "auto",
     token_budget: int | None = None,
+    progress: bool = False,
 ) -> list[Recovery]:
     """Every patched run of some examples. The runs that they share are run once.
 
@@ -75,7 +77,9 @@ def recover(
     """
     tokens, readout = readout_of(cases)
     plan = Plan(model, branches_of(cases, direction), readout, engine=engine, token_budget=token_budget)
-    return recoveries(plan, cases, tokens, metric, direction)
+    with tqdm(total=0, bar_format="{desc}", leave=False, disable=not progress) as line:
+        line.set_description_str(str(plan.cost()))
+        return recoveries(plan, cases, tokens, metric, direction, progress)
 
 
 def readout_of(cases: Sequence[Case]) -> tuple[list[int], Score]:
@@ -87,10 +91,10 @@ def readout_of(cases: Sequence[Case]) -> tuple[list[int], Score]:
 
 
 def recoveries(
-    plan: Plan, cases: Sequence[Case], tokens: list[int], metric: Metric, direction: Direction
+    plan: Plan, cases: Sequence[Case], tokens: list[int], metric: Metric, direction: Direction, progress: bool
 ) -> list[Recovery]:
     """Run the branches of the cases, and measure each case by its own."""
-    outcome, found, start = plan.run(), [], 0
+    outcome, found, start = plan.run(progress), [], 0
     for case in cases:
         end = start + len(case.cells) + 1
         found.append(recovery(plan, case, outcome, slice(start, end), tokens, metric, direction))
