@@ -184,8 +184,8 @@ class Sweep:
     def read_positions(self, base: Base) -> tuple[int, ...]:
         n_all = base.n_pos + base.n_pad
         positions = [position % n_all - base.n_pad for position in self.readout.positions]
-        if min(positions) < 0 or not all(-n_all <= position < n_all for position in self.readout.positions):
-            raise InputError(f"{self.readout.positions} are not all positions of a prompt of {base.n_pos}.")
+        if min(positions) < 0:
+            raise InputError(f"Of {self.readout.positions}, some are padding: the prompt has {base.n_pos} positions.")
         return tuple(positions)
 
     def heard(self, branch: Branch) -> Edit:
