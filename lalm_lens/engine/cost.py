@@ -56,14 +56,14 @@ def sweep_flops(sweep: Sweep, number: int) -> int:
         return 0
     blocks = sweep.model.each_block
     return read_flops(sweep.model, sweep.readout) + sum(
-        step_flops(blocks[layer], step, sweep.view_of(planned, layer))
+        step_flops(blocks[layer], step, sweep.view_of(planned, layer) if step.out else None)
         for layer, step in planned.reach.steps.items()
-        if step.out
     )
 
 
-def step_flops(block: DecoderBlock, step: Step, view: View) -> int:
-    return block_flops(block, step.own.bit_count(), step.out.bit_count(), step.out.bit_count() * view.n_keys)
+def step_flops(block: DecoderBlock, step: Step, view: View | None) -> int:
+    n_keys, n_queries = step.own.bit_count(), step.out.bit_count()
+    return block_flops(block, n_keys, n_queries, 0 if view is None else n_queries * view.n_keys)
 
 
 def block_flops(block: DecoderBlock, n_keys: int, n_queries: int, n_pairs: int) -> int:
