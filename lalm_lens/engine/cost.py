@@ -79,14 +79,14 @@ def sweep_flops(sweep: Sweep, planned: Planned, prices: Sequence[Prices]) -> int
     if planned.reach.is_void:
         return 0
     return read_flops(sweep.model, sweep.readout) + sum(
-        step_flops(prices[layer], step, sweep.view_of(planned, layer))
+        step_flops(prices[layer], step, sweep.view_of(planned, layer) if step.out else None)
         for layer, step in planned.reach.steps.items()
-        if step.out
     )
 
 
-def step_flops(prices: Prices, step: Step, view: View) -> int:
-    return prices.of(step.own.bit_count(), step.out.bit_count(), step.out.bit_count() * view.n_keys)
+def step_flops(prices: Prices, step: Step, view: View | None) -> int:
+    n_keys, n_queries = step.own.bit_count(), step.out.bit_count()
+    return prices.of(n_keys, n_queries, 0 if view is None else n_queries * view.n_keys)
 
 
 def read_flops(model: HookedTransformer, readout: Readout) -> int:

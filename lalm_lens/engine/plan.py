@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lalm_lens.engine.branches import Branch, Captured, States, capture, indexed, resolved, sources
+from lalm_lens.engine.branches import Branch, Captured, States, capture, check, indexed, resolved, sources
 from lalm_lens.engine.cost import Cost, cost_of
 from lalm_lens.engine.hooks import run_hooks
 from lalm_lens.engine.sweep import Base, Sweep, base_of, compared, needed
 from lalm_lens.errors import HookError, InputError
 from lalm_lens.interventions import Edit
-from lalm_lens.readouts import LogProbs, Readout, Resid, n_blocks
+from lalm_lens.readouts import Logits, LogProbs, Readout, Resid, n_blocks
 from lalm_lens.runs import Run
 from lalm_lens.transformer import HookedTransformer
 
@@ -76,6 +76,7 @@ class Plan:
             replace(branch, changes=tuple(indexed(change, branch.run, model) for change in branch.changes))
             for branch in branches
         ]
+        self.check_readout()
         self.engine = self.chosen(engine)
         self.captured = self.capture({} if before is None else before.captured)
         self.logits = {run: logits for run, (logits, _) in self.captured.items()}
@@ -89,6 +90,13 @@ class Plan:
         if self.engine == "sweep":
             bases = {run: self.base_run(run, states, value) for run, value in self.base.items()}
             self.sweep = Sweep(model, self.branches, bases, readout)
+
+    def check_readout(self) -> None:
+        """Raise `InputError` for positions and tokens that there are not."""
+        for branch in self.branches:
+            branch.run.indices(self.readout.positions)
+        if isinstance(self.readout, Logits):
+            check(self.readout.tokens or (), self.model.decoder_cfg.d_vocab, "tokens")
 
     def chosen(self, engine: Engine) -> Literal["sweep", "hooks"]:
         """Which engine runs: with "auto" the sweep, unless it lacks something."""

@@ -57,8 +57,8 @@ def mirrored(positions: int, n_pos: int) -> int:
 @dataclass(frozen=True)
 class Touch:
     """What a change does to sets of positions. `differs` are those at which the base run's own state would be changed;
-    if it `replaces` the state, the rest of `positions` becomes the base run's. `looks_at` are keys that a pattern gives
-    weight to, in sight or not."""
+    if it `replaces` the state, the rest of `positions` becomes the base run's. `looks_at` are positions whose states
+    before the block count there, in the sight of attention or not."""
 
     point: str
     layer: int
@@ -133,9 +133,9 @@ def reach(touches: Sequence[Touch], reader: Reader, seen: Sequence[int]) -> Reac
         changed, keys = entered(changed, here)
         after = passed(changed, keys, window, here, reader.n_pos)
         out = after & seen[layer + 1]
-        own = keys & in_sight(out, window, here) if out else 0
+        own = keys & in_sight(out, window, here)
         changed = left(after, here) & seen[layer + 1]
-        if out | changed:
+        if own | out | changed:
             steps[layer] = Step(own, out, changed & ~out)
     return Reach(steps, changed & reader.positions, is_void=not steps)
 
@@ -162,7 +162,7 @@ def passed(changed: int, keys: int, window: int | None, here: Sequence[Touch], n
 
 
 def in_sight(queries: int, window: int | None, here: Sequence[Touch]) -> int:
-    """The keys that count for some queries."""
+    """The positions before a block whose states count in it."""
     keys = behind(queries, window)
     for touch in here:
         keys |= touch.looks_at

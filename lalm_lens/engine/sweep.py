@@ -108,7 +108,7 @@ class Group:
 
     members: list[Planned]
     step: Step
-    view: View | None  # None where nothing is computed in the block
+    view: View | None  # None where nothing comes out of the block
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Sweep:
                 edits += unpadded(change, base.n_pad)
         edits = [edit for edit in edits if edit.layer < self.n_run]
         touches = [self.touch(edit, base) for edit in edits]
-        touches += self.knocked(knockouts)
+        touches += [*self.knocked(knockouts), *taken_before(edits)]
         reader = Reader(base.n_pos, self.windows, as_set(self.read_positions(base)), self.read_early(edits))
         if reader not in self.seen:
             self.seen[reader] = reader.seen()
@@ -185,8 +185,8 @@ class Sweep:
     def read_positions(self, base: Base) -> tuple[int, ...]:
         n_all = base.n_pos + base.n_pad
         positions = [position % n_all - base.n_pad for position in self.readout.positions]
-        if min(positions) < 0 or not all(-n_all <= position < n_all for position in self.readout.positions):
-            raise InputError(f"{self.readout.positions} are not all positions of a prompt of {base.n_pos}.")
+        if min(positions) < 0:
+            raise InputError(f"Of {self.readout.positions}, some are padding: the prompt has {base.n_pos} positions.")
         return tuple(positions)
 
     def heard(self, branch: Branch) -> Edit:
@@ -325,6 +325,14 @@ def heard_again(model: HookedTransformer, member: Planned) -> Float[Tensor, "pos
     return embedded.embed[0, member.run.n_pad :]
 
 
+def taken_before(edits: Sequence[Edit]) -> Iterator[Touch]:
+    """What branches take from themselves before a block, where the block itself may have no need of it."""
+    for edit in edits:
+        if isinstance(edit, Valued) and isinstance(edit.value, Source) and edit.value.site == "resid_pre":
+            assert edit.value.layer is not None
+            yield Touch("inside", edit.value.layer, 0, 0, looks_at=as_set(edit.value.at))
+
+
 def looked_at(edit: Edit) -> int:
     """The keys to which a changed pattern gives weight: also such as attention itself would not let it see."""
     if edit.site != "pattern" or not isinstance(edit, Valued) or not isinstance(edit.value, Tensor):
@@ -382,7 +390,7 @@ class Pass:
     def values(self) -> dict[int, Tensor]:
         for layer in range(self.sweep.n_run):
             groups = self.sweep.groups(self.members, layer)
-            if any(group.step.out for group in groups):
+            if any(group.step.rows for group in groups):
                 with held(self.model.each_block[layer]):  # offloaded weights are read once
                     self.through(layer, groups)
             else:
