@@ -270,9 +270,10 @@ def show(trace: "CausalTrace", first: "list[Path]", out: Path) -> None:
 
     data = trace.save(out / "trace.parquet")
     pictures = [*first]
-    for view in (view for view in trace.views if view != "tokens"):
-        pictures.append(out / f"{view}.png")
-        trace.plot(view).savefig(pictures[-1], dpi=150)
+    for view in trace.views:
+        if view != "tokens":
+            pictures.append(out / f"{view}.png")
+            trace.plot(view).savefig(pictures[-1], dpi=150)
     for name in trace.frame.attribute.unique() if "tokens" in trace.views else ():
         pictures.append(out / f"tokens_{name}.png")
         trace.only(name).plot("tokens").savefig(pictures[-1], dpi=150)

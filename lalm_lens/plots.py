@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from textwrap import fill
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -132,7 +133,7 @@ def token_panel(ax: Axes, frame: pd.DataFrame) -> None:
     words = frame.drop_duplicates("text_index").set_index("text_index").loc[grid.columns]
     image = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-1, vmax=1)
     ax.set_xticks(range(len(words)), [printable(token) for token in words.token], rotation=90, fontsize=7)
-    layer_rows(ax, frame, grid.index.min())
+    layer_rows(ax, frame, int(grid.index.min()))
     ax.set_ylabel("patched layer")
     elsewhere = grid.drop(columns=-1).abs().max().max()
     ax.set_xlabel(
@@ -174,22 +175,23 @@ def moment_maps(frame: pd.DataFrame) -> Figure:
 
 
 def moment_panel(ax: Axes, rows: pd.DataFrame, label: str) -> None:
-    each_s = (rows.end_s - rows.start_s).min()
-    names, n_columns = list(rows["sample"].unique()), round(rows.end_s.max() / each_s)
-    grid = pd.DataFrame(float("nan"), index=names, columns=range(n_columns))
-    for row in rows.assign(length=rows.end_s - rows.start_s).sort_values("length", ascending=False).itertuples():
-        grid.loc[row.sample, round(row.start_s / each_s) : round(row.end_s / each_s) - 1] = row.recovery
+    each_s = float((rows.end_s - rows.start_s).min())
+    names, n_columns = list(rows["sample"].unique()), round(float(rows.end_s.max()) / each_s)
+    grid = np.full((len(names), n_columns), np.nan)
+    for row in rows.assign(length=rows.end_s - rows.start_s).sort_values("length", ascending=False).to_dict("records"):
+        columns = slice(round(row["start_s"] / each_s), round(row["end_s"] / each_s))
+        grid[names.index(row["sample"]), columns] = row["recovery"]
     edges = (0, n_columns * each_s, len(names) - 0.5, -0.5)
-    image = ax.imshow(grid, aspect="auto", cmap="RdBu_r", **reach(grid), extent=edges, interpolation="nearest")
+    most = largest(grid)
+    image = ax.imshow(grid, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, extent=edges, interpolation="nearest")
     ax.set_yticks(range(len(names)), names, fontsize=6)
     ax.set_xlabel("time in the clip, s")
     ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both").set_label(label.replace(" of ", "\nof "))
 
 
-def reach(grid: pd.DataFrame) -> dict[str, float]:
-    """Limits of the colours of a map of small parts: as large as what there is, and at most 1."""
-    largest = min(1.0, max(0.01, float(grid.abs().max().max())))
-    return {"vmin": -largest, "vmax": largest}
+def largest(grid: np.ndarray) -> float:
+    """Where the colours of a map of small parts end: at what is largest in it, and at most at 1."""
+    return min(1.0, max(0.01, float(np.nanmax(np.abs(grid)))))
 
 
 def grids(frame: pd.DataFrame, rows: pd.DataFrame, across: str, label: str, whose: str) -> Figure:
@@ -200,11 +202,12 @@ def grids(frame: pd.DataFrame, rows: pd.DataFrame, across: str, label: str, whos
     for ax, attribute in zip(axes[:, 0], attributes, strict=True):
         of_attribute = rows[rows.attribute == attribute]
         grid = shown(of_attribute).pivot_table(index="layer", columns=across, values="recovery", dropna=False)
-        image = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", **reach(grid))
+        most = largest(grid.to_numpy())
+        image = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-most, vmax=most)
         step = -(-grid.shape[1] // 16)
         ax.set_xticks(range(0, grid.shape[1], step), [f"{name:g}" for name in grid.columns[::step]], fontsize=8)
         ax.set_xlabel(label)
-        layer_rows(ax, of_attribute, grid.index.min())
+        layer_rows(ax, of_attribute, int(grid.index.min()))
         ax.set_ylabel("patched layer")
         ax.set_title(title(frame, attribute), fontsize=10)
         ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both").set_label(rate(frame).replace(" of ", "\nof "))
