@@ -115,6 +115,18 @@ def test_a_branch_takes_what_it_has_come_to(model, runs, site):
     assert moves(outcome)[0] > 1e-2
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("site", RESID)
+def test_a_branch_may_take_what_comes_after_all_that_is_read(model, runs, site, layer):
+    base, clean, _ = runs
+    patch = Patch("resid_pre", 0, (13, 16), Source(clean))
+    taken = [Patch("resid_pre", 3, (2, 4), Source(OWN, layer=layer, positions=(13, 16), site=site))]
+    taken += [Patch("mlp_out", layer + 1, (4,), Source(OWN, layer=layer, positions=(16,), site=site))]
+    for readout in (Logits((4,)), Resid(3, (6, 4))):
+        outcome = assert_same(model, branches(base, *((patch, its) for its in taken)), readout)
+        assert (moves(outcome) > 1e-2).all()
+
+
 def test_what_a_branch_takes_has_all_the_changes_made_there(runs):
     """Also those that come later in its list."""
     base, clean, _ = runs
