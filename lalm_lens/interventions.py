@@ -6,8 +6,9 @@ Scale("z", 9, (-1,), factor=0.0, heads=(3, 5))                         two heads
 Knockout(range(32), queries=(-1,), keys="audio")                       the last position cannot look at the audio
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from operator import index
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -39,6 +40,13 @@ def hook_name(site: str, layer: int, stack: Stack = "decoder") -> str:
     return ADAPTER.get(site) or f"{prefix}blocks.{layer}.{HOOKS[site]}"
 
 
+def some(name: str, chosen: Iterable[int]) -> tuple[int, ...]:
+    """As whole numbers. Raises `InputError` for none."""
+    if not (numbers := tuple(map(index, chosen))):
+        raise InputError(f"A change of no {name} changes nothing: give one or more, or leave them out for all.")
+    return numbers
+
+
 @dataclass(frozen=True)
 class Edit:
     """A change of the states of some positions at one place.
@@ -63,13 +71,19 @@ class Edit:
     stack: Stack = "decoder"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.positions, str):
+            object.__setattr__(self, "positions", tuple(map(index, self.positions)))
         if not self.positions or (
-            not isinstance(self.positions, str) and len(set(self.positions)) < len(self.positions)
+            len(set(self.positions)) < len(self.positions) and not isinstance(self.positions, str)
         ):
             raise InputError(f"A change needs different positions, at least one; got {self.positions}.")
         for name, sites in {"heads": BY_HEAD, "neurons": ("post",), "keys": ("pattern",)}.items():
-            if getattr(self, name) is not None and self.site not in sites:
+            chosen = getattr(self, name)
+            if chosen is None:
+                continue
+            if self.site not in sites:
                 raise InputError(f"{name} are of {' '.join(sites)}, and not of {self.site}.")
+            object.__setattr__(self, name, some(name, chosen))
 
     @property
     def name(self) -> str:
@@ -213,11 +227,19 @@ class Knockout:
     changes nothing. A query must be left with a key to look at: otherwise `InputError`.
     """
 
-    layers: tuple[int, ...] | range
+    layers: Sequence[int]
     queries: Positions
     keys: Positions
     heads: tuple[int, ...] | None = None
     stack: ClassVar[Stack] = "decoder"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", some("layers", self.layers))
+        for name in ("queries", "keys"):
+            if not isinstance(positions := getattr(self, name), str):
+                object.__setattr__(self, name, tuple(map(index, positions)))
+        if self.heads is not None:
+            object.__setattr__(self, "heads", some("heads", self.heads))
 
     def hooks(self) -> list[NamedHook]:
         """As hooks on the scores of each layer. Queries and keys are absolute, as in `Edit`."""

@@ -104,10 +104,12 @@ class Visitors:
         module.register_forward_hook(self.go, always_call=True)
 
     def come(self, module: nn.Module, *_: Any) -> None:
+        if not self.n_users:
+            # All of them before the first is put in: where memory runs out on the way, nothing has come.
+            weights = {leaf: self.store[name].to(self.device) for leaf, name in self.names.items()}
+            for leaf, weight in weights.items():
+                module.register_parameter(leaf, nn.Parameter(weight, self.shapes[leaf].requires_grad))
         self.n_users += 1
-        for leaf, name in self.names.items() if self.n_users == 1 else ():
-            weight = self.store[name].to(self.device)
-            module.register_parameter(leaf, nn.Parameter(weight, self.shapes[leaf].requires_grad))
 
     def go(self, module: nn.Module, *_: Any) -> None:
         self.n_users = max(0, self.n_users - 1)

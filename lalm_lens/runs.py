@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import index
 
 import torch
 from jaxtyping import Bool, Int
@@ -67,7 +68,8 @@ class Run:
 
 
 def indices(positions: tuple[int, ...] | range, n_pos: int) -> tuple[int, ...]:
-    absolute = tuple(position + n_pos if position < 0 else position for position in positions)
+    whole = [index(position) for position in positions]
+    absolute = tuple(position + n_pos if position < 0 else position for position in whole)
     if not absolute or min(absolute) < 0 or max(absolute) >= n_pos or len(set(absolute)) < len(absolute):
         raise InputError(f"Positions are different ones of {n_pos}, at least one; got {tuple(positions)}.")
     return absolute

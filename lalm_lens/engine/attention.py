@@ -5,7 +5,8 @@ copied, and a row that sees none of them needs no special care.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,14 +20,29 @@ from lalm_lens.shapes import at_least_float32
 
 @dataclass(frozen=True)
 class View:
-    """What the queries of a group of branches may see in one block: shared keys from `first` to before `last`, of
-    which `mask` leaves out what is not to be seen, and then the group's own."""
+    """What the queries of a group of branches may see in one block: shared keys from `first` to before `last`, and
+    then the group's own. Sets of positions are those of `reach`."""
 
+    own: int
+    out: int
+    window: int | None
+    knockouts: tuple[Knockout, ...]
+    n_heads: int
     first: int
     last: int
-    n_own: int
-    mask: Bool[Tensor, "*head query_pos key_pos"] | None = field(repr=False)
-    masked_from: int  # the keys before it are all seen
+
+    @classmethod
+    def of(
+        cls, own: int, out: int, window: int | None, knockouts: tuple[Knockout, ...], n_heads: int, all_keys: int | None
+    ) -> "View":
+        """`all_keys` is how many shared keys there are where all of them have to be in view, seen or not."""
+        shared = behind(out, window) & ~own
+        first, last = ((shared & -shared).bit_length() - 1, shared.bit_length()) if shared else (0, 0)
+        return cls(own, out, window, knockouts, n_heads, *((first, last) if all_keys is None else (0, all_keys)))
+
+    @property
+    def n_own(self) -> int:
+        return self.own.bit_count()
 
     @property
     def n_shared(self) -> int:
@@ -37,30 +53,32 @@ class View:
         return self.n_shared + self.n_own
 
 
-def view(
-    own: int, out: int, window: int | None, knockouts: Sequence[Knockout], n_heads: int, all_keys: int | None
-) -> View:
-    """`all_keys` is how many shared keys there are where all of them have to be in view, seen or not."""
-    queries, own_keys = np.array(as_list(out)), np.array(as_list(own), dtype=np.int64)
-    shared = behind(out, window) & ~own
-    first, last = ((shared & -shared).bit_length() - 1, shared.bit_length()) if shared else (0, 0)
-    if all_keys is not None:
-        first, last = 0, all_keys
-    keys = np.concatenate([np.arange(first, last), own_keys])
+@dataclass(frozen=True)
+class Hidden:
+    """Which of the keys in view, from `start` on, are not to be seen."""
+
+    start: int
+    mask: Bool[Tensor, "one_or_head query_pos key_pos"]
+
+
+@lru_cache(maxsize=64)
+def hidden(view: View, device: torch.device) -> Hidden | None:
+    """None where all that is in view is seen. By head only where a knockout is."""
+    queries, own_keys = np.array(as_list(view.out)), np.array(as_list(view.own), dtype=np.int64)
+    keys = np.concatenate([np.arange(view.first, view.last), own_keys])
     back = queries[:, None] - keys
-    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
-    seen[:, : last - first] &= ~np.isin(keys[: last - first], own_keys)
-    if knockouts:
-        seen = np.stack([seen] * n_heads)
-        for knockout in knockouts:
-            heads = range(n_heads) if knockout.heads is None else knockout.heads
-            hit = np.isin(queries, knockout.queries_at)[:, None] & np.isin(keys, knockout.keys_at)
-            seen[list(heads)] &= ~hit
-    hidden = np.flatnonzero(~seen.reshape(-1, len(keys)).all(0))
-    if not len(hidden):
-        return View(first, last, len(own_keys), None, len(keys))
-    start = int(hidden[0])
-    return View(first, last, len(own_keys), torch.from_numpy(seen[..., start:].copy()), start)
+    seen = (back >= 0) if view.window is None else (back >= 0) & (back < view.window)
+    seen[:, : view.n_shared] &= ~np.isin(keys[: view.n_shared], own_keys)
+    by_head = any(knockout.heads is not None for knockout in view.knockouts)
+    seen = np.stack([seen] * (view.n_heads if by_head else 1))
+    for knockout in view.knockouts:
+        hit = np.isin(queries, knockout.queries_at)[:, None] & np.isin(keys, knockout.keys_at)
+        seen[slice(None) if knockout.heads is None else list(knockout.heads)] &= ~hit
+    columns = np.flatnonzero(~seen.reshape(-1, len(keys)).all(0))
+    if not len(columns):
+        return None
+    start = int(columns[0])
+    return Hidden(start, torch.from_numpy(~seen[..., start:]).to(device))
 
 
 def attend(
@@ -110,13 +128,12 @@ def per_branch(x: Float[Tensor, "branch own_pos kv_head d_head"]) -> Float[Tenso
 
 
 def hide(scores: Float[Tensor, "kv_head row key_pos"], view: View, n_branches: int, n_queries: int) -> None:
-    if view.mask is None:
+    its = hidden(view, scores.device)
+    if its is None:
         return
-    part = scores.view(len(scores), n_branches, n_queries, -1, view.n_keys)[..., view.masked_from :]
-    mask = view.mask.to(scores.device)
-    by_head = mask[None] if mask.ndim == 2 else mask
-    by_group = by_head.unflatten(0, (-1, 1) if len(by_head) == 1 else (len(scores), -1))
-    part.masked_fill_(~by_group.transpose(1, 2)[:, None], -torch.inf)  # [kv_head, branch, query, group, key]
+    part = scores.view(len(scores), n_branches, n_queries, -1, view.n_keys)[..., its.start :]
+    by_group = its.mask.unflatten(0, (-1, 1) if len(its.mask) == 1 else (len(scores), -1))
+    part.masked_fill_(by_group.transpose(1, 2)[:, None], -torch.inf)  # [kv_head, branch, query, group, key]
 
 
 def edited(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ def indexed(change: Change | NamedHook, run: Run, model: HookedTransformer) -> C
     check(change.heads or (), n_kv_heads if change.site in ("k", "v") else cfg.n_heads, "heads")
     check(change.neurons or (), cfg.d_mlp, "neurons")
     check(change.keys or (), run.n_pos, "keys")
+    n_frames = getattr(run.inputs, "n_frames", None)
+    if change.is_heard and n_frames is not None and len(n_frames) != 1:
+        raise InputError("A change of the encoder or adapter is of one clip, and this prompt holds several.")
     positions = heard_positions(change) if change.is_heard else run.indices(change.positions)
     if not isinstance(change, Valued):
         return replace(change, positions=positions)
@@ -58,7 +62,7 @@ def encoder_of(model: HookedTransformer):
 def heard_positions(change: Edit) -> tuple[int, ...]:
     if isinstance(change.positions, str) or min(change.positions) < 0:
         raise InputError(f"Positions of the {change.name} are indices from 0 on, got {change.positions!r}.")
-    return tuple(change.positions)
+    return tuple(map(index, change.positions))
 
 
 def check(chosen: Iterable[int], n: int, what: str) -> None:

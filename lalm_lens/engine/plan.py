@@ -78,7 +78,8 @@ class Plan:
         ]
         self.check_readout()
         self.engine = self.chosen(engine)
-        self.captured = self.capture({} if before is None else before.captured)
+        alike = before is not None and before.model is model and before.readout.positions == readout.positions
+        self.captured = self.capture(before.captured if before is not None and alike else {})
         self.logits = {run: logits for run, (logits, _) in self.captured.items()}
         states: Captured = {run: its for run, (_, its) in self.captured.items()}
         self.branches = [
@@ -214,7 +215,8 @@ def foreign(attached: Iterable[str]) -> HookError:
 
 def ran_out(error: RuntimeError) -> bool:
     """Whether memory ran out. On the CPU, torch has no class for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    told = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
 def run_branches(

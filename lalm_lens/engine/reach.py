@@ -16,7 +16,7 @@ def as_set(positions: Iterable[int]) -> int:
     return sum(1 << position for position in set(positions))
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def as_list(positions: int) -> tuple[int, ...]:
     bits = np.frombuffer(positions.to_bytes(-(-positions.bit_length() // 8), "little"), dtype=np.uint8)
     return tuple(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist())

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lalm_lens.engine.attention import View, attend, view
+from lalm_lens.engine.attention import View, attend
 from lalm_lens.engine.branches import Branch, States, source_name
 from lalm_lens.engine.reach import Reach, Reader, Step, Touch, as_list, as_set, behind, reach
 from lalm_lens.errors import InputError
@@ -152,15 +152,13 @@ class Sweep:
         branches: Sequence[Branch],
         bases: dict[Run, Base],
         readout: Readout,
-        max_scores: int = 2**21,
-        max_logits: int = 2**24,
     ) -> None:
         self.model, self.bases, self.readout = model, bases, readout
-        self.max_scores, self.max_logits = max_scores, max_logits
+        self.max_scores = 2**27 if model.device.type == "cuda" else 2**21  # what stays in a CPU's cache
+        self.max_logits = 2**24
         self.n_run = n_blocks(readout, model.decoder_cfg.n_layers)
         self.windows = model.decoder_cfg.windows[: self.n_run]
         self.seen: dict[Reader, list[int]] = {}
-        self.views: dict[tuple, View] = {}
         self.planned = [self.plan(number, branch) for number, branch in enumerate(branches)]
 
     def plan(self, number: int, branch: Branch) -> Planned:
@@ -211,28 +209,31 @@ class Sweep:
         return Touch(point, edit.layer, where, changed, replaces, on_keys)
 
     def knocked(self, knockouts: Sequence[Knockout]) -> Iterator[Touch]:
+        found: dict[tuple, int] = {}  # the same in all layers where the same knockouts and window are
         for layer in sorted({layer for knockout in knockouts for layer in knockout.layers}):
-            if layer >= self.n_run:
-                continue
-            here = [knockout for knockout in knockouts if layer in knockout.layers]
-            queries = as_set(query for knockout in here for query in knockout.queries_at)
-            differs = 0
-            for query in as_list(queries):
-                if self.hits(query, behind(1 << query, self.windows[layer]), here):
-                    differs |= 1 << query
-            yield Touch("inside", layer, differs, differs)
+            if layer < self.n_run:
+                here = tuple(n for n, knockout in enumerate(knockouts) if layer in knockout.layers)
+                key = here, self.windows[layer]
+                if key not in found:
+                    found[key] = self.hit([knockouts[n] for n in here], self.windows[layer])
+                yield Touch("inside", layer, found[key], found[key])
 
-    def hits(self, query: int, seen: int, here: Sequence[Knockout]) -> bool:
-        """Whether a query loses a key that it sees. Raises `InputError` where a head loses them all."""
-        hit = False
-        for head in range(self.model.decoder_cfg.n_heads):
-            lost = 0
-            for knockout in here:
-                if query in knockout.queries_at and (knockout.heads is None or head in knockout.heads):
-                    lost |= as_set(knockout.keys_at)
-            if not seen & ~lost:
-                raise InputError(f"This knockout leaves the query at position {query} no key to look at.")
-            hit |= bool(seen & lost)
+    def hit(self, here: Sequence[Knockout], window: int | None) -> int:
+        """The queries that lose a key that they see. Raises `InputError` where a head loses them all."""
+        sets = [(as_set(each.queries_at), as_set(each.keys_at), each.heads) for each in here]
+        one_for_all = all(heads is None for _, _, heads in sets)
+        hit = 0
+        for query in as_list(as_set(query for knockout in here for query in knockout.queries_at)):
+            seen = behind(1 << query, window)
+            for head in range(1 if one_for_all else self.model.decoder_cfg.n_heads):
+                lost = 0
+                for queries, keys, heads in sets:
+                    if queries >> query & 1 and (heads is None or head in heads):
+                        lost |= keys
+                if not seen & ~lost:
+                    raise InputError(f"This knockout leaves the query at position {query} no key to look at.")
+                if seen & lost:
+                    hit |= 1 << query
         return hit
 
     def read_early(self, edits: Sequence[Edit]) -> tuple[tuple[int, int], ...]:
@@ -281,10 +282,7 @@ class Sweep:
     def view_of(self, member: Planned, layer: int) -> View:
         step, knockouts, window = member.reach.steps[layer], member.knockouts_at(layer), self.windows[layer]
         all_keys = self.bases[member.run].n_pos if any(member.edits_at(layer, "pattern")) else None
-        key = (step, window, knockouts, all_keys)
-        if key not in self.views:
-            self.views[key] = view(step.own, step.out, window, knockouts, self.model.decoder_cfg.n_heads, all_keys)
-        return self.views[key]
+        return View.of(step.own, step.out, window, knockouts, self.model.decoder_cfg.n_heads, all_keys)
 
     def in_order(self) -> list[Planned]:
         """The branches, those beside each other that compute the same positions."""
@@ -595,13 +593,13 @@ class Pass:
         return resid
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def held_at(held: int, positions: int) -> np.ndarray:
     """For each of the positions, whether it is among those held."""
     return np.array([bool(held >> position & 1) for position in as_list(positions)], dtype=bool)
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def rank(held: int, positions: int) -> np.ndarray:
     """Which of those held each of the positions is; those that are not held are left out."""
     return np.array([(held & ((1 << position) - 1)).bit_count() for position in as_list(held & positions)], dtype=int)
