@@ -95,15 +95,22 @@ def test_changes_of_nothing_change_nothing(model, runs, engine):
         Add("resid_post", 3, (-1, 12), Source(OWN, layer=1), factor=0.0),
         Add("z", 1, (5, 6), noise(2, 4, 16), factor=0.0),
         Scale("k", 1, (7,), factor=1.0),
-        Scale("v", 1, (7,), factor=0.0, heads=()),
-        Knockout((), (-1,), (4,)),
         Knockout((0, 2), (3,), (4, 17)),
-        Knockout((0, 2), (-1,), (16,), heads=()),
         Recompute("resid_pre", 0, range(N_POS)),
         Recompute("q", 2, (-1,)),
     ]
     outcome = found(model, branches(base, *nothing), engine)
     assert_close(outcome.values, outcome.base)
+
+
+def test_changes_of_none_of_its_parts_are_refused():
+    for what, change in {
+        "heads": lambda: Scale("v", 1, (7,), factor=0.0, heads=()),
+        "neurons": lambda: Scale("post", 1, (7,), factor=0.0, neurons=()),
+        "layers": lambda: Knockout((), (-1,), (4,)),
+    }.items():
+        with pytest.raises(InputError, match=f"no {what} changes nothing"):
+            change()
 
 
 @BOTH

@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,13 +23,18 @@ from lalm_lens import info, offload, placement
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.datasets import read_folder
+from lalm_lens.engine.branches import Branch
+from lalm_lens.engine.plan import run_branches
 from lalm_lens.errors import InputError, LensError
 from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.inputs import Inputs
 from lalm_lens.interventions import Patch
 from lalm_lens.loading import from_pretrained, skeleton
+from lalm_lens.model import HookedLALM
 from lalm_lens.offload import Store, attach, held
 from lalm_lens.placement import Placement
+from lalm_lens.readouts import Logits
+from lalm_lens.runs import Run, Source
 from lalm_lens.transformer import HookedTransformer
 from lalm_lens.weights import assign
 
@@ -213,6 +219,51 @@ def test_a_trace_is_the_same(tmp_path, tiny_lalm):
     ours = from_pretrained(TINY_LALM, device_map={"blocks": "disk", "audio_encoder": "disk", "": "cpu"})
     plain, spread = (causal_trace(model, samples, attribute="gender", progress=False) for model in (tiny_lalm, ours))
     pd.testing.assert_frame_equal(spread.frame, plain.frame)
+
+
+BRANCHES = [("resid_post", layer, pos) for layer in range(4) for pos in (6, -4, -1)]
+
+
+def swept(model: HookedLALM, inputs: Inputs, token_budget: int) -> torch.Tensor:
+    """Words' states set to those of another position, in every block."""
+    run = Run(inputs)
+    branches = [
+        Branch(run, (Patch(site, layer, (pos,), Source(run, positions=(7,))),)) for site, layer, pos in BRANCHES
+    ]
+    return run_branches(model, branches, Logits(), engine="sweep", token_budget=token_budget).values
+
+
+def one_prompt(inputs: Inputs) -> Inputs:
+    return Inputs(inputs.tokens[:1], inputs.attention_mask[:1], inputs.mel[:1], inputs.n_frames[:1])
+
+
+def test_a_sweep_is_the_same_and_reads_each_weight_once_a_batch(checkpoint, inputs, reads):
+    plain, ours = from_pretrained(checkpoint), from_pretrained(checkpoint, device_map={"blocks": "disk", "": "cpu"})
+    expected = swept(plain, one_prompt(inputs), 10**6)
+    reads.clear()
+    assert_close(swept(ours, one_prompt(inputs), 10**6), expected)
+    by_name = Counter(reads)
+    assert by_name["blocks.3.mlp.out_proj.weight"] == 2  # the run itself, and one batch of branches
+    assert max(by_name.values()) == 2
+    assert_close(swept(ours, one_prompt(inputs), 10), expected)
+
+
+@pytest.mark.parametrize("name", ["mlp.out_proj.weight", "attn.q_proj.weight", "attn.k_proj.bias", "ln2.w"])
+def test_memory_that_runs_out_for_a_weight_leaves_nothing_half_loaded(checkpoint, inputs, monkeypatch, name):
+    plain, ours = from_pretrained(checkpoint), from_pretrained(checkpoint, device_map={"blocks": "disk", "": "cpu"})
+    expected, load = swept(plain, one_prompt(inputs), 10**6), Store.__getitem__
+    seen: Counter = Counter()
+
+    def fails_once(store: Store, key: str) -> torch.Tensor:
+        seen[key] += 1
+        if key == f"blocks.2.{name}" and seen[key] == 2:
+            raise torch.OutOfMemoryError("no room for it")
+        return load(store, key)
+
+    monkeypatch.setattr(Store, "__getitem__", fails_once)
+    assert_close(swept(ours, one_prompt(inputs), 10**6), expected)
+    assert seen[f"blocks.2.{name}"] > 2
+    assert_close(swept(ours, one_prompt(inputs), 10**6), expected)
 
 
 def test_weights_that_are_not_here_are_not_shown(checkpoint):
