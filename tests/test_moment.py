@@ -1,5 +1,7 @@
 """Which moment decided: on clips whose cue sits in one known 0.3 s."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -141,3 +143,19 @@ def test_grids_and_searches_that_hold_nothing_are_refused():
     for settings in ({"window_s": -1.0}, {"n_best": 0}):
         with pytest.raises(InputError, match="A search needs"):
             Search(**settings)
+
+
+def test_the_examples_in_the_docs_run(tiny_lalm):
+    text = (Path(__file__).parent.parent / "docs" / "engine.md").read_text(encoding="utf-8")
+    branches, moments = (block.split("```")[0] for block in text.split("```python")[1:])
+    samples = [sample for sample, _ in clips()[:3]]
+    processor, n_layers = tiny_lalm.processor, tiny_lalm.cfg.n_layers
+    names = {"model": tiny_lalm, "processor": processor, "n_layers": n_layers, "samples": samples, "target": 9}
+    names["waveform"] = samples[0].waveform
+    names["silence"] = torch.zeros_like(samples[0].waveform)
+    names["prompt"] = processor.prompt(ATTRIBUTES["animal"], processor.n_frames(samples[0].waveform))
+    names["causal_trace"] = causal_trace
+    exec(branches, names)
+    assert names["values"].shape == (n_layers + 4, 1, 1)
+    exec(moments, names)
+    assert (names["trace"].frame.kind == "moment").any()

@@ -40,7 +40,7 @@ Audio = Literal["whole", "windows", "coarse-to-fine"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Settings:
     """What is asked, what is patched and what is read: the same for all clips."""
 
     attribute: Attribute
@@ -101,44 +101,44 @@ def causal_trace(
     if audio == "windows":
         grid = replace(grid, kinds=(*grid.chosen, "audio_window"))
     rest = (corruption, metric, predict, direction, label_space, engine, token_budget, n_together)
-    plan = Plan(attribute, form, grid, *rest)
-    check(model, samples, plan)
+    settings = Settings(attribute, form, grid, *rest)
+    check(model, samples, settings)
+    how: dict = {"metric": metric, "direction": direction, "engine": engine, "token_budget": token_budget}
+    how["progress"] = progress
     frames = []
     with tqdm(total=len(samples), desc=f"tracing {attribute.name}", unit="clip", disable=not progress) as bar:
-        for together in chunks(model, samples, plan):
+        for together in chunks(model, samples, settings):
             cases = [case for _, _, case in together]
-            settings: dict = {"metric": metric, "direction": direction, "engine": engine, "token_budget": token_budget}
-            settings["progress"] = progress
-            found = [recover(model, cases, **settings)]
+            found = [recover(model, cases, **how)]
             if audio == "coarse-to-fine":
-                found.append(find_moments(model, cases, Search(window_s), **settings))
+                found.append(find_moments(model, cases, Search(window_s), **how))
             for its, of_sample in zip(together, zip(*found, strict=True), strict=True):
-                frames += [frame_of(model, *its, each, plan) for each in of_sample]
+                frames += [frame_of(model, *its, each, settings) for each in of_sample]
             bar.update(len(together))
     return CausalTrace.concat(frames)
 
 
-def check(model: HookedLALM, samples: Sequence[Sample], plan: Plan) -> None:
+def check(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> None:
     """Everything that can be known to be wrong before the long work begins."""
     refuse_foreign_hooks(model)
     refuse_repeated(samples)
-    if plan.n_together < 1:
-        raise InputError(f"n_together is a number of clips, 1 or more; got {plan.n_together}.")
-    processor, labels = processor_of(model), plan.attribute.labels
+    if settings.n_together < 1:
+        raise InputError(f"n_together is a number of clips, 1 or more; got {settings.n_together}.")
+    processor, labels = processor_of(model), settings.attribute.labels
     if len(labels) < 2:
         raise PromptError(f"An answer is right or wrong among two labels or more; got {list(labels)}.")
-    processor.label_tokens(labels, plan.label_space)
+    processor.label_tokens(labels, settings.label_space)
     for sample in samples:
         check_audible(sample.waveform, processor.hf.feature_extractor, sample.name)
         if not sample.waveform.any():
             raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
         if sample.label not in labels:
             raise PromptError(
-                f"{sample.name} is labelled {sample.label!r}, which is not an option of {plan.attribute.name}: "
+                f"{sample.name} is labelled {sample.label!r}, which is not an option of {settings.attribute.name}: "
                 f"{', '.join(labels)}."
             )
-        prompt_of(processor, sample, plan)
-        plan.corruption.of(sample, samples)
+        prompt_of(processor, sample, settings)
+        settings.corruption.of(sample, samples)
 
 
 def refuse_foreign_hooks(model: HookedLALM) -> None:
@@ -159,60 +159,66 @@ def processor_of(model: HookedLALM) -> Processor:
     return model.processor
 
 
-def prompt_of(processor: Processor, sample: Sample, plan: Plan) -> Prompt:
-    return processor.prompt(plan.attribute, processor.n_frames(sample.waveform), plan.form, answer=sample.label)
+def prompt_of(processor: Processor, sample: Sample, settings: Settings) -> Prompt:
+    return processor.prompt(settings.attribute, processor.n_frames(sample.waveform), settings.form, answer=sample.label)
 
 
-def answer_of(processor: Processor, label: str, plan: Plan) -> Answer:
-    first = processor.label_tokens(plan.attribute.labels, plan.label_space)
+def answer_of(processor: Processor, label: str, settings: Settings) -> Answer:
+    first = processor.label_tokens(settings.attribute.labels, settings.label_space)
     others = tuple(token for other, token in first.items() if other != label)
-    whole = processor.answer_tokens(label, plan.label_space)
-    return Answer(whole if plan.metric == "label_score" else whole[:1], others)
+    whole = processor.answer_tokens(label, settings.label_space)
+    return Answer(whole if settings.metric == "label_score" else whole[:1], others)
 
 
 Traced = tuple[Sample, str, Case]  # what is traced, what the corrupted run hears, how
 
 
-def chunks(model: HookedLALM, samples: Sequence[Sample], plan: Plan) -> Iterator[list[Traced]]:
+def chunks(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> Iterator[list[Traced]]:
     """Some samples at a time. Those whose answers are read at more tokens than others' go by themselves."""
-    for start in range(0, len(samples), plan.n_together):
+    for start in range(0, len(samples), settings.n_together):
         runs: dict[tuple, Run] = {}
-        traced = [case_of(model, sample, samples, plan, runs) for sample in samples[start : start + plan.n_together]]
+        traced = [
+            case_of(model, sample, samples, settings, runs) for sample in samples[start : start + settings.n_together]
+        ]
         for _, alike in groupby(traced, lambda its: len(its[2].answer.tokens)):
             yield list(alike)
 
 
-def case_of(model: HookedLALM, sample: Sample, samples: Sequence[Sample], plan: Plan, runs: dict[tuple, Run]) -> Traced:
+def case_of(
+    model: HookedLALM, sample: Sample, samples: Sequence[Sample], settings: Settings, runs: dict[tuple, Run]
+) -> Traced:
     processor = processor_of(model)
-    prompt, answer = prompt_of(processor, sample, plan), answer_of(processor, sample.label, plan)
-    heard = plan.corruption.of(sample, samples)
+    prompt, answer = prompt_of(processor, sample, settings), answer_of(processor, sample.label, settings)
+    heard = settings.corruption.of(sample, samples)
     forced = processor.begun(prompt, answer.tokens[:-1])
     clean = Run(processor.inputs([forced], [sample.waveform]), forced)
     key = (forced.tokens, heard.waveform.numpy().tobytes())  # silence of one length is the same run for all clips
     if key not in runs:
         runs[key] = Run(processor.inputs([forced], [heard.waveform]), forced)
-    return sample, heard.name, Case(clean, runs[key], answer, cells(model, plan.grid, clean))
+    return sample, heard.name, Case(clean, runs[key], answer, cells(model, settings.grid, clean))
 
 
-def frame_of(model: HookedLALM, sample: Sample, heard: str, case: Case, recovery: Recovery, plan: Plan) -> pd.DataFrame:
+def frame_of(
+    model: HookedLALM, sample: Sample, heard: str, case: Case, recovery: Recovery, settings: Settings
+) -> pd.DataFrame:
     """One row per patched run."""
     assert case.clean.prompt is not None
-    is_right_in = {name: is_right(its, case.answer, plan.predict) for name, its in recovery.logits.items()}
+    is_right_in = {name: is_right(its, case.answer, settings.predict) for name, its in recovery.logits.items()}
     about = {
         "model": model.cfg.model_name,
-        "attribute": plan.attribute.name,
+        "attribute": settings.attribute.name,
         "sample": sample.name,
         "label": sample.label,
-        "form": plan.form,
-        "question": said_by_user(plan.attribute, plan.form),
-        "labels": ", ".join(plan.attribute.labels),
-        "prefix": plan.attribute.prefix,
-        "seed": getattr(plan.corruption, "seed", None),
-        "label_space": plan.label_space,
+        "form": settings.form,
+        "question": said_by_user(settings.attribute, settings.form),
+        "labels": ", ".join(settings.attribute.labels),
+        "prefix": settings.attribute.prefix,
+        "seed": getattr(settings.corruption, "seed", None),
+        "label_space": settings.label_space,
         "corruption": heard,
-        "metric": plan.metric,
-        "predict": plan.predict,
-        "direction": plan.direction,
+        "metric": settings.metric,
+        "predict": settings.predict,
+        "direction": settings.direction,
         "engine": recovery.engine,
         **exclusions(recovery, is_right_in["clean"], is_right_in["corrupted"]),
         **{name: getattr(recovery, name) for name in ("p_clean", "p_corrupted", "m_clean", "m_corrupted", "noise")},
