@@ -9,7 +9,7 @@ Knockout(range(32), queries=(-1,), keys="audio")                       the last 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from operator import index
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -71,6 +71,9 @@ class Edit:
     stack: Stack = "decoder"
 
     def __post_init__(self) -> None:
+        for name, choices in {"site": (*HOOKS, *ADAPTER), "stack": get_args(Stack)}.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"A {name} is one of {', '.join(choices)}; got {getattr(self, name)!r}.")
         if not isinstance(self.positions, str):
             object.__setattr__(self, "positions", tuple(map(index, self.positions)))
         if not self.positions or (

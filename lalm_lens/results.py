@@ -128,14 +128,19 @@ class CausalTrace:
 
     def moments(self) -> pd.DataFrame:
         """Where in each kept clip the answer was decided: of the finest windows that a search tried, the one with the
-        largest recovery, from `start_s` to `end_s`. Raises `DataError` for a table without such a search."""
+        largest recovery, from `start_s` to `end_s`. `widest` is the largest recovery of the windows that the search
+        began with: where `recovery` is far below it, no single moment decided, and `start_s` tells little. Raises
+        `DataError` for a table without such a search."""
         rows = self.kept[self.kept.kind == "moment"]
         if not len(rows):
             raise DataError('No moment was looked for in a clip that is kept: trace with audio="coarse-to-fine".')
         length = (rows.end_s - rows.start_s).round(6)
         finest = rows[length == length.groupby([rows[name] for name in BY_SAMPLE]).transform("min")]
         best = finest.loc[finest.groupby(BY_SAMPLE, sort=False).recovery.idxmax()]
-        return best[[*BY_SAMPLE, "label", "start_s", "end_s", "recovery"]].reset_index(drop=True)
+        first = rows[length == length.groupby([rows[name] for name in BY_SAMPLE]).transform("max")]
+        widest = first.groupby(BY_SAMPLE).recovery.max().rename("widest")
+        shown = best[[*BY_SAMPLE, "label", "start_s", "end_s", "recovery"]]
+        return shown.merge(widest, left_on=BY_SAMPLE, right_index=True).reset_index(drop=True)
 
     def counts(self) -> pd.DataFrame:
         """Samples by model, attribute and status."""
@@ -203,7 +208,7 @@ class CausalTrace:
         if view not in views:
             raise DataError(f"There is no view {view!r}. Choose one of {', '.join(views)}.")
         if view not in self.views:
-            raise DataError(f"The table has nothing to show as {view}, only as {', '.join(self.views)}.")
+            raise DataError(f"The table has nothing to show as {view}, only as {', '.join(self.views) or 'a table'}.")
         return views[view](self.frame)
 
     def save(self, path: str | Path) -> Path:

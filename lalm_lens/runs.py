@@ -69,10 +69,9 @@ class Run:
 
 def indices(positions: tuple[int, ...] | range, n_pos: int) -> tuple[int, ...]:
     whole = [index(position) for position in positions]
-    absolute = tuple(position + n_pos if position < 0 else position for position in whole)
-    if not absolute or min(absolute) < 0 or max(absolute) >= n_pos or len(set(absolute)) < len(absolute):
-        raise InputError(f"Positions are different ones of {n_pos}, at least one; got {tuple(positions)}.")
-    return absolute
+    if not whole or min(whole) < -n_pos or max(whole) >= n_pos:
+        raise InputError(f"Positions are from 0 to {n_pos - 1}, or from the end from -1; got {tuple(whole)}.")
+    return tuple(position + n_pos if position < 0 else position for position in whole)
 
 
 class Own(Enum):

@@ -255,14 +255,14 @@ REFUSED = {
     "heads [7] are asked for": Knockout((1,), (-1,), (3,), heads=(7,)),
     "neurons [96] are asked for; there are 96": Scale("post", 1, (3,), factor=0.0, neurons=(96, 3)),
     "keys [18] are asked for; there are 18": Scale("pattern", 1, (3,), factor=0.0, keys=(18,)),
-    "different ones of 18, at least one; got (18,)": Scale("resid_post", 1, (18,), factor=0.0),
-    "different ones of 18, at least one; got (-19,)": Scale("resid_post", 1, (-19,), factor=0.0),
-    "different ones of 18, at least one; got (17, -1)": Scale("resid_post", 1, (17, -1), factor=0.0),
-    "different ones of 18, at least one; got (30,)": Knockout((1,), (-1,), (30,)),
-    "different ones of 18, at least one; got (40,)": Knockout((1,), (40,), (3,)),
+    "from 0 to 17, or from the end from -1; got (18,)": Scale("resid_post", 1, (18,), factor=0.0),
+    "from 0 to 17, or from the end from -1; got (-19,)": Scale("resid_post", 1, (-19,), factor=0.0),
+    "different positions; got (17, -1)": Scale("resid_post", 1, (17, -1), factor=0.0),
+    "from 0 to 17, or from the end from -1; got (30,)": Knockout((1,), (-1,), (30,)),
+    "from 0 to 17, or from the end from -1; got (40,)": Knockout((1,), (40,), (3,)),
     "Give the run its prompt": Patch("resid_post", 1, "object", Source(CLEAN)),
     "2 states are to go to 1 positions": Patch("resid_post", 1, (3,), Source(CLEAN, positions=(3, 4))),
-    "different ones of 23, at least one; got (23,)": Patch("resid_post", 1, (3,), Source(LONGER, positions=(23,))),
+    "from 0 to 22, or from the end from -1; got (23,)": Patch("resid_post", 1, (3,), Source(LONGER, positions=(23,))),
     "shape (1, 5) does not fit states of shape (1, 1, 64)": Patch("resid_post", 1, (3,), noise(1, 5)),
     "shape (1, 4, 16) does not fit states of shape (1, 1, 2, 16)": Patch("k", 1, (3,), noise(1, 4, 16)),
     "shape (3, 1, 64) does not fit": Add("resid_mid", 1, (3,), noise(3, 1, 64)),
@@ -277,10 +277,10 @@ REFUSED = {
     "does not hold blocks.1.attn.hook_z": Patch("z", 1, (3,), Source({}, positions=(4,))),
     "this cache holds 2": Patch("resid_post", 1, (3,), Source({RESID_POST: noise(2, 18, 64)})),
     "A cache has no regions": Patch("resid_post", 1, (3,), Source({RESID_POST: noise(1, 18, 64)}, positions="object")),
-    "different ones of 9, at least one; got (9,)": Patch(
+    "from 0 to 8, or from the end from -1; got (9,)": Patch(
         "resid_post", 1, (3,), Source({RESID_POST: noise(9, 64)}, positions=(9,))
     ),
-    "different ones of 9": Patch("resid_post", 1, (12,), Source({RESID_POST: noise(1, 9, 64)})),
+    "from 0 to 8, or from the end from -1": Patch("resid_post", 1, (12,), Source({RESID_POST: noise(1, 9, 64)})),
     "indices from 0 on, got (-1,)": Scale("resid_post", 1, (-1,), factor=0.0, stack="audio_encoder"),
     "layer [2] are asked for; there are 2": Scale("resid_post", 2, (1,), factor=0.0, stack="audio_encoder"),
     "heads [4] are asked for; there are 4, ": Scale("k", 1, (1,), factor=0.0, heads=(4,), stack="audio_encoder"),
@@ -312,8 +312,8 @@ def test_a_window_leaves_no_key_where_its_few_keys_are_knocked_out(engine):
 @pytest.mark.parametrize(
     ("error", "says", "run", "change"),
     [
-        (HookError, "Position 100 is never computed", AUDIO, Scale("adapter_in", 0, (100,), factor=0.0)),
-        (HookError, "never computed", AUDIO, Scale("resid_post", 1, (100,), factor=0.0, stack="audio_encoder")),
+        (InputError, "adapter.hook_in .100. are asked for", AUDIO, Scale("adapter_in", 0, (100,), factor=0.0)),
+        (InputError, "are asked for", AUDIO, Scale("resid_post", 1, (100,), factor=0.0, stack="audio_encoder")),
         (InputError, "Position 100 is asked of", AUDIO, Patch("adapter_out", 0, (3,), Source(AUDIO, positions=(100,)))),
         (InputError, "does not fit", AUDIO, Patch("adapter_out", 0, (3,), noise(1, 32))),
         (InputError, "key to look at", PADDED, Knockout((1,), (-1,), range(PADDED.n_pos))),
@@ -328,7 +328,7 @@ def test_a_change_before_the_decoder_needs_audio_to_hear():
     change = Scale("adapter_out", 0, (1,), factor=0.0)
     with pytest.raises(InputError, match="needs a run of `Inputs`"):
         run_branches(model_of("grouped"), branches(BASE, change), engine="sweep")
-    with pytest.raises(HookError, match="audio that was embedded before"):
+    with pytest.raises(InputError, match="needs a run of `Inputs`"):
         run_branches(model_of("grouped"), branches(BASE, change), engine="hooks")
 
 
@@ -368,9 +368,9 @@ def test_what_a_plan_cannot_be(engine):
         "A token budget is 1 or more; got 0": {"token_budget": 0},
         "The state after block 4 is asked for, and the model has 4": {"readout": Resid(4)},
         "The state after block -5": {"readout": Resid(-5)},
-        "different ones of 18, at least one; got [(]18,": {"readout": Logits((18,))},
-        "different ones of 18, at least one; got [(]0, -19": {"readout": Resid(1, (0, -19))},
-        "different ones of 18, at least one; got [(]-1, 17": {"readout": Score(torch.sum, (-1, 17))},
+        "from 0 to 17, or from the end from -1; got [(]18,": {"readout": Logits((18,))},
+        "from 0 to 17, or from the end from -1; got [(]0, -19": {"readout": Resid(1, (0, -19))},
+        "different positions; got [(]-1, 17": {"readout": Score(torch.sum, (-1, 17))},
         "tokens .260. are asked for; there are 260": {"readout": LogProbs(tokens=(3, 260))},
     }.items():
         with pytest.raises(InputError, match=says):

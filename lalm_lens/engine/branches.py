@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lalm_lens.errors import InputError
-from lalm_lens.interventions import BY_HEAD, Change, Edit, Knockout, NamedHook, Valued, hook_name
+from lalm_lens.interventions import ADAPTER, BY_HEAD, Change, Edit, Knockout, NamedHook, Valued, hook_name
 from lalm_lens.model import HookedLALM
 from lalm_lens.readouts import Readout
 from lalm_lens.runs import OWN, Cache, Run, Source, indices, rows
@@ -43,10 +43,11 @@ def indexed(change: Change | NamedHook, run: Run, model: HookedTransformer) -> C
     check(change.heads or (), n_kv_heads if change.site in ("k", "v") else cfg.n_heads, "heads")
     check(change.neurons or (), cfg.d_mlp, "neurons")
     check(change.keys or (), run.n_pos, "keys")
-    n_frames = getattr(run.inputs, "n_frames", None)
-    if change.is_heard and n_frames is not None and len(n_frames) != 1:
-        raise InputError("A change of the encoder or adapter is of one clip, and this prompt holds several.")
     positions = heard_positions(change) if change.is_heard else run.indices(change.positions)
+    if change.is_heard:
+        check(positions, n_heard(change, run, model), f"positions of {change.name}")
+    elif len(set(positions)) < len(positions):
+        raise InputError(f"A change needs different positions; got {change.positions}, of {run.n_pos}.")
     if not isinstance(change, Valued):
         return replace(change, positions=positions)
     value = change.value if isinstance(change.value, Tensor) else pointed(change.value, change, positions, run)
@@ -57,6 +58,22 @@ def encoder_of(model: HookedTransformer):
     if not isinstance(model, HookedLALM):
         raise InputError("This model has no audio encoder to change anything in.")
     return model.lalm_cfg.encoder
+
+
+def n_heard(change: Edit, run: Run, model: HookedTransformer) -> int:
+    """States of the encoder, or of the adapter, that belong to the run's clip."""
+    cfg, n_frames = encoder_of(model), getattr(run.inputs, "n_frames", None)
+    if n_frames is None or len(n_frames) != 1:
+        n_clips = 0 if n_frames is None else len(n_frames)
+        raise InputError(
+            "A change of the encoder or adapter needs a run of `Inputs`, which hears its audio again, with one clip; "
+            f"this one has {n_clips}."
+        )
+    if change.site in ADAPTER:
+        check((change.layer,), 1, "layer")
+        assert isinstance(model, HookedLALM)
+        return int(model.audio_encoder.n_audio(n_frames)[0])
+    return -(-int(n_frames[0]) * cfg.n_ctx // cfg.n_frames)
 
 
 def heard_positions(change: Edit) -> tuple[int, ...]:

@@ -95,7 +95,8 @@ class Plan:
     def check_readout(self) -> None:
         """Raise `InputError` for positions and tokens that there are not."""
         for branch in self.branches:
-            branch.run.indices(self.readout.positions)
+            if len(set(branch.run.indices(self.readout.positions))) < len(self.readout.positions):
+                raise InputError(f"What is read is at different positions; got {self.readout.positions}.")
         if isinstance(self.readout, Logits):
             check(self.readout.tokens or (), self.model.decoder_cfg.d_vocab, "tokens")
 

@@ -182,7 +182,7 @@ class Sweep:
 
     def read_positions(self, base: Base) -> tuple[int, ...]:
         n_all = base.n_pos + base.n_pad
-        positions = [position % n_all - base.n_pad for position in self.readout.positions]
+        positions = [int(position) % n_all - base.n_pad for position in self.readout.positions]
         if min(positions) < 0:
             raise InputError(f"Of {self.readout.positions}, some are padding: the prompt has {base.n_pos} positions.")
         return tuple(positions)

@@ -71,7 +71,7 @@ def causal_trace(
     label_space: bool = True,
     kinds: Sequence[GridKind] = (),
     audio: Audio = "whole",
-    window_s: float = 1.0,
+    window_s: float | int = 1.0,
     n_neurons: int = 128,
     engine: Engine = "auto",
     token_budget: int | None = None,
@@ -97,7 +97,7 @@ def causal_trace(
     other clip to be corrupted by, `InputError` if a run is not finite.
     """
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
-    grid = Grid(site, tuple(kinds), window_s, n_neurons)
+    grid = Grid(site, tuple(kinds), float(window_s), n_neurons)
     if audio == "windows":
         grid = replace(grid, kinds=(*grid.chosen, "audio_window"))
     rest = (corruption, metric, predict, direction, label_space, engine, token_budget, n_together)
@@ -111,7 +111,7 @@ def causal_trace(
             cases = [case for _, _, case in together]
             found = [recover(model, cases, **how)]
             if audio == "coarse-to-fine":
-                found.append(find_moments(model, cases, Search(window_s), **how))
+                found.append(find_moments(model, cases, Search(float(window_s)), **how))
             for its, of_sample in zip(together, zip(*found, strict=True), strict=True):
                 frames += [frame_of(model, *its, each, settings) for each in of_sample]
             bar.update(len(together))

@@ -77,9 +77,7 @@ def recover(
     """
     tokens, readout = readout_of(cases)
     plan = Plan(model, branches_of(cases, direction), readout, engine=engine, token_budget=token_budget)
-    with tqdm(total=0, bar_format="{desc}", leave=False, disable=not progress) as line:
-        line.set_description_str(str(plan.cost()))
-        return recoveries(plan, cases, tokens, metric, direction, progress)
+    return recoveries(plan, cases, tokens, metric, direction, progress)
 
 
 def readout_of(cases: Sequence[Case]) -> tuple[list[int], Score]:
@@ -93,8 +91,11 @@ def readout_of(cases: Sequence[Case]) -> tuple[list[int], Score]:
 def recoveries(
     plan: Plan, cases: Sequence[Case], tokens: list[int], metric: Metric, direction: Direction, progress: bool
 ) -> list[Recovery]:
-    """Run the branches of the cases, and measure each case by its own."""
-    outcome, found, start = plan.run(progress), [], 0
+    """Run the branches of the cases, their cost shown before, and measure each case by its own."""
+    with tqdm(total=0, bar_format="{desc}", leave=False, disable=not progress) as line:
+        line.set_description_str(str(plan.cost()))
+        outcome = plan.run(progress)
+    found, start = [], 0
     for case in cases:
         end = start + len(case.cells) + 1
         found.append(recovery(plan, case, outcome, slice(start, end), tokens, metric, direction))
