@@ -280,7 +280,7 @@ def test_outside_of_the_light_cone_nothing_at_all_changes(model, runs):
 
 def test_a_change_of_nothing_is_not_computed_and_a_recomputation_is(model, runs):
     base, _ = runs
-    nothing = [Scale("z", 4, (-1,), factor=1.0), Knockout((4,), (9,), (12,)), Knockout((4,), (-1,), (20,), heads=())]
+    nothing = [Scale("z", 4, (-1,), factor=1.0), Knockout((4,), (9,), (12,))]
     its = branches(base, *nothing, Recompute("resid_pre", 1, (-1,)), Recompute("resid_pre", 1, range(N_POS)))
     plan = Plan(model, its, engine="sweep")
     outcome = plan.run()
@@ -397,11 +397,10 @@ class Live(TorchDispatchMode):
 
 
 def shared(plan: Plan):
-    """The tensors that were there before: of the runs, the changes, the masks."""
+    """The tensors that were there before: of the runs and the changes."""
     for base in plan.sweep.bases.values():
         yield from (*base.resid, *base.k, *base.v, *base.states.values(), base.value)
     yield from (change.value for branch in plan.branches for change in branch.changes)
-    yield from (view.mask for view in plan.sweep.views.values() if view.mask is not None)
 
 
 def peak_bytes(plan: Plan) -> int:

@@ -382,6 +382,7 @@ def test_two_models_share_a_folder_and_nothing_else(checkpoint, inputs, tmp_path
             assert_close(model(inputs), from_pretrained(path)(inputs))
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a torch without CUDA cannot even pretend to have it")
 def test_several_gpus_meet_no_tensor_of_another(checkpoint):
     """On pretended GPUs, where torch refuses an operation on two devices as it does on real ones."""
     model = skeleton(tiny_hf().config.to_dict(), QWEN2_AUDIO, "spread")
