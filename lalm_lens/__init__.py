@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lalm_lens.engine.plan import Plan, run_branches
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.causal_trace import causal_trace
+    from lalm_lens.experiments.moment import Search
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
@@ -53,6 +54,7 @@ _HOME = {
     "Sampling": "generation",
     "Scale": "interventions",
     "Score": "readouts",
+    "Search": "experiments.moment",
     "Silence": "corrupt",
     "Source": "runs",
     "WhiteNoise": "corrupt",
@@ -94,6 +96,7 @@ __all__ = [
     "Sampling",
     "Scale",
     "Score",
+    "Search",
     "Silence",
     "Source",
     "WhiteNoise",

@@ -112,7 +112,9 @@ def trace(
     device: Device = "cpu",
     device_map: Annotated[str | None, typer.Option(help="auto: spread over GPUs, CPU and disk, as it fits.")] = None,
     dtype: Dtype = "float32",
-    kinds: Annotated[str, choice("kinds", "What is patched at a time, with commas between")] = "",
+    kinds: Annotated[
+        str | None, choice("kinds", "What is patched at a time, with commas between, or none for a search alone")
+    ] = None,
     audio: Annotated[str, choice("audio", "How finely the audio is looked at")] = "whole",
     window_s: Annotated[float, typer.Option(help="Seconds of a window of the audio.")] = 1.0,
     engine: Annotated[str, choice("engine", "How patched runs are computed")] = "auto",
@@ -129,7 +131,7 @@ def trace(
         "predict": one_of("predict", predict),
         "direction": one_of("direction", direction),
         "corruption": corruption(one_of("corrupt", corrupt), snr_db, seed),
-        "kinds": [one_of("kinds", kind.strip()) for kind in kinds.split(",") if kind.strip()],
+        "kinds": None if kinds is None else kinds_named(kinds),
         "audio": one_of("audio", audio),
         "engine": one_of("engine", engine),
     }
@@ -146,6 +148,10 @@ def trace(
         samples = cut_to_hearing(lens, samples)
     traced = causal_trace(lens, samples, attribute=asked, **settings)
     show(traced, [], out)
+
+
+def kinds_named(kinds: str) -> list[str]:
+    return [] if kinds == "none" else [one_of("kinds", kind.strip()) for kind in kinds.split(",") if kind.strip()]
 
 
 @app.command(epilog=EXAMPLES)

@@ -8,7 +8,6 @@ Knockout(range(32), queries=(-1,), keys="audio")                       the last 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from operator import index
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.errors import HookError, InputError
-from lalm_lens.runs import Positions, Source, as_index
+from lalm_lens.runs import Positions, Source, as_index, whole_numbers
 
 BlockSite = Literal[
     "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "post"
@@ -42,7 +41,7 @@ def hook_name(site: str, layer: int, stack: Stack = "decoder") -> str:
 
 def some(name: str, chosen: Iterable[int]) -> tuple[int, ...]:
     """As whole numbers. Raises `InputError` for none."""
-    if not (numbers := tuple(map(index, chosen))):
+    if not (numbers := whole_numbers(name, chosen)):
         raise InputError(f"A change of no {name} changes nothing: give one or more, or leave them out for all.")
     return numbers
 
@@ -75,7 +74,7 @@ class Edit:
             if getattr(self, name) not in choices:
                 raise InputError(f"A {name} is one of {', '.join(choices)}; got {getattr(self, name)!r}.")
         if not isinstance(self.positions, str):
-            object.__setattr__(self, "positions", tuple(map(index, self.positions)))
+            object.__setattr__(self, "positions", whole_numbers("positions", self.positions))
         if not self.positions or (
             len(set(self.positions)) < len(self.positions) and not isinstance(self.positions, str)
         ):
@@ -240,7 +239,7 @@ class Knockout:
         object.__setattr__(self, "layers", some("layers", self.layers))
         for name in ("queries", "keys"):
             if not isinstance(positions := getattr(self, name), str):
-                object.__setattr__(self, name, tuple(map(index, positions)))
+                object.__setattr__(self, name, whole_numbers(name, positions))
         if self.heads is not None:
             object.__setattr__(self, "heads", some("heads", self.heads))
 

@@ -1,10 +1,10 @@
 """What a run says about the true answer, as one number.
 
-A metric reads log-probabilities of the vocabulary at the prompt's last position (`at` 0) and, where a label of several
-tokens is forced, at its tokens after that.
+A metric reads log-probabilities of the tokens of an answer, over the whole vocabulary, at the prompt's last position
+(`at` 0) and, where a label of several tokens is forced, at its tokens after that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 Metric = Literal["probability", "log_probability", "logit_difference", "label_probability", "label_score"]
 Predict = Literal["labels", "vocab"]
 
-LogP = Float[Tensor, "*batch at d_vocab"]
+LogP = Float[Tensor, "*batch at token"]
 Score = Float[Tensor, "*batch"]
 
 
@@ -31,10 +31,14 @@ class Answer:
         return replace(self, others=tuple(sorted(self.others, key=lambda token: -float(logits[token]))))
 
 
-def log_probabilities(logits: Float[Tensor, "*batch at d_vocab"]) -> LogP:
-    # float64: a recovery rate divides differences of probabilities, which may both be close to 1. On the CPU, because
-    # not every accelerator has it.
-    return logits.cpu().double().log_softmax(-1)
+def log_probabilities(logits: Float[Tensor, "*batch at d_vocab"], tokens: Sequence[int]) -> LogP:
+    """Of some tokens, over the whole vocabulary.
+
+    In float64: a recovery rate divides differences of probabilities, which may both be close to 1. An Apple GPU has
+    none, so its logits go to the CPU as they are.
+    """
+    wide = (logits.cpu() if logits.device.type == "mps" else logits).double()
+    return (wide[..., list(tokens)] - wide.logsumexp(-1, keepdim=True)).cpu()
 
 
 def probability(log_p: LogP, answer: Answer) -> Score:

@@ -26,15 +26,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformer_lens import ActivationCache
 
-from lalm_lens.engine.branches import Branch, encoder_of, unbatched
+from lalm_lens.engine.branches import Branch, unbatched
 from lalm_lens.engine.plan import Engine, run_branches
 from lalm_lens.errors import InputError
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.interventions import Patch, Site
+from lalm_lens.model import HookedLALM
 from lalm_lens.readouts import Score
 from lalm_lens.runs import Own, Positions, Run, Source
 from lalm_lens.shapes import typed
 from lalm_lens.transformer import HookedTransformer
+from lalm_lens.windows import encoder_windows
 
 Corrupted = Inputs | Embedded | Run
 Clean = Run | ActivationCache | Mapping[str, Tensor]
@@ -254,7 +256,7 @@ def get_act_patch_by_region(
 
 @typed
 def get_act_patch_encoder(
-    model: HookedTransformer,
+    model: HookedLALM,
     corrupted_tokens: Inputs | Run,
     clean_cache: Clean,
     patching_metric: Metric,
@@ -265,24 +267,14 @@ def get_act_patch_encoder(
 ) -> Float[Tensor, "layer window"]:
     """The metric with one stretch of the clip patched in one block of the audio encoder.
 
-    Window `n` begins at `n * window_s` seconds, rounded to whole states of the encoder (20 ms in Qwen2-Audio); the last
-    one ends with the clip. For each patch, encoder and adapter run again, and all positions from the audio on.
-    Raises `InputError` where no audio is heard, or more than one clip.
+    Windows follow each other, of `window_s` seconds rounded to whole states of the encoder (20 ms in Qwen2-Audio), one
+    at least; the last one ends with the clip. For each patch, encoder and adapter run again, and all positions from the
+    audio on. Raises `InputError` where no audio is heard, or more than one clip.
     """
-    run, cfg = as_run(corrupted_tokens), encoder_of(model)
-    windows = windows_of(run, window_s, frames_per_state=cfg.n_frames // cfg.n_ctx)
-    source, cells = source_of(clean_cache), product(range(cfg.n_layers), windows)
-    patches = [Patch(site, layer, window, source, stack="audio_encoder") for layer, window in cells]
-    return patched_metric(model, run, patching_metric, patches, **options).reshape(cfg.n_layers, len(windows))
-
-
-def windows_of(run: Run, window_s: float | int, frames_per_state: int) -> list[range]:
-    """The encoder states of each window of the clip. A mel frame is 10 ms."""
-    n_frames = None if isinstance(run.inputs, Embedded) else run.inputs.n_frames
-    if n_frames is None or len(n_frames) != 1:
-        raise InputError("The encoder is patched in a run that hears one clip: give `Inputs` with its audio.")
-    n_states = -(-int(n_frames) // frames_per_state)
-    size = round(100 * window_s / frames_per_state)
-    if size < 1:
-        raise InputError(f"A window of {window_s} s holds no state of the encoder; one is {frames_per_state / 100} s.")
-    return [range(start, min(start + size, n_states)) for start in range(0, n_states, size)]
+    run, n_layers, source = as_run(corrupted_tokens), model.lalm_cfg.encoder.n_layers, source_of(clean_cache)
+    windows = encoder_windows(model, run, float(window_s))
+    patches = [
+        Patch(site, layer, window.positions, source, stack="audio_encoder")
+        for layer, window in product(range(n_layers), windows)
+    ]
+    return patched_metric(model, run, patching_metric, patches, **options).reshape(n_layers, len(windows))

@@ -146,18 +146,20 @@ def token_panel(ax: Axes, frame: pd.DataFrame) -> None:
 
 
 def head_maps(frame: pd.DataFrame) -> Figure:
-    """Mean recovery by patched layer and head, or group of neurons, at all text positions; a map per attribute."""
-    rows = frame[(frame.kind == "layer") & (frame["head"].notna() | frame.neurons.notna())]
+    """Mean recovery by patched layer and head, or group of neurons, of all text and all audio positions; a map per
+    attribute and kind."""
+    rows = frame[frame.kind.isin(list(LABELS)) & (frame["head"].notna() | frame.neurons.notna())]
     is_head = bool(rows["head"].notna().any())
     named = rows.assign(unit=rows["head"] if is_head else rows.neurons.str.partition("-")[0].astype("Int64"))
-    return grids(frame, named, "unit", "head" if is_head else "first of the neurons", "text positions'")
+    what = "head" if is_head else "first of the neurons"
+    return grids(frame, named, "unit", {kind: f"{what} ({label})" for kind, label in LABELS.items()}, "one part's")
 
 
 def window_maps(frame: pd.DataFrame) -> Figure:
-    """Mean recovery by patched layer and window of the clip; a map per attribute."""
-    kind = next(kind for kind in WINDOWS if (frame.kind == kind).any())
-    rows = frame[frame.kind == kind]
-    return grids(frame, rows, "start_s", f"start of the window in the clip, s ({WINDOWS[kind]})", "one window's")
+    """Mean recovery by patched layer and window of the clip; a map per attribute and kind of window."""
+    rows = frame[frame.kind.isin(list(WINDOWS)) & frame["head"].isna() & frame.neurons.isna()]
+    labels = {kind: f"start of the window in the clip, s ({label})" for kind, label in WINDOWS.items()}
+    return grids(frame, rows, "start_s", labels, "one window's")
 
 
 def moment_maps(frame: pd.DataFrame) -> Figure:
@@ -194,19 +196,19 @@ def largest(grid: np.ndarray) -> float:
     return min(1.0, max(0.01, float(np.nanmax(np.abs(grid)))))
 
 
-def grids(frame: pd.DataFrame, rows: pd.DataFrame, across: str, label: str, whose: str) -> Figure:
-    """Layer x something maps of mean recovery, a panel per attribute."""
-    attributes = list(rows.attribute.unique())
-    figure = Figure(figsize=(max(6, 0.3 * rows[across].nunique() + 3), 3.6 * len(attributes)), layout="constrained")
-    axes = figure.subplots(len(attributes), 1, squeeze=False)
-    for ax, attribute in zip(axes[:, 0], attributes, strict=True):
-        of_attribute = rows[rows.attribute == attribute]
+def grids(frame: pd.DataFrame, rows: pd.DataFrame, across: str, labels: dict[str, str], whose: str) -> Figure:
+    """Layer x something maps of mean recovery, a panel per attribute and kind; `labels` of the axis are by kind."""
+    panels = rows[["attribute", "kind"]].drop_duplicates().to_numpy().tolist()
+    figure = Figure(figsize=(max(6, 0.3 * rows[across].nunique() + 3), 3.6 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)
+    for ax, (attribute, kind) in zip(axes[:, 0], panels, strict=True):
+        of_attribute = rows[(rows.attribute == attribute) & (rows.kind == kind)]
         grid = shown(of_attribute).pivot_table(index="layer", columns=across, values="recovery", dropna=False)
         most = largest(grid.to_numpy())
         image = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-most, vmax=most)
         step = -(-grid.shape[1] // 16)
         ax.set_xticks(range(0, grid.shape[1], step), [f"{name:g}" for name in grid.columns[::step]], fontsize=8)
-        ax.set_xlabel(label)
+        ax.set_xlabel(labels[kind])
         layer_rows(ax, of_attribute, int(grid.index.min()))
         ax.set_ylabel("patched layer")
         ax.set_title(title(frame, attribute), fontsize=10)

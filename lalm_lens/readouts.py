@@ -8,9 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lalm_lens.errors import InputError
+from lalm_lens.runs import whole_numbers
 from lalm_lens.shapes import at_least_float32
 
 Last = (-1,)
+
+
+def check_read(what: str, chosen: object) -> None:
+    """Raise `InputError` for anything but some whole numbers. What a region is differs from run to run."""
+    if isinstance(chosen, str) or not whole_numbers(what, chosen):  # pyright: ignore[reportArgumentType]
+        raise InputError(f"What is read is at some {what}, each a whole number; got {chosen!r}.")
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,11 @@ class Logits:
 
     positions: tuple[int, ...] = Last
     tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_read("positions", self.positions)
+        if self.tokens is not None:
+            check_read("tokens", self.tokens)
 
     def __call__(self, logits: Float[Tensor, "branch at d_vocab"]) -> Tensor:
         return logits if self.tokens is None else logits[..., list(self.tokens)]
@@ -47,6 +59,9 @@ class Score:
     of: Callable[[Float[Tensor, "branch at d_vocab"]], Tensor]
     positions: tuple[int, ...] = Last
 
+    def __post_init__(self) -> None:
+        check_read("positions", self.positions)
+
     def __call__(self, logits: Float[Tensor, "branch at d_vocab"]) -> Tensor:
         return self.of(logits)
 
@@ -57,6 +72,9 @@ class Resid:
 
     layer: int
     positions: tuple[int, ...] = Last
+
+    def __post_init__(self) -> None:
+        check_read("positions", self.positions)
 
     def __call__(self, resid: Float[Tensor, "branch at d_model"]) -> Tensor:
         return resid
@@ -69,9 +87,9 @@ def n_blocks(readout: Readout, n_layers: int) -> int:
     """How many blocks have to run. Raises `InputError` for a block that the model does not have."""
     if not isinstance(readout, Resid):
         return n_layers
-    if not -n_layers <= readout.layer < n_layers:
-        raise InputError(f"The state after block {readout.layer} is asked for, and the model has {n_layers} blocks.")
-    return readout.layer % n_layers + 1
+    if not 0 <= readout.layer < n_layers:
+        raise InputError(f"The state after block {readout.layer} is read; there are {n_layers}, counted from 0.")
+    return readout.layer + 1
 
 
 def stacked(values: list[Tensor]) -> Tensor:

@@ -181,7 +181,7 @@ class CausalTrace:
             "layers": self.frame.kind.isin(["layer", "audio_layer"]) & ~of_part,
             "segments": (self.frame.kind == "token") & ~of_part,
             "tokens": (self.frame.kind == "token") & ~of_part,
-            "heads": (self.frame.kind == "layer") & of_part,
+            "heads": self.frame.kind.isin(["layer", "audio_layer"]) & of_part,
             "windows": self.frame.kind.isin(["audio_window", "encoder_window"]) & ~of_part,
             "moments": self.frame.kind == "moment",
         }
@@ -189,8 +189,8 @@ class CausalTrace:
 
     def plot(self, view: View = "layers") -> "Figure":
         """`layers`: recovery by layer, text against audio. `segments`: the same for single positions, by segment.
-        `tokens`: layer x position maps. `heads`: layer x head, or group of neurons. `windows`: layer x time.
-        `moments`: clip x time, as fine as a search went. A panel per attribute; `views` lists those that there are.
+        `tokens`: layer x position maps. `heads`: layer x head, or group of neurons. `windows`: layer x time. `moments`:
+        clip x time, as fine as a search went. A panel per attribute (and kind); `views` lists those that there are.
 
         Without a kept sample the excluded ones are drawn, and the title says so. Raises `DataError` for several models,
         metrics or other settings in one table, for a view of which there are no rows, and without matplotlib.

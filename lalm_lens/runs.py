@@ -1,6 +1,6 @@
 """Runs to branch off from, and positions and states in them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from operator import index
@@ -67,10 +67,17 @@ class Run:
         return tuple((hits + self.n_pad).tolist())
 
 
+def whole_numbers(what: str, chosen: Iterable[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, chosen))
+    except TypeError:
+        raise InputError(f"{what} are whole numbers, in a tuple or a range; got {chosen!r}.") from None
+
+
 def indices(positions: tuple[int, ...] | range, n_pos: int) -> tuple[int, ...]:
-    whole = [index(position) for position in positions]
+    whole = whole_numbers("positions", positions)
     if not whole or min(whole) < -n_pos or max(whole) >= n_pos:
-        raise InputError(f"Positions are from 0 to {n_pos - 1}, or from the end from -1; got {tuple(whole)}.")
+        raise InputError(f"Positions are from 0 to {n_pos - 1}, or from the end from -1; got {whole}.")
     return tuple(position + n_pos if position < 0 else position for position in whole)
 
 

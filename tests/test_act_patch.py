@@ -329,12 +329,12 @@ def test_what_does_not_fit_is_refused(model, prompts, clean_cache):
         ours.get_act_patch_resid_pre(model, corrupted, {}, difference)
     with pytest.raises(InputError, match="one number for each patched run"):
         ours.get_act_patch_resid_pre(model, corrupted, clean_cache, lambda logits: logits[0, -1])
-    with pytest.raises(InputError, match=r"neurons .* are asked for"):
+    with pytest.raises(InputError, match=r"There are .* neurons"):
         ours.get_act_patch_mlp_post_by_pos(model, corrupted, clean_cache, difference, neurons=(96,))
     with pytest.raises(InputError, match="with its prompt"):
         ours.get_act_patch_by_region(model, corrupted, clean_cache, difference)
-    with pytest.raises(InputError, match="holds no state"):
-        ours.get_act_patch_encoder(model, corrupted, clean_cache, difference, window_s=0.001)
+    with pytest.raises(InputError, match="longer than 0 s"):
+        ours.get_act_patch_encoder(model, corrupted, clean_cache, difference, window_s=-1)
     for deaf in (Run(model.embed_inputs(corrupted)), Inputs(torch.ones(1, 4).long(), torch.ones(1, 4).bool())):
         with pytest.raises(InputError, match="hears one clip"):
             ours.get_act_patch_encoder(model, deaf, clean_cache, difference)

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lalm_lens.config import DecoderConfig
 from lalm_lens.engine.branches import Branch
+from lalm_lens.engine.passing import Pass
 from lalm_lens.engine.plan import Plan
-from lalm_lens.engine.sweep import Pass, Sweep
 from lalm_lens.inputs import Embedded
 from lalm_lens.interventions import Knockout, Patch, Recompute, Scale
 from lalm_lens.loading import from_hf
@@ -317,27 +317,26 @@ def test_any_budget_gives_the_same_numbers(small, token_budget):
     assert_close(plan.run().values, expected)
 
 
-def out_of_memory(where, what: str, monkeypatch, error, at_most: int):
+def out_of_memory(what: str, monkeypatch, error, at_most: int):
     """Let memory run out where more than so many tokens go through a block together."""
-    honest = getattr(where, what)
+    honest = getattr(Pass, what)
 
     def narrow(self, *args):
-        sweep = self if isinstance(self, Sweep) else self.sweep
-        if sweep.tokens(args[0] if isinstance(self, Sweep) else self.members) > at_most:
+        if self.sweep.tokens(self.members) > at_most:
             raise error
         return honest(self, *args)
 
-    monkeypatch.setattr(where, what, narrow)
+    monkeypatch.setattr(Pass, what, narrow)
 
 
 ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to")
 
 
-@pytest.mark.parametrize("where", [(Sweep, "run"), (Pass, "through")], ids=["before a batch", "within a batch"])
+@pytest.mark.parametrize("where", ["values", "through"], ids=["before a batch", "within a batch"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), ON_CPU], ids=["cuda", "cpu"])
 def test_where_memory_runs_out_the_budget_halves(small, monkeypatch, where, error):
     make, expected = small
-    out_of_memory(*where, monkeypatch, error, at_most=40)
+    out_of_memory(where, monkeypatch, error, at_most=40)
     plan = make(10**9)
     assert_close(plan.run().values, expected)
     assert 20 <= plan.token_budget <= 40
@@ -345,7 +344,7 @@ def test_where_memory_runs_out_the_budget_halves(small, monkeypatch, where, erro
 
 def test_a_branch_that_has_no_room_at_all_raises(small, monkeypatch):
     make, _ = small
-    out_of_memory(Sweep, "run", monkeypatch, torch.OutOfMemoryError("CUDA out of memory."), at_most=10)
+    out_of_memory("values", monkeypatch, torch.OutOfMemoryError("CUDA out of memory."), at_most=10)
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         make().run()
 
@@ -353,7 +352,7 @@ def test_a_branch_that_has_no_room_at_all_raises(small, monkeypatch):
 def test_memory_that_never_suffices_raises(monkeypatch):
     """Two branches of one row each, in two blocks: no budget can part them."""
     model, base, clean = model_of("windows"), embedded(1), embedded(2)
-    out_of_memory(Sweep, "run", monkeypatch, torch.OutOfMemoryError("CUDA out of memory."), at_most=0)
+    out_of_memory("values", monkeypatch, torch.OutOfMemoryError("CUDA out of memory."), at_most=0)
     plan = Plan(model, branches(base, *(Patch("resid_post", layer, (-1,), Source(clean)) for layer in (2, 3, 3, 2))))
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         plan.run()
@@ -361,7 +360,7 @@ def test_memory_that_never_suffices_raises(monkeypatch):
 
 def test_another_error_is_raised_as_it_is(small, monkeypatch):
     make, _ = small
-    out_of_memory(Pass, "through", monkeypatch, RuntimeError("an index is out of range"), at_most=1)
+    out_of_memory("through", monkeypatch, RuntimeError("an index is out of range"), at_most=1)
     plan = make()
     with pytest.raises(RuntimeError, match="out of range"):
         plan.run()

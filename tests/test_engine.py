@@ -229,7 +229,7 @@ def test_runs_of_several_lengths_in_one_sweep(model):
         Probabilities((5, 9)),
         Score(lambda logits: logits[:, -1, 3] - logits[:, 0, 4], (-5, -1)),
         Score(lambda logits: logits.double().logsumexp(-1), (2, 3)),
-        *(Resid(layer, (-1, 4, -6)) for layer in (0, 1, -2, -1)),
+        *(Resid(layer, (-1, 4, -6)) for layer in (0, 1, 2, 3)),
         Resid(2),
     ],
     ids=lambda readout: f"{type(readout).__name__}{getattr(readout, 'layer', '')}{readout.positions}",

@@ -1,6 +1,8 @@
 """Interventions: what holds for any weights on both engines, which engine runs, and what is refused."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -178,11 +180,24 @@ def test_auto_runs_the_sweep_unless_it_lacks_something(runs):
     assert_close(outcome.values, run_branches(model, [Branch(base, (patch, zeroed)), Branch(base, (patch,))]).values)
     with pytest.raises(InputError, match=r'a function on blocks.1.attn.hook_z: engine="hooks"'):
         Plan(model, [Branch(base, (patch, function))], engine="sweep")
-    padded = heard((0.5, 0.25), row=1)
-    pattern = Scale("pattern", 1, (-1,), factor=0.5)
-    assert run_branches(model, branches(padded, pattern)).engine == "hooks"
-    with pytest.raises(InputError, match="without padding"):
-        Plan(model, branches(padded, pattern), engine="sweep")
+
+
+def test_a_pattern_of_a_padded_prompt_may_not_look_at_padding():
+    model, padded, other = model_of("grouped"), heard((0.5, 0.25), row=1), heard((0.5, 0.25), row=1, seed=5)
+    keys = (padded.n_pad - 2, padded.n_pad + 4, padded.n_pad - 1, padded.n_pad + 1)
+    its = branches(
+        padded,
+        Patch("pattern", 1, (-1, padded.n_pad + 3), Source(other)),
+        Patch("pattern", 2, (-2,), Source(other), heads=(1, 3), keys=keys),
+        Scale("pattern", 0, (-1, padded.n_pad - 1), factor=0.5),
+        Scale("pattern", 1, (-1,), factor=0.0, keys=keys[::-1]),
+        Scale("pattern", 1, (-1,), factor=0.0, keys=keys[::2][:1]),
+    )
+    assert assert_same(model, its).n_skipped == 1  # what looks at padding alone
+    weighed = branches(padded, Patch("pattern", 1, (-1,), state(model, "pattern", 1, padded.n_pos)))
+    assert run_branches(model, weighed).engine == "hooks"
+    with pytest.raises(InputError, match="lets a query look at padding"):
+        Plan(model, weighed, engine="sweep")
 
 
 @pytest.mark.parametrize("name", ["blocks.2.mlp.hook_pre", "hook_embed", "ln_final.hook_scale"])
@@ -247,14 +262,14 @@ BASE, CLEAN, LONGER, PADDED = embedded(1), embedded(2), embedded(3, 23), heard((
 AUDIO = heard((0.3,))
 RESID_POST = "blocks.1.hook_resid_post"
 REFUSED = {
-    "layer [4] are asked for; there are 4": Patch("resid_post", 4, (3,), Source(CLEAN)),
-    "layer [-1] are asked for": Scale("resid_post", -1, (3,), factor=0.0),
-    "layers [9] are asked for": Knockout((1, 9), (-1,), (3,)),
-    "heads [4] are asked for; there are 4": Scale("q", 1, (3,), factor=0.0, heads=(1, 4)),
-    "heads [2] are asked for; there are 2": Scale("k", 1, (3,), factor=0.0, heads=(2,)),
-    "heads [7] are asked for": Knockout((1,), (-1,), (3,), heads=(7,)),
-    "neurons [96] are asked for; there are 96": Scale("post", 1, (3,), factor=0.0, neurons=(96, 3)),
-    "keys [18] are asked for; there are 18": Scale("pattern", 1, (3,), factor=0.0, keys=(18,)),
+    "There are 4 layers in the decoder, counted from 0; got [4]": Patch("resid_post", 4, (3,), Source(CLEAN)),
+    "There are 4 layers in the decoder, counted from 0; got [-1]": Scale("resid_post", -1, (3,), factor=0.0),
+    "There are 4 layers, counted from 0; got [9]": Knockout((1, 9), (-1,), (3,)),
+    "There are 4 heads, counted from 0; got [4]": Scale("q", 1, (3,), factor=0.0, heads=(1, 4)),
+    "There are 2 heads, counted from 0; got [2]": Scale("k", 1, (3,), factor=0.0, heads=(2,)),
+    "There are 4 heads, counted from 0; got [7]": Knockout((1,), (-1,), (3,), heads=(7,)),
+    "There are 96 neurons, counted from 0; got [96]": Scale("post", 1, (3,), factor=0.0, neurons=(96, 3)),
+    "There are 18 keys, counted from 0; got [18]": Scale("pattern", 1, (3,), factor=0.0, keys=(18,)),
     "from 0 to 17, or from the end from -1; got (18,)": Scale("resid_post", 1, (18,), factor=0.0),
     "from 0 to 17, or from the end from -1; got (-19,)": Scale("resid_post", 1, (-19,), factor=0.0),
     "different positions; got (17, -1)": Scale("resid_post", 1, (17, -1), factor=0.0),
@@ -282,8 +297,9 @@ REFUSED = {
     ),
     "from 0 to 8, or from the end from -1": Patch("resid_post", 1, (12,), Source({RESID_POST: noise(1, 9, 64)})),
     "indices from 0 on, got (-1,)": Scale("resid_post", 1, (-1,), factor=0.0, stack="audio_encoder"),
-    "layer [2] are asked for; there are 2": Scale("resid_post", 2, (1,), factor=0.0, stack="audio_encoder"),
-    "heads [4] are asked for; there are 4, ": Scale("k", 1, (1,), factor=0.0, heads=(4,), stack="audio_encoder"),
+    "There are 2 layers in the audio_encoder": Scale("resid_post", 2, (1,), factor=0.0, stack="audio_encoder"),
+    "4 heads, counted from 0; got [4]": Scale("k", 1, (1,), factor=0.0, heads=(4,), stack="audio_encoder"),
+    "A site is one of resid_pre,": Patch("resid_post", 1, (3,), Source(CLEAN, site="attn")),
     "no key to look at": Knockout((1,), (5,), range(6)),
     "no key to look at.": (Knockout((1,), (5,), (0, 1, 2), heads=(2,)), Knockout((1,), (5,), (3, 4, 5), heads=(1, 2))),
 }  # fmt: skip
@@ -312,8 +328,8 @@ def test_a_window_leaves_no_key_where_its_few_keys_are_knocked_out(engine):
 @pytest.mark.parametrize(
     ("error", "says", "run", "change"),
     [
-        (InputError, "adapter.hook_in .100. are asked for", AUDIO, Scale("adapter_in", 0, (100,), factor=0.0)),
-        (InputError, "are asked for", AUDIO, Scale("resid_post", 1, (100,), factor=0.0, stack="audio_encoder")),
+        (InputError, "positions of adapter.hook_in.*got .100.", AUDIO, Scale("adapter_in", 0, (100,), factor=0.0)),
+        (InputError, "encoder.*got .100.", AUDIO, Scale("resid_post", 1, (100,), factor=0.0, stack="audio_encoder")),
         (InputError, "Position 100 is asked of", AUDIO, Patch("adapter_out", 0, (3,), Source(AUDIO, positions=(100,)))),
         (InputError, "does not fit", AUDIO, Patch("adapter_out", 0, (3,), noise(1, 32))),
         (InputError, "key to look at", PADDED, Knockout((1,), (-1,), range(PADDED.n_pos))),
@@ -353,11 +369,44 @@ def test_a_run_is_of_one_prompt():
         ("keys are of pattern", lambda: Scale("z", 1, (3,), factor=0.0, keys=(1,))),
         ("2 positions need as many rows", lambda: Patch("resid_post", 1, (3, 4), noise(1, 64))),
         ("2 positions need as many rows", lambda: Patch("resid_post", 1, (3, 4), noise(64))),
+        ("read is at some positions, .* got ..", lambda: Score(torch.sum, ())),
     ],
 )
 def test_a_change_that_makes_no_sense_is_refused_at_once(says, make):
     with pytest.raises(InputError, match=says):
         make()
+
+
+SLIPS = {  # as they are met where nobody checks types: the tests themselves do
+    "positions are whole numbers, in a tuple or a range; got 5.": "Scale('resid_post', 1, 5, factor=0.0)",
+    "got slice(None, 3, None)": "Scale('resid_post', 1, slice(3), factor=0.0)",
+    "got (1.5,)": "Scale('resid_post', 1, (1.5,), factor=0.0)",
+    "heads are whole numbers, in a tuple or a range; got 2.": "Scale('z', 1, (3,), factor=0.0, heads=2)",
+    "range; got 'audio'": "Scale('pattern', 1, (3,), factor=0.0, keys='audio')",
+    "layers are whole numbers, in a tuple or a range; got 3.": "Knockout(3, (-1,), (3,))",
+    "The changes of a branch are a tuple, even of one": "Branch(RUN, Scale('z', 1, (3,), factor=0.0))",
+    "The changes of a branch are a tuple, even of one:": "Branch(RUN, ('blocks.0.hook_resid_post', print))",
+    "read is at some positions, each a whole number; got 'late'.": "LogProbs('late')",
+    "positions are whole numbers, in a tuple or a range; got 7.": "Resid(1, 7)",
+    "tokens are whole numbers, in a tuple or a range; got 7.": "Logits(tokens=7)",
+}
+SLIP = """
+import torch
+from lalm_lens import *
+RUN = Run(Embedded(torch.zeros(1, 5, 8), torch.ones(1, 5, dtype=torch.bool)))
+for slip in {slips}:
+    try:
+        eval(slip)
+    except LensError as error:
+        print(error)
+"""
+
+
+def test_ordinary_slips_are_answered_with_what_is_wanted():
+    script = SLIP.format(slips=list(SLIPS.values()))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for says, line in zip(SLIPS, done.stdout.splitlines(), strict=True):
+        assert says in line
 
 
 @BOTH
@@ -366,12 +415,12 @@ def test_what_a_plan_cannot_be(engine):
     for says, kwargs in {
         "Nothing to run": {"branches": []},
         "A token budget is 1 or more; got 0": {"token_budget": 0},
-        "The state after block 4 is asked for, and the model has 4": {"readout": Resid(4)},
+        "The state after block 4 is read; there are 4": {"readout": Resid(4)},
         "The state after block -5": {"readout": Resid(-5)},
         "from 0 to 17, or from the end from -1; got [(]18,": {"readout": Logits((18,))},
         "from 0 to 17, or from the end from -1; got [(]0, -19": {"readout": Resid(1, (0, -19))},
         "different positions; got [(]-1, 17": {"readout": Score(torch.sum, (-1, 17))},
-        "tokens .260. are asked for; there are 260": {"readout": LogProbs(tokens=(3, 260))},
+        "There are 260 tokens, counted from 0; got .260.": {"readout": LogProbs(tokens=(3, 260))},
     }.items():
         with pytest.raises(InputError, match=says):
             run_branches(model, **{"branches": its, "engine": engine} | kwargs)
@@ -402,7 +451,7 @@ def positions(n_pos: int, n_at: int):
 
 @st.composite
 def edits(draw, model, run, clean, longer):
-    site, layer = draw(st.sampled_from([site for site in SITES if site != "pattern" or not run.n_pad])), draw(LAYER)
+    site, layer = draw(st.sampled_from(SITES)), draw(LAYER)
     n_at = draw(st.integers(1, 4))
     at = tuple(pos - run.n_pos if draw(st.booleans()) else pos for pos in draw(positions(run.n_pos, n_at)))
     part = {}
@@ -425,6 +474,8 @@ def edits(draw, model, run, clean, longer):
     source = draw(st.sampled_from(sources))
     if source == "noise":
         part, value = {}, state(model, site, n_at, run.n_pos, seed=draw(st.integers(0, 9)))
+        if site == "pattern":
+            value[..., : run.n_pad] = 0
     elif source == "elsewhere":
         value = Source(longer, layer=draw(LAYER), positions=draw(positions(longer.n_pos, n_at)))
     elif source == "own":

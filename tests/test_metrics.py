@@ -139,7 +139,7 @@ def test_a_forced_label_of_one_token_scores_its_log_probability(tiny_lalm):
 def test_metrics_read_a_batch_as_they_read_one(metric):
     logits = 3 * torch.randn(5, 2, 40, generator=torch.Generator().manual_seed(3))
     answer = Answer((4, 9), (7, 30, 11)).against(logits[0, 0])
-    together = METRICS[metric](log_probabilities(logits), answer)
+    together = METRICS[metric](log_probabilities(logits, range(40)), answer)
     rival = max((7, 30, 11), key=lambda token: float(logits[0, 0, token]))
     for each, value in zip(logits, together, strict=True):
         label = [4, 9] if metric == "label_score" else [4]

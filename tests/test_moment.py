@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -12,11 +13,12 @@ from lalm_lens.audio import RATE_HZ
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import InputError
 from lalm_lens.experiments.causal_trace import causal_trace
-from lalm_lens.experiments.cells import Grid, cells, position_s
+from lalm_lens.experiments.cells import Grid, cells
 from lalm_lens.experiments.moment import Search, find_moments
 from lalm_lens.experiments.recovery import Case, recover
 from lalm_lens.metrics import Answer
 from lalm_lens.runs import Run
+from lalm_lens.windows import position_s
 
 CUE_S = 0.3
 CLIP_S = 2.0
@@ -159,3 +161,81 @@ def test_the_examples_in_the_docs_run(tiny_lalm):
     assert names["values"].shape == (n_layers + 4, 1, 1)
     exec(moments, names)
     assert (names["trace"].frame.kind == "moment").any()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"audio": "coarse-to-fine"}, {"audio": Search(0.5, n_best=1), "kinds": ()}],
+    ids=["map", "map and search", "search alone"],
+)
+def test_silence_of_one_length_is_heard_once(tiny_lalm, settings):
+    """By the whole trace, though clips go through the model two at a time; and each clip once."""
+    heard, samples = [], [sample for sample, _ in clips()[:5]]
+    handle = tiny_lalm.audio_encoder.register_forward_hook(lambda *_: heard.append(1))
+    try:
+        trace = causal_trace(tiny_lalm, samples, attribute="animal", n_together=2, progress=False, **settings)
+    finally:
+        handle.remove()
+    assert len(heard) == 5 + 1
+    assert trace.frame["sample"].nunique() == 5
+    alone = causal_trace(tiny_lalm, samples[4:], attribute="animal", progress=False, **settings).frame
+    together = trace.frame[trace.frame["sample"] == samples[4].name].reset_index(drop=True)
+    pd.testing.assert_frame_equal(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_search_alone_is_a_trace(tiny_lalm, searched):
+    samples = [sample for sample, _ in clips()[:3]]
+    search = {"audio": Search(), "kinds": (), "direction": "noise", "metric": "log_probability"}
+    trace = causal_trace(tiny_lalm, samples, attribute="animal", progress=False, **search)
+    assert (trace.views, set(trace.frame.kind)) == (["moments"], {"moment"})
+    names = [sample.name for sample in samples]
+    both = searched.frame[(searched.frame.kind == "moment") & searched.frame["sample"].isin(names)]
+    assert trace.frame.recovery.tolist() == pytest.approx(both.recovery.tolist(), abs=1e-4)
+    assert len(trace.summary()) == 1
+    with pytest.raises(InputError, match="Nothing is traced"):
+        causal_trace(tiny_lalm, samples, attribute="animal", kinds=(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "view", "labels"),
+    [
+        (
+            {"kinds": ("audio_window", "encoder_window"), "window_s": 0.5},
+            "windows",
+            [f"start of the window in the clip, s ({of})" for of in ("audio positions", "states of the audio encoder")],
+        ),
+        (
+            {"site": "z", "kinds": ("layer", "audio_layer")},
+            "heads",
+            ["head (text positions)", "head (audio positions)"],
+        ),
+    ],
+)
+def test_a_map_is_drawn_of_every_kind(tiny_lalm, settings, view, labels):
+    samples = [sample for sample, _ in clips()[:2]]
+    trace = causal_trace(tiny_lalm, samples, attribute="animal", progress=False, **settings)
+    figure = trace.plot(view)
+    maps = [ax for ax in figure.axes if ax.images and ax.get_ylabel() == "patched layer"]
+    assert [ax.get_xlabel() for ax in maps] == labels
+    rows = trace.kept if len(trace.kept) else trace.frame
+    for ax, kind in zip(maps, settings["kinds"], strict=True):
+        across = "start_s" if view == "windows" else "head"
+        mean = rows[rows.kind == kind].pivot_table(index="layer", columns=across, values="recovery").to_numpy()
+        assert ax.images[0].get_array().ravel().tolist() == pytest.approx(mean.ravel().tolist())
+
+
+@pytest.mark.parametrize(
+    ("says", "settings"),
+    {
+        "site is one of .* got 'resid'": {"site": "resid"},
+        "metric is one of .* got 'prob'": {"metric": "prob"},
+        "form is one of P1, P2, P3; got 'P4'": {"form": "P4"},
+        "kinds is one of .* got 'word'": {"kinds": ("layer", "word")},
+        "kinds is a list of .* got 'layer'": {"kinds": "layer"},
+        "audio is one of whole, windows, coarse-to-fine; got 'fine'": {"audio": "fine"},
+        "engine is one of auto, sweep, hooks; got 'fast'": {"engine": "fast"},
+    }.items(),
+)
+def test_a_wrong_word_is_answered_with_the_right_ones(tiny_lalm, says, settings):
+    with pytest.raises(InputError, match=says):
+        causal_trace(tiny_lalm, [clips()[0][0]], attribute="animal", progress=False, **settings)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,18 +25,21 @@ from lalm_lens import info, offload, placement
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.datasets import read_folder
+from lalm_lens.engine import passing
+from lalm_lens.engine.base import Base
 from lalm_lens.engine.branches import Branch
-from lalm_lens.engine.plan import run_branches
+from lalm_lens.engine.passing import go_through
+from lalm_lens.engine.plan import Plan, run_branches
 from lalm_lens.errors import InputError, LensError
 from lalm_lens.experiments.causal_trace import causal_trace
-from lalm_lens.inputs import Inputs
-from lalm_lens.interventions import Patch
-from lalm_lens.loading import from_pretrained, skeleton
+from lalm_lens.inputs import Embedded, Inputs
+from lalm_lens.interventions import Add, Knockout, Patch, Scale
+from lalm_lens.loading import from_hf, from_pretrained, skeleton
 from lalm_lens.model import HookedLALM
 from lalm_lens.offload import Store, attach, held
 from lalm_lens.placement import Placement
 from lalm_lens.readouts import Logits
-from lalm_lens.runs import Run, Source
+from lalm_lens.runs import OWN, Run, Source
 from lalm_lens.transformer import HookedTransformer
 from lalm_lens.weights import assign
 
@@ -382,36 +387,78 @@ def test_two_models_share_a_folder_and_nothing_else(checkpoint, inputs, tmp_path
             assert_close(model(inputs), from_pretrained(path)(inputs))
 
 
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="a torch without CUDA cannot even pretend to have it")
-def test_several_gpus_meet_no_tensor_of_another(checkpoint):
-    """On pretended GPUs, where torch refuses an operation on two devices as it does on real ones."""
+class Pretended(Store):
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        self.kept[name] = tensor
+
+
+@contextmanager
+def pretended() -> Iterator[HookedLALM]:
+    """A model on two accelerators that are not there, where torch refuses an operation on two devices as it does on
+    real ones. (Of the devices that this torch was not built for, "lazy" alone may be indexed.)"""
     model = skeleton(tiny_hf().config.to_dict(), QWEN2_AUDIO, "spread")
-    places = {"blocks.0": "cuda:0", "blocks.1": "cuda:1", "blocks.2": "cpu", "blocks.3": "disk"}
-    places |= {"embed": "cuda:0", "ln_final": "cuda:1", "unembed": "cuda:1", "adapter": "cuda:1"}
-    places |= {"audio_encoder": "cuda:0", "audio_encoder.W_pos": "cuda:1", "audio_encoder.conv2": "cuda:1"}
+    places = {"blocks.0": "lazy:0", "blocks.1": "lazy:1", "blocks.2": "cpu", "blocks.3": "disk"}
+    places |= {"embed": "lazy:0", "ln_final": "lazy:1", "unembed": "lazy:1", "adapter": "lazy:1"}
+    places |= {"audio_encoder": "lazy:0", "audio_encoder.W_pos": "lazy:1", "audio_encoder.conv2": "lazy:1"}
     lies = {name: placement.said_of(name, places) for name, _ in model.named_parameters()}
-    model.placement, seen = Placement.from_lies(model, lies), {}
-
-    class Pretended(Store):
-        def write(self, name: str, tensor: torch.Tensor) -> None:
-            self.kept[name] = tensor
-
-    def keep(state, hook):
-        seen[hook.name] = str(state.device)
-
+    model.placement = Placement.from_lies(model, lies)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         store = Pretended(model, model.placement, torch.float32, None)
         for name, parameter in list(model.named_parameters()):
             assign(model, name, store.put(name, torch.empty(parameter.shape)))
         attach(model, model.placement, store)
         model.follow_weights()
+        yield model
+
+
+def test_several_gpus_meet_no_tensor_of_another():
+    seen = {}
+
+    def keep(state, hook):
+        seen[hook.name] = str(state.device)
+
+    with pretended() as model:
         heard = model.run_with_hooks(torch.empty(1, 5, 64), fwd_hooks=[(lambda name: name.startswith("blocks"), keep)])
         with model.hooks(fwd_hooks=[("audio_encoder.blocks.1.hook_resid_post", keep)]):
             audio = model.adapter(model.audio_encoder(*model.here((torch.empty(1, 16, 200), torch.tensor([120])))))
-    assert (model.cfg.device, str(heard.device), str(audio.device)) == ("cuda:0", "cuda:0", "cuda:0")
-    assert [seen[f"blocks.{layer}.hook_resid_mid"] for layer in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:0"]
-    assert str(model.placement) == "blocks: 3 on cuda:0, 1 on cuda:1, 1 on cpu, 1 on disk"
+    assert (model.cfg.device, str(heard.device), str(audio.device)) == ("lazy:0", "lazy:0", "lazy:0")
+    assert [seen[f"blocks.{layer}.hook_resid_mid"] for layer in range(4)] == ["lazy:0", "lazy:1", "lazy:0", "lazy:0"]
+    assert str(model.placement) == "blocks: 3 on lazy:0, 1 on lazy:1, 1 on cpu, 1 on disk"
     assert [str(p.device) for p in model.blocks[2].ln1.parameters()] == ["meta"]
+
+
+def test_a_sweep_over_several_gpus_meets_no_tensor_of_another(monkeypatch):
+    """What is computed was planned with real numbers; where it is computed, with pretended ones."""
+    run, clean = (Run(Embedded(torch.randn(1, 18, 64), torch.ones(1, 18, dtype=torch.bool))) for _ in range(2))
+    its = [
+        Branch(run, (Patch(site, layer, (5, -1), Source(clean)),))
+        for layer in range(4)
+        for site in ("resid_pre", "resid_mid", "resid_post", "q", "v", "pattern", "post", "mlp_out")
+    ]
+    its += [Branch(run, (Knockout((0, 1, 2), (-1,), (3, 4), heads=(1,)),))]
+    its += [
+        Branch(run, (Scale("z", 0, (7,), factor=0.0), Add("resid_mid", 3, (-1,), Source(OWN, 1, (9,), "resid_mid"))))
+    ]
+    sweep = Plan(from_hf(tiny_hf()), its, Logits(), engine="sweep").sweep
+    where, attended = [], passing.attend
+
+    def attend(q, *rest):
+        where.append(str(q.device))
+        return attended(q, *rest)
+
+    monkeypatch.setattr(passing, "attend", attend)
+    with pretended() as model:
+        sweep.model = model
+        sweep.bases = {run: moved(base, "lazy:0") for run, base in sweep.bases.items()}
+        values = go_through(sweep, sweep.planned)
+    assert {str(value.device) for value in values.values()} == {"lazy:0"}
+    assert [place for n, place in enumerate(where) if place != where[n - 1] or not n] == ["lazy:0", "lazy:1", "lazy:0"]
+
+
+def moved(base: Base, device: str) -> Base:
+    lists = {name: [state.to(device) for state in getattr(base, name)] for name in ("resid", "k", "v")}
+    states = {name: state.to(device) for name, state in base.states.items()}
+    return replace(base, **lists, states=states, value=base.value.to(device))
 
 
 @on_a_gpu

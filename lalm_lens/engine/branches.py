@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 
-import torch
 from torch import Tensor
 
+from lalm_lens.engine.recorded import States
 from lalm_lens.errors import InputError
-from lalm_lens.interventions import ADAPTER, BY_HEAD, Change, Edit, Knockout, NamedHook, Valued, hook_name
+from lalm_lens.interventions import ADAPTER, BY_HEAD, HOOKS, Change, Edit, Knockout, NamedHook, Valued, hook_name
 from lalm_lens.model import HookedLALM
-from lalm_lens.readouts import Readout
 from lalm_lens.runs import OWN, Cache, Run, Source, indices, rows
 from lalm_lens.transformer import HookedTransformer
 
@@ -24,9 +22,15 @@ class Branch:
     run: Run
     changes: tuple[Change | NamedHook, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.changes, Sequence) or any(map(is_half_a_hook, self.changes)):
+            raise InputError(f"The changes of a branch are a tuple, even of one: ({self.changes!r},).")
+        object.__setattr__(self, "changes", tuple(self.changes))
 
-States = Mapping[str, Tensor]  # of one run, without the axis of the batch
-Captured = Mapping[Run, States]
+
+def is_half_a_hook(change: object) -> bool:
+    """Whether someone gave the name and the function of one hook where a tuple of changes belongs."""
+    return isinstance(change, str)
 
 
 def indexed(change: Change | NamedHook, run: Run, model: HookedTransformer) -> Change | NamedHook:
@@ -39,7 +43,7 @@ def indexed(change: Change | NamedHook, run: Run, model: HookedTransformer) -> C
         return replace(change, queries=run.indices(change.queries), keys=run.indices(change.keys))
     cfg = model.decoder_cfg if change.stack == "decoder" else encoder_of(model)
     n_kv_heads = model.decoder_cfg.n_kv_heads if change.stack == "decoder" else cfg.n_heads
-    check((change.layer,), cfg.n_layers, "layer")
+    check((change.layer,), cfg.n_layers, f"layers in the {change.stack}")
     check(change.heads or (), n_kv_heads if change.site in ("k", "v") else cfg.n_heads, "heads")
     check(change.neurons or (), cfg.d_mlp, "neurons")
     check(change.keys or (), run.n_pos, "keys")
@@ -70,7 +74,7 @@ def n_heard(change: Edit, run: Run, model: HookedTransformer) -> int:
             f"this one has {n_clips}."
         )
     if change.site in ADAPTER:
-        check((change.layer,), 1, "layer")
+        check((change.layer,), 1, "layers of the adapter")
         assert isinstance(model, HookedLALM)
         return int(model.audio_encoder.n_audio(n_frames)[0])
     return -(-int(n_frames[0]) * cfg.n_ctx // cfg.n_frames)
@@ -79,19 +83,21 @@ def n_heard(change: Edit, run: Run, model: HookedTransformer) -> int:
 def heard_positions(change: Edit) -> tuple[int, ...]:
     if isinstance(change.positions, str) or min(change.positions) < 0:
         raise InputError(f"Positions of the {change.name} are indices from 0 on, got {change.positions!r}.")
-    return tuple(map(index, change.positions))
+    return tuple(change.positions)
 
 
 def check(chosen: Iterable[int], n: int, what: str) -> None:
     wrong = [each for each in chosen if not 0 <= each < n]
     if wrong:
-        raise InputError(f"{what} {wrong} are asked for; there are {n}, counted from 0.")
+        raise InputError(f"There are {n} {what}, counted from 0; got {wrong}.")
 
 
 def pointed(source: Source, change: Edit, positions: tuple[int, ...], run: Run) -> Source:
     """A source that says everything: its layer, positions and site are no longer those of the change."""
     layer = change.layer if source.layer is None else source.layer
     site = source.site or change.site
+    if site not in HOOKS and site not in ADAPTER:
+        raise InputError(f"A site is one of {', '.join((*HOOKS, *ADAPTER))}; got {site!r}.")
     at = positions if source.positions is None else source.positions
     if change.is_heard:
         at = heard_positions(replace(change, positions=at))
@@ -137,30 +143,14 @@ def source_name(source: Source, change: Edit) -> str:
     return hook_name(source.site, source.layer, change.stack)
 
 
-@torch.no_grad()
-def capture(model: HookedTransformer, run: Run, names: Iterable[str], readout: Readout) -> tuple[Tensor, States]:
-    """The logits of a run at what is read, and its states at some hook points."""
-    at = torch.tensor(readout.positions, device=model.device)
-    inputs = run.inputs.to(model.device)
-    if not (names := sorted(names)):
-        logits, cache = model(inputs, logits_at=at), {}
-    else:
-        logits, cache = model.run_with_cache(inputs, names_filter=names, logits_at=at)
-    if not logits.isfinite().all():
-        narrow = logits.dtype == torch.float16
-        advice = "Load the model as bfloat16 or float32." if narrow else "The weights of this checkpoint are broken."
-        raise InputError(f"The logits are not finite in {logits.dtype}. {advice}")
-    return logits, {name: cache[name][0] for name in names}
-
-
-def resolved(change: Change | NamedHook, captured: Captured) -> Change | NamedHook:
+def resolved(change: Change | NamedHook, states: Mapping[Run, States]) -> Change | NamedHook:
     """With the states of other runs as values."""
     if not (isinstance(change, Valued) and isinstance(change.value, Source)) or change.value.run is OWN:
         return change
     source, name = change.value, source_name(change.value, change)
     run = source.run
     assert run is not OWN
-    state = captured[run][name] if isinstance(run, Run) else unbatched(run, name, change)
+    state = states[run][name] if isinstance(run, Run) else unbatched(run, name, change)
     return replace(change, value=value_of(state, change, source.at))
 
 

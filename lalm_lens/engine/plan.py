@@ -1,6 +1,6 @@
 """`Plan`: many branches, what they cost, and the two ways to run them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lalm_lens.engine.branches import Branch, Captured, States, capture, check, indexed, resolved, sources
+from lalm_lens.engine.base import Base, base_of, compared, needed
+from lalm_lens.engine.branches import Branch, check, indexed, resolved, sources
 from lalm_lens.engine.cost import Cost, cost_of
 from lalm_lens.engine.hooks import run_hooks
-from lalm_lens.engine.sweep import Base, Sweep, base_of, compared, needed
+from lalm_lens.engine.padding import PaddingReadError
+from lalm_lens.engine.passing import go_through
+from lalm_lens.engine.recorded import Record, Recorded, States
+from lalm_lens.engine.sweep import Sweep
 from lalm_lens.errors import HookError, InputError
-from lalm_lens.interventions import Edit
 from lalm_lens.readouts import Logits, LogProbs, Readout, Resid, n_blocks
 from lalm_lens.runs import Run
 from lalm_lens.transformer import HookedTransformer
@@ -49,8 +52,8 @@ class Plan:
     `engine` is "sweep", which computes what the changes can reach and nothing else; "hooks", one run with hooks for
     each branch; or "auto", the sweep wherever it can. `token_budget` bounds how many tokens go through a block
     together, and with them the memory; it halves itself where memory runs out. The runs that are branched off, and
-    those that states are taken from, run here, once each, or not again where they ran for the plan `before` this
-    one; `cost()` tells what the branches will take.
+    those that states are taken from, run here, once each, or not at all where an earlier plan with the same `recorded`
+    ran them; `cost()` tells what the branches will take.
 
     Raises `InputError` for what the model or a run does not have, and for what the sweep cannot do where it is asked
     for by name; `HookError` for the sweep of a model on which hooks are attached.
@@ -64,7 +67,7 @@ class Plan:
         *,
         engine: Engine = "auto",
         token_budget: int | None = None,
-        before: "Plan | None" = None,
+        recorded: Recorded | None = None,
     ) -> None:
         if not branches:
             raise InputError("Nothing to run: give one branch or more.")
@@ -78,19 +81,22 @@ class Plan:
         ]
         self.check_readout()
         self.engine = self.chosen(engine)
-        alike = before is not None and before.model is model and before.readout.positions == readout.positions
-        self.captured = self.capture(before.captured if before is not None and alike else {})
-        self.logits = {run: logits for run, (logits, _) in self.captured.items()}
-        states: Captured = {run: its for run, (_, its) in self.captured.items()}
+        records = self.record(Recorded(model) if recorded is None else recorded)
+        states = {run: its for run, (_, its) in records.items()}
         self.branches = [
             replace(branch, changes=tuple(resolved(change, states) for change in branch.changes))
             for branch in self.branches
         ]
-        self.base = {branch.run: self.base_value(*self.captured[branch.run]) for branch in self.branches}
+        self.base = {run: self.base_value(*records[run]) for run in dict.fromkeys(its.run for its in self.branches)}
         self.sweep = None
         if self.engine == "sweep":
-            bases = {run: self.base_run(run, states, value) for run, value in self.base.items()}
-            self.sweep = Sweep(model, self.branches, bases, readout)
+            bases = {run: self.base_run(run, states[run], value) for run, value in self.base.items()}
+            try:
+                self.sweep = Sweep(model, self.branches, bases, readout)
+            except PaddingReadError:
+                if engine == "sweep":
+                    raise
+                self.engine = "hooks"
 
     def check_readout(self) -> None:
         """Raise `InputError` for positions and tokens that there are not."""
@@ -117,24 +123,18 @@ class Plan:
         """What keeps the sweep from running these branches."""
         if attached := self.model.list_hooks():
             return foreign(attached)
-        if self.model.placement is not None and len(set(self.model.placement.runs.values())) > 1:
-            return InputError('The sweep computes on one device, and this model on several: engine="hooks" does.')
         for branch in self.branches:
             for change in branch.changes:
                 if isinstance(change, tuple):
                     return InputError(
                         f'The sweep takes typed changes, and this one is a function on {change[0]}: engine="hooks".'
                     )
-                is_pattern = isinstance(change, Edit) and change.site == "pattern" and not change.is_heard
-                if is_pattern and branch.run.n_pad:
-                    return InputError(
-                        'The sweep leaves out padding, and a pattern has it among its keys: engine="hooks", or a run '
-                        "without padding."
-                    )
         return None
 
-    def capture(self, before: Mapping[Run, tuple[Tensor, States]]) -> dict[Run, tuple[Tensor, States]]:
+    def record(self, recorded: Recorded) -> dict[Run, Record]:
         """The logits of each run, and its states where they are needed."""
+        if recorded.model is not self.model:
+            raise InputError("What is recorded are runs of another model.")
         names = sources(self.branches)
         n_run = n_blocks(self.readout, self.model.decoder_cfg.n_layers)
         for branch in self.branches:
@@ -143,12 +143,7 @@ class Plan:
                 wanted |= needed(n_run) | compared(branch)
             elif isinstance(self.readout, Resid):
                 wanted |= {f"blocks.{n_run - 1}.hook_resid_post"}
-        return {
-            run: before[run]
-            if run in before and its <= set(before[run][1])
-            else capture(self.model, run, its, self.readout)
-            for run, its in names.items()
-        }
+        return {run: recorded.of(run, its, self.readout) for run, its in names.items()}
 
     def base_value(self, logits: Tensor, states: States) -> Tensor:
         """What is read from an unchanged run."""
@@ -157,8 +152,8 @@ class Plan:
         last = n_blocks(self.readout, self.model.decoder_cfg.n_layers) - 1
         return self.readout(states[f"blocks.{last}.hook_resid_post"][None, list(self.readout.positions)])[0]
 
-    def base_run(self, run: Run, states: Captured, value: Tensor) -> Base:
-        return base_of(run, states[run], value, n_blocks(self.readout, self.model.decoder_cfg.n_layers))
+    def base_run(self, run: Run, states: States, value: Tensor) -> Base:
+        return base_of(run, states, value, n_blocks(self.readout, self.model.decoder_cfg.n_layers))
 
     def cost(self) -> Cost:
         """What the branches take, beside the runs that have run already."""
@@ -189,7 +184,7 @@ class Plan:
         while waiting:
             batch = sweep.within(waiting, self.token_budget)
             try:
-                done = sweep.run(batch)
+                done = go_through(sweep, batch)
             except RuntimeError as error:
                 if not ran_out(error) or len(batch) == 1 or self.token_budget == 1:
                     raise

@@ -23,6 +23,7 @@ from lalm_lens.audio import check_audible
 from lalm_lens.corrupt import Corruption, Silence
 from lalm_lens.datasets import Sample, refuse_repeated
 from lalm_lens.engine.plan import Engine
+from lalm_lens.engine.recorded import Recorded
 from lalm_lens.errors import AudioError, HookError, InputError, PromptError
 from lalm_lens.experiments.cells import Cell, Grid, cells, len_prompt
 from lalm_lens.experiments.moment import Search, find_moments
@@ -37,6 +38,7 @@ from lalm_lens.runs import Run
 from lalm_lens.shapes import typed
 
 Audio = Literal["whole", "windows", "coarse-to-fine"]
+Traced = tuple[Sample, str, Case]  # what is traced, what the corrupted run hears, how
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ class Settings:
     engine: Engine
     token_budget: int | None
     n_together: int
+    search: Search | None
+
+    @property
+    def how(self) -> dict:
+        names = ("metric", "direction", "engine", "token_budget")
+        return {name: getattr(self, name) for name in names}
 
 
 @typed
@@ -69,8 +77,8 @@ def causal_trace(
     predict: Predict = "labels",
     direction: Direction = "denoise",
     label_space: bool = True,
-    kinds: Sequence[GridKind] = (),
-    audio: Audio = "whole",
+    kinds: Sequence[GridKind] | None = None,
+    audio: Audio | Search = "whole",
     window_s: float | int = 1.0,
     n_neurons: int = 128,
     engine: Engine = "auto",
@@ -83,8 +91,9 @@ def causal_trace(
     Layer-wise: the states of all text positions of one layer (kind `layer`), and of all audio positions (kind
     `audio_layer`); token-wise: one text position after the audio (kind `token`); `kinds` may ask for windows of
     `window_s` seconds as well, of the audio positions (`audio_window`) or in the encoder's blocks (`encoder_window`).
-    `audio="windows"` adds the former; "coarse-to-fine" looks for the moment that decided, by windows of the audio
-    embeddings that are halved where the effect is, to one position (kind `moment`).
+    `audio="windows"` adds the former; "coarse-to-fine", or a `Search`, looks for the moment that decided, by windows of
+    the audio embeddings that are halved where the effect is, to one position (kind `moment`): with `kinds=()` for that
+    alone.
     `site` is the state that is patched, in every block, and for the residual stream the merged embedding beside it; at
     `q k v z pattern` it is one head's, at `post` that of `n_neurons` neurons. `engine` and `token_budget` are those of
     `Plan`; `n_together` clips go through the model in one sweep and share what they have in common, as silence of the
@@ -97,31 +106,42 @@ def causal_trace(
     other clip to be corrupted by, `InputError` if a run is not finite.
     """
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
-    grid = Grid(site, tuple(kinds), float(window_s), n_neurons)
+    grid = Grid(site, None if kinds is None else tuple(kinds), float(window_s), n_neurons)
     if audio == "windows":
         grid = replace(grid, kinds=(*grid.chosen, "audio_window"))
-    rest = (corruption, metric, predict, direction, label_space, engine, token_budget, n_together)
+    search = Search(float(window_s)) if audio == "coarse-to-fine" else audio if isinstance(audio, Search) else None
+    rest = (corruption, metric, predict, direction, label_space, engine, token_budget, n_together, search)
     settings = Settings(attribute, form, grid, *rest)
     check(model, samples, settings)
-    how: dict = {"metric": metric, "direction": direction, "engine": engine, "token_budget": token_budget}
-    how["progress"] = progress
-    frames = []
+    frames, recorded = [], Recorded(model)
     with tqdm(total=len(samples), desc=f"tracing {attribute.name}", unit="clip", disable=not progress) as bar:
         for together in chunks(model, samples, settings):
-            cases = [case for _, _, case in together]
-            found = [recover(model, cases, **how)]
-            if audio == "coarse-to-fine":
-                found.append(find_moments(model, cases, Search(float(window_s)), **how))
-            for its, of_sample in zip(together, zip(*found, strict=True), strict=True):
-                frames += [frame_of(model, *its, each, settings) for each in of_sample]
+            frames += frames_of(model, together, settings, recorded, progress)
+            recorded.keep(case.corrupted for _, _, case in together)
             bar.update(len(together))
     return CausalTrace.concat(frames)
+
+
+def frames_of(
+    model: HookedLALM, together: Sequence[Traced], settings: Settings, recorded: Recorded, progress: bool
+) -> Iterator[pd.DataFrame]:
+    """One table for each map, and one for each search."""
+    cases = [case for _, _, case in together]
+    maps, moments = [], []
+    if settings.grid.chosen:
+        maps = recover(model, cases, **settings.how, recorded=recorded, progress=progress)
+    if settings.search is not None:
+        moments = find_moments(model, cases, settings.search, **settings.how, recorded=recorded, progress=progress)
+    for n, its in enumerate(together):
+        yield from (frame_of(model, *its, found[n], settings) for found in (maps, moments) if found)
 
 
 def check(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> None:
     """Everything that can be known to be wrong before the long work begins."""
     refuse_foreign_hooks(model)
     refuse_repeated(samples)
+    if not settings.grid.chosen and settings.search is None:
+        raise InputError('Nothing is traced: name kinds, or look for a moment with audio="coarse-to-fine".')
     if settings.n_together < 1:
         raise InputError(f"n_together is a number of clips, 1 or more; got {settings.n_together}.")
     processor, labels = processor_of(model), settings.attribute.labels
@@ -170,18 +190,17 @@ def answer_of(processor: Processor, label: str, settings: Settings) -> Answer:
     return Answer(whole if settings.metric == "label_score" else whole[:1], others)
 
 
-Traced = tuple[Sample, str, Case]  # what is traced, what the corrupted run hears, how
-
-
 def chunks(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> Iterator[list[Traced]]:
     """Some samples at a time. Those whose answers are read at more tokens than others' go by themselves."""
+    runs: dict[tuple, Run] = {}
     for start in range(0, len(samples), settings.n_together):
-        runs: dict[tuple, Run] = {}
         traced = [
             case_of(model, sample, samples, settings, runs) for sample in samples[start : start + settings.n_together]
         ]
         for _, alike in groupby(traced, lambda its: len(its[2].answer.tokens)):
             yield list(alike)
+        last = {case.corrupted for _, _, case in traced}
+        runs = {key: run for key, run in runs.items() if run in last}
 
 
 def case_of(

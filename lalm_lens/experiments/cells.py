@@ -1,6 +1,6 @@
 """What a trace patches: which states of which layer, for one number of the map."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
@@ -9,6 +9,7 @@ from lalm_lens.interventions import BY_HEAD, BlockSite, Patch, Stack
 from lalm_lens.model import HookedLALM
 from lalm_lens.results import EMBED_LAYER, GridKind, Kind
 from lalm_lens.runs import Run, Source
+from lalm_lens.windows import audio_windows, encoder_windows
 
 Units = dict[str, tuple[int, ...]]  # `heads` or `neurons`; empty for the whole state
 
@@ -44,20 +45,20 @@ class Grid:
     """
 
     site: BlockSite = "resid_post"
-    kinds: tuple[GridKind, ...] = ()
+    kinds: tuple[GridKind, ...] | None = None
     window_s: float = 1.0
     n_neurons: int = 128
 
     def __post_init__(self) -> None:
         if self.window_s <= 0 or self.n_neurons < 1:
             raise InputError(f"A window of {self.window_s} s and groups of {self.n_neurons} neurons hold nothing.")
-        if unknown := set(self.kinds) - set(get_args(GridKind)):
+        if unknown := set(self.kinds or ()) - set(get_args(GridKind)):
             raise InputError(f"There are no cells of kind {sorted(unknown)}, only {', '.join(get_args(GridKind))}.")
 
     @property
     def chosen(self) -> tuple[GridKind, ...]:
         """The kinds asked for; by default text, audio and single words, and without the words where there are heads."""
-        if self.kinds:
+        if self.kinds is not None:
             return self.kinds
         return ("layer", "audio_layer") if self.site in (*BY_HEAD, "post") else ("layer", "audio_layer", "token")
 
@@ -69,25 +70,16 @@ def cells(model: HookedLALM, grid: Grid, run: Run) -> list[Cell]:
     first = EMBED_LAYER if grid.site.startswith("resid") else 0
     n_heads = decoder.n_kv_heads if grid.site in ("k", "v") else decoder.n_heads
     found = [
-        Cell(kind, grid.site, layer, where, units.get("heads"), units.get("neurons"), "decoder", span)
+        Cell(kind, grid.site, layer, where, stack="decoder", span_s=span, **units)
         for layer in range(first, decoder.n_layers)
         for kind, where, span in places
         for units in units_of(grid, n_heads, decoder.d_mlp)
     ]
     if "encoder_window" in grid.chosen:
         found += [
-            Cell(
-                "encoder_window",
-                grid.site,
-                layer,
-                where,
-                units.get("heads"),
-                units.get("neurons"),
-                "audio_encoder",
-                span,
-            )
+            Cell("encoder_window", grid.site, layer, where, stack="audio_encoder", span_s=span, **units)
             for layer in range(encoder.n_layers)
-            for where, span in encoder_windows(model, grid, run)
+            for where, span in encoder_windows(model, run, grid.window_s)
             for units in units_of(grid, encoder.n_heads, encoder.d_mlp)
         ]
     return found
@@ -117,7 +109,7 @@ def decoder_places(model: HookedLALM, grid: Grid, run: Run) -> Iterator[Place]:
         for pos in range(audio[-1] + 1, text[-1] + 1):
             yield "token", (pos,), None
     if "audio_window" in kinds:
-        for where, span in windows(audio, position_s(model), grid.window_s):
+        for where, span in audio_windows(model, run, grid.window_s):
             yield "audio_window", where, span
 
 
@@ -126,27 +118,3 @@ def len_prompt(run: Run) -> int:
     assert run.prompt is not None
     answer = sum(position.region == "answer" for position in run.prompt.positions)
     return run.n_pos - answer
-
-
-def position_s(model: HookedLALM) -> float:
-    """How much of the clip one audio position holds."""
-    n_frames = model.lalm_cfg.encoder.n_frames
-    return 0.01 * n_frames / model.audio_encoder.n_audio(n_frames)
-
-
-def windows(
-    positions: Sequence[int], each_s: float, window_s: float
-) -> Iterator[tuple[tuple[int, ...], tuple[float, float]]]:
-    """Consecutive positions of `window_s` together (at least one position), with the seconds that they hold."""
-    size = max(1, round(window_s / each_s))
-    for start in range(0, len(positions), size):
-        where = tuple(positions[start : start + size])
-        yield where, (start * each_s, (start + len(where)) * each_s)
-
-
-def encoder_windows(model: HookedLALM, grid: Grid, run: Run) -> Iterator[tuple[tuple[int, ...], tuple[float, float]]]:
-    cfg, n_frames = model.lalm_cfg.encoder, getattr(run.inputs, "n_frames", None)
-    if n_frames is None:
-        raise InputError("Windows of the encoder need a run that hears its clip: `Inputs`, with their features.")
-    n_states = -(-int(n_frames[0]) * cfg.n_ctx // cfg.n_frames)
-    return windows(range(n_states), 0.01 * cfg.n_frames / cfg.n_ctx, grid.window_s)

@@ -11,15 +11,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from lalm_lens.engine.cost import Cost
-from lalm_lens.engine.plan import Engine, Plan
+from lalm_lens.engine.plan import Engine
+from lalm_lens.engine.recorded import Recorded
 from lalm_lens.errors import InputError
-from lalm_lens.experiments.cells import Cell, position_s, windows
-from lalm_lens.experiments.recovery import Case, Direction, Recovery, branches_of, readout_of, recoveries
+from lalm_lens.experiments.cells import Cell
+from lalm_lens.experiments.recovery import Case, Direction, Recovery, recover
 from lalm_lens.metrics import Metric
 from lalm_lens.model import HookedLALM
 from lalm_lens.results import EMBED_LAYER
 from lalm_lens.runs import Run
 from lalm_lens.shapes import typed
+from lalm_lens.windows import audio_windows, position_s
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def coarse(model: HookedLALM, run: Run, search: Search) -> list[Cell]:
     """The windows that a search begins with."""
     return [
         Cell("moment", "resid_post", EMBED_LAYER, where, span_s=span)
-        for where, span in windows(run.indices("audio"), position_s(model), search.window_s)
+        for where, span in audio_windows(model, run, search.window_s)
     ]
 
 
@@ -69,19 +71,18 @@ def find_moments(
     direction: Direction = "denoise",
     engine: Engine = "auto",
     token_budget: int | None = None,
+    recorded: Recorded | None = None,
     progress: bool = False,
 ) -> list[Recovery]:
-    """Every window that was tried, of each case; the cells of the cases are not looked at. The runs run once."""
-    each_s = position_s(model)
+    """Every window that was tried, of each case; the cells of the cases are not looked at. The runs run once, or not at
+    all where they are `recorded`."""
+    each_s, recorded = position_s(model), Recorded(model) if recorded is None else recorded
+    how: dict = {"metric": metric, "direction": direction, "engine": engine, "token_budget": token_budget}
     asked = [replace(case, cells=coarse(model, case.clean, search)) for case in cases]
     found: list[list[Recovery]] = [[] for _ in cases]
-    tokens, readout = readout_of(cases)
-    plan = None
     while going := [n for n, case in enumerate(asked) if case.cells]:
-        cases_now = [asked[n] for n in going]
-        branches = branches_of(cases_now, direction)
-        plan = Plan(model, branches, readout, engine=engine, token_budget=token_budget, before=plan)
-        for n, recovery in zip(going, recoveries(plan, cases_now, tokens, metric, direction, progress), strict=True):
+        done = recover(model, [asked[n] for n in going], **how, recorded=recorded, progress=progress)
+        for n, recovery in zip(going, done, strict=True):
             found[n].append(recovery)
             asked[n] = replace(asked[n], cells=finer(recovery, search, each_s))
     return [joined(its) for its in found]

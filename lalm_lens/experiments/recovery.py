@@ -12,6 +12,7 @@ from tqdm import tqdm
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.cost import Cost
 from lalm_lens.engine.plan import Engine, Outcome, Plan
+from lalm_lens.engine.recorded import Recorded
 from lalm_lens.experiments.cells import Cell
 from lalm_lens.interventions import Recompute
 from lalm_lens.metrics import METRICS, Answer, LogP, Metric, log_probabilities
@@ -69,38 +70,40 @@ def recover(
     direction: Direction = "denoise",
     engine: Engine = "auto",
     token_budget: int | None = None,
+    recorded: Recorded | None = None,
     progress: bool = False,
 ) -> list[Recovery]:
-    """Every patched run of some examples. The runs that they share are run once.
+    """Every patched run of some examples. The runs that they share run once; those that are `recorded`, not at all.
 
     The answers must have the same number of tokens that are read, which stand at the ends of the runs.
     """
-    tokens, readout = readout_of(cases)
-    plan = Plan(model, branches_of(cases, direction), readout, engine=engine, token_budget=token_budget)
-    return recoveries(plan, cases, tokens, metric, direction, progress)
-
-
-def readout_of(cases: Sequence[Case]) -> tuple[list[int], Score]:
-    """The tokens that are read for any of the cases, and the log-probabilities of them."""
-    tokens = sorted({token for case in cases for token in (*case.answer.tokens, *case.answer.others)})
-    n_read = len(cases[0].answer.tokens)
-    assert all(len(case.answer.tokens) == n_read for case in cases), "a plan reads the same positions of all"
-    return tokens, Score(lambda logits: log_probabilities(logits)[..., tokens], tuple(range(-n_read, 0)))
-
-
-def recoveries(
-    plan: Plan, cases: Sequence[Case], tokens: list[int], metric: Metric, direction: Direction, progress: bool
-) -> list[Recovery]:
-    """Run the branches of the cases, their cost shown before, and measure each case by its own."""
+    recorded, readout = Recorded(model) if recorded is None else recorded, readout_of(cases)
+    branches = branches_of(cases, direction)
+    plan = Plan(model, branches, readout, engine=engine, token_budget=token_budget, recorded=recorded)
     with tqdm(total=0, bar_format="{desc}", leave=False, disable=not progress) as line:
         line.set_description_str(str(plan.cost()))
         outcome = plan.run(progress)
     found, start = [], 0
     for case in cases:
         end = start + len(case.cells) + 1
-        found.append(recovery(plan, case, outcome, slice(start, end), tokens, metric, direction))
+        logits = {
+            name: recorded.of(run, set(), readout)[0][0]
+            for name, run in (("clean", case.clean), ("corrupted", case.corrupted))
+        }
+        found.append(recovery(case, logits, outcome, slice(start, end), tokens_of(cases), metric, direction))
         start = end
     return found
+
+
+def tokens_of(cases: Sequence[Case]) -> list[int]:
+    """The tokens that are read for any of the cases."""
+    return sorted({token for case in cases for token in (*case.answer.tokens, *case.answer.others)})
+
+
+def readout_of(cases: Sequence[Case]) -> Score:
+    tokens, n_read = tokens_of(cases), len(cases[0].answer.tokens)
+    assert all(len(case.answer.tokens) == n_read for case in cases), "a plan reads the same positions of all"
+    return Score(lambda logits: log_probabilities(logits, tokens), tuple(range(-n_read, 0)))
 
 
 def branches_of(cases: Sequence[Case], direction: Direction) -> list[Branch]:
@@ -114,16 +117,21 @@ def branches_of(cases: Sequence[Case], direction: Direction) -> list[Branch]:
 
 
 def recovery(
-    plan: Plan, case: Case, outcome: Outcome, mine: slice, tokens: list[int], metric: Metric, direction: Direction
+    case: Case,
+    logits: dict[str, Float[Tensor, "at d_vocab"]],
+    outcome: Outcome,
+    mine: slice,
+    tokens: list[int],
+    metric: Metric,
+    direction: Direction,
 ) -> Recovery:
-    logits = {"clean": plan.logits[case.clean][0], "corrupted": plan.logits[case.corrupted][0]}
     answer = among(tokens, case.answer.against(logits["corrupted"][0].cpu()))
 
     def read(log_p: LogP) -> Float[Tensor, "*batch score"]:
         return torch.stack([METRICS["probability"](log_p, answer), METRICS[metric](log_p, answer)], dim=-1)
 
-    p_clean, m_clean = read(log_probabilities(logits["clean"])[..., tokens]).tolist()
-    p_corrupted, m_corrupted = read(log_probabilities(logits["corrupted"])[..., tokens]).tolist()
+    p_clean, m_clean = read(log_probabilities(logits["clean"], tokens)).tolist()
+    p_corrupted, m_corrupted = read(log_probabilities(logits["corrupted"], tokens)).tolist()
     patched, base = read(outcome.values[mine]), read(outcome.base[mine])
     gap = (m_clean - m_corrupted if direction == "denoise" else m_corrupted - m_clean) or float("nan")
     *rates, nothing = ((patched - base)[:, 1] / gap).unbind()

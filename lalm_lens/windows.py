@@ -1,0 +1,42 @@
+"""Stretches of a clip, as positions of the prompt or states of the audio encoder."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lalm_lens.errors import InputError
+from lalm_lens.model import HookedLALM
+from lalm_lens.runs import Run
+
+
+class Window(NamedTuple):
+    positions: tuple[int, ...]
+    span_s: tuple[float, float]  # from the beginning of the clip
+
+
+def windows(positions: Sequence[int], each_s: float, window_s: float) -> list[Window]:
+    """Consecutive positions of `window_s` together, at least one, with the seconds that they hold."""
+    if window_s <= 0:
+        raise InputError(f"A window is longer than 0 s; got {window_s}.")
+    size = max(1, round(window_s / each_s))
+    parts = [tuple(positions[start : start + size]) for start in range(0, len(positions), size)]
+    return [Window(its, (n * size * each_s, (n * size + len(its)) * each_s)) for n, its in enumerate(parts)]
+
+
+def audio_windows(model: HookedLALM, run: Run, window_s: float) -> list[Window]:
+    """Windows of the run's audio positions."""
+    return windows(run.indices("audio"), position_s(model), window_s)
+
+
+def position_s(model: HookedLALM) -> float:
+    """How much of the clip one audio position holds."""
+    n_frames = model.lalm_cfg.encoder.n_frames
+    return 0.01 * n_frames / model.audio_encoder.n_audio(n_frames)
+
+
+def encoder_windows(model: HookedLALM, run: Run, window_s: float) -> list[Window]:
+    """Windows of the states that the audio encoder makes of the run's clip."""
+    cfg, n_frames = model.lalm_cfg.encoder, getattr(run.inputs, "n_frames", None)
+    if n_frames is None or len(n_frames) != 1:
+        raise InputError("The encoder is patched in a run that hears one clip: give `Inputs` with its audio.")
+    n_states = -(-int(n_frames[0]) * cfg.n_ctx // cfg.n_frames)
+    return windows(range(n_states), 0.01 * cfg.n_frames / cfg.n_ctx, window_s)
