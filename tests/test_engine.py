@@ -199,6 +199,22 @@ def test_the_order_of_changes_counts(runs):
     assert (outcome.values[0] - outcome.values[1]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("site", ["resid_pre", "mlp_out", "v"])
+def test_a_pattern_may_look_ahead_at_what_has_changed(model, runs, site):
+    """Nothing that is read can see the change by itself: it is behind it."""
+    base, clean, _ = runs
+    ahead = state(model, "pattern", 1, base.n_pos)
+    its = branches(
+        base,
+        *(Patch(site, layer, (14,), Source(clean)) for layer in (0, 1)),
+        *((Patch(site, layer, (14,), Source(clean)), Patch("pattern", 2, (5,), ahead)) for layer in (0, 1)),
+        Patch("pattern", 2, (5,), ahead),
+    )
+    outcome = assert_same(model, its, Logits((5,)))
+    assert outcome.n_skipped == 2
+    assert (outcome.values[2:4] - outcome.values[4]).abs().max() > 1e-3
+
+
 def test_runs_of_several_lengths_in_one_sweep(model):
     its = []
     for seed, n_pos in ((1, 18), (5, 12), (6, 31)):
