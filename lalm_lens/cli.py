@@ -285,6 +285,8 @@ def show(trace: "CausalTrace", first: "list[Path]", out: Path) -> None:
         trace.only(name).plot("tokens").savefig(pictures[-1], dpi=150)
     report = write_report(trace, data, pictures)
     print(to_read(trace.summary()).to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
+    if "moments" in trace.views and len(trace.kept):
+        print(trace.moments().to_string(index=False, float_format="{:.3f}".format))
     if not len(trace.kept):
         print("No clip was kept, so the pictures show the excluded ones. docs/causal_tracing.md says what excludes.")
     for path in (data, *pictures, report):

@@ -73,6 +73,8 @@ class Edit:
         for name, choices in {"site": (*HOOKS, *ADAPTER), "stack": get_args(Stack)}.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"A {name} is one of {', '.join(choices)}; got {getattr(self, name)!r}.")
+        if not hasattr(self.layer, "__index__"):
+            raise InputError(f"A layer is a whole number; got {self.layer!r}.")
         if not isinstance(self.positions, str):
             object.__setattr__(self, "positions", whole_numbers("positions", self.positions))
         if not self.positions or (
@@ -160,6 +162,10 @@ class Valued(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.value, Tensor | Source):
+            raise InputError(
+                f"A value is a tensor, or states of a run: Source(run); got a {type(self.value).__name__}."
+            )
         if isinstance(self.value, Tensor) and not isinstance(self.positions, str):
             n_axes = 2 + (self.site in BY_HEAD)
             if self.value.ndim < n_axes or self.value.shape[-n_axes] != len(self.positions):
@@ -239,7 +245,7 @@ class Knockout:
         object.__setattr__(self, "layers", some("layers", self.layers))
         for name in ("queries", "keys"):
             if not isinstance(positions := getattr(self, name), str):
-                object.__setattr__(self, name, whole_numbers(name, positions))
+                object.__setattr__(self, name, some(name, positions))
         if self.heads is not None:
             object.__setattr__(self, "heads", some("heads", self.heads))
 

@@ -141,6 +141,11 @@ def returned(device: str, part: nn.Module, args: tuple, out: Any) -> Any:
     return send_to_device(out, device)
 
 
+def is_ours(hook: Any) -> bool:
+    """Whether a torch hook on a module is one of those that bring weights and states."""
+    return isinstance(getattr(hook, "__self__", None), Visitors) or getattr(hook, "func", None) in (sent, returned)
+
+
 @contextmanager
 def held(part: nn.Module) -> Iterator[None]:
     """Keep the weights of a part of the model here, read once for any number of uses. To be read: an edit is lost."""

@@ -158,9 +158,12 @@ def check_length(patch: Patch, run: Run) -> None:
     if isinstance(clean, Run):
         if (clean.n_pos, clean.n_pad) != (run.n_pos, run.n_pad):
             raise unequal(f"{clean.n_pos - clean.n_pad} positions and {clean.n_pad} of padding", run)
-    elif not patch.is_heard and not isinstance(clean, Own):
-        state = unbatched(clean, patch.name, patch)
-        if (n_clean := state.shape[-1 if patch.site == "pattern" else 0]) != run.n_pos:
+    elif not isinstance(clean, Own):
+        if patch.is_heard:  # the encoder's states are as many for every clip: the embedding tells, where it is kept
+            n_clean = clean["hook_embed"].shape[-2] if "hook_embed" in clean else run.n_pos
+        else:
+            n_clean = unbatched(clean, patch.name, patch).shape[-1 if patch.site == "pattern" else 0]
+        if n_clean != run.n_pos:
             raise unequal(f"{n_clean} positions", run)
 
 
@@ -176,6 +179,8 @@ def one_by_one(metric: Metric) -> Callable[[Float[Tensor, "branch at d_vocab"]],
 
 
 def number(value: object) -> Float[Tensor, ""]:
+    if value is None:
+        raise InputError("A metric returns one number for each patched run; this one returned nothing.")
     found = torch.as_tensor(value).detach()
     if found.ndim:
         raise InputError(f"A metric returns one number for each patched run; this one a shape of {tuple(found.shape)}.")

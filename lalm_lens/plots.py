@@ -27,6 +27,12 @@ SEGMENTS = {  # of the paper, and the options apart: colour and line
     "late": ("#3d8b37", "-"),
     "last": ("#b03030", "-"),
 }
+PARTS = {
+    **LABELS,
+    "token": "single words, their mean",
+    "audio_window": "windows of audio positions, their mean",
+    "encoder_window": "windows of the audio encoder, their mean",
+}
 WINDOWS = {"audio_window": "audio positions", "encoder_window": "states of the audio encoder"}
 HEARD = {"silence": "the silent run", "other_clip": "a run that hears another clip"}
 
@@ -146,13 +152,12 @@ def token_panel(ax: Axes, frame: pd.DataFrame) -> None:
 
 
 def head_maps(frame: pd.DataFrame) -> Figure:
-    """Mean recovery by patched layer and head, or group of neurons, of all text and all audio positions; a map per
-    attribute and kind."""
-    rows = frame[frame.kind.isin(list(LABELS)) & (frame["head"].notna() | frame.neurons.notna())]
+    """Mean recovery by patched layer and head, or group of neurons; a map per attribute and kind."""
+    rows = frame[frame.kind.isin(list(PARTS)) & (frame["head"].notna() | frame.neurons.notna())]
     is_head = bool(rows["head"].notna().any())
     named = rows.assign(unit=rows["head"] if is_head else rows.neurons.str.partition("-")[0].astype("Int64"))
     what = "head" if is_head else "first of the neurons"
-    return grids(frame, named, "unit", {kind: f"{what} ({label})" for kind, label in LABELS.items()}, "one part's")
+    return grids(frame, named, "unit", {kind: f"{what} ({label})" for kind, label in PARTS.items()}, "one part's")
 
 
 def window_maps(frame: pd.DataFrame) -> Figure:
@@ -163,14 +168,15 @@ def window_maps(frame: pd.DataFrame) -> Figure:
 
 
 def moment_maps(frame: pd.DataFrame) -> Figure:
-    """For each clip and moment, the recovery of the finest window around it that was tried; a panel per attribute."""
+    """For each clip and moment, the recovery per second of the finest window around it that was tried, so that a wide
+    window is not darker than a short one for its width alone; a ring around the moment that was found."""
     rows = shown(frame[frame.kind == "moment"])
     attributes = list(rows.attribute.unique())
     n_clips = rows.groupby("attribute")["sample"].nunique().max()
     figure = Figure(figsize=(8, len(attributes) * (1.8 + 0.16 * n_clips)), layout="constrained")
     axes = figure.subplots(len(attributes), 1, squeeze=False)
     for ax, attribute in zip(axes[:, 0], attributes, strict=True):
-        moment_panel(ax, rows[rows.attribute == attribute], rate(frame))
+        moment_panel(ax, rows[rows.attribute == attribute], f"{rate(frame)},\nper second of the window")
         ax.set_title(title(frame, attribute), fontsize=10)
     figure.suptitle(heading(rows, "one window's", figure), fontsize=10)
     return figure
@@ -182,13 +188,17 @@ def moment_panel(ax: Axes, rows: pd.DataFrame, label: str) -> None:
     grid = np.full((len(names), n_columns), np.nan)
     for row in rows.assign(length=rows.end_s - rows.start_s).sort_values("length", ascending=False).to_dict("records"):
         columns = slice(round(row["start_s"] / each_s), round(row["end_s"] / each_s))
-        grid[names.index(row["sample"]), columns] = row["recovery"]
+        grid[names.index(row["sample"]), columns] = row["recovery"] / row["length"]
     edges = (0, n_columns * each_s, len(names) - 0.5, -0.5)
-    most = largest(grid)
+    most = max(1e-9, float(np.nanmax(np.abs(grid))))
     image = ax.imshow(grid, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, extent=edges, interpolation="nearest")
+    finest = rows[(rows.end_s - rows.start_s) < 1.5 * each_s]
+    found = finest.loc[finest.groupby("sample").recovery.idxmax()]
+    middle = (found.start_s + found.end_s) / 2
+    ax.scatter(middle, [names.index(name) for name in found["sample"]], s=40, facecolors="none", edgecolors="black")
     ax.set_yticks(range(len(names)), names, fontsize=6)
     ax.set_xlabel("time in the clip, s")
-    ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both").set_label(label.replace(" of ", "\nof "))
+    ax.figure.colorbar(image, ax=ax, pad=0.01).set_label(label)
 
 
 def largest(grid: np.ndarray) -> float:

@@ -54,7 +54,8 @@ class Probabilities(Logits):
 
 @dataclass(frozen=True)
 class Score:
-    """Any function of the logits at the chosen positions: a number, or more, for each branch."""
+    """Any function of the logits at the chosen positions: a number, or more, for each branch. Several branches come
+    together: what the function returns has one row for each."""
 
     of: Callable[[Float[Tensor, "branch at d_vocab"]], Tensor]
     positions: tuple[int, ...] = Last
@@ -63,7 +64,13 @@ class Score:
         check_read("positions", self.positions)
 
     def __call__(self, logits: Float[Tensor, "branch at d_vocab"]) -> Tensor:
-        return self.of(logits)
+        value = self.of(logits)
+        if not isinstance(value, Tensor) or value.shape[:1] != logits.shape[:1]:
+            raise InputError(
+                f"The function of a Score is given the logits of {len(logits)} branches, {tuple(logits.shape)}, and "
+                f"returns a tensor of as many rows; this one returned {of_what(value)}."
+            )
+        return value
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,10 @@ class Resid:
 
     def __call__(self, resid: Float[Tensor, "branch at d_model"]) -> Tensor:
         return resid
+
+
+def of_what(value: object) -> str:
+    return f"a shape of {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 Readout = Logits | Score | Resid

@@ -35,6 +35,12 @@ alone does to a rate.</p>
 {{ row.labels }}{{ "" if row.label_space else " (scored without the space before)" }}</li>
 {% endfor %}
 </ul>
+{% if moments %}
+<h2>Which moment decided</h2>
+<p>Of the finest windows that the search tried, the one with the largest recovery; <code>widest</code> is the largest
+recovery of the windows that it began with: where it is much larger, no single moment decided.</p>
+{{ moments | safe }}
+{% endif %}
 {% for picture in pictures %}
 <figure><img src="{{ picture.name }}" alt="{{ picture.stem }}"><figcaption>{{ picture.name }}</figcaption></figure>
 {% endfor %}
@@ -48,13 +54,16 @@ def write_report(trace: CausalTrace, data: Path, pictures: Sequence[Path]) -> Pa
     """`report.html` beside the table and the pictures that it shows."""
     path = data.with_name("report.html")
     page = Environment(autoescape=True).from_string(PAGE)
-    table = to_read(trace.summary()).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="-")
+    how: dict = {"index": False, "border": 0, "float_format": "{:.3f}".format, "na_rep": "-"}
+    table = to_read(trace.summary()).to_html(**how)
+    has_moments = "moments" in trace.views and len(trace.kept)
     text = page.render(
         model=trace.frame.model.iloc[0],
         direction=trace.frame.direction.iloc[0],
         corruption=corruption_kinds(trace.frame).iloc[0].replace("_", " "),
         metric=trace.frame.metric.iloc[0].replace("_", " "),
         table=table,
+        moments=trace.moments().to_html(**how) if has_moments else "",
         asked=trace.frame.drop_duplicates("attribute").to_dict("records"),
         pictures=pictures,
         data=data,

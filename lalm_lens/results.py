@@ -98,6 +98,14 @@ def to_read(summary: pd.DataFrame) -> pd.DataFrame:
     return summary.assign(noise_floor=summary.noise_floor.map("{:.0e}".format, na_action="ignore"))
 
 
+def outermost(windows: pd.DataFrame) -> pd.DataFrame:
+    """The windows of one clip that are part of no other: those that a search began with."""
+    start, end = windows.start_s.to_numpy(), windows.end_s.to_numpy()
+    inside = (start[:, None] > start - 1e-6) & (end[:, None] < end + 1e-6)
+    shorter = (end - start)[:, None] < (end - start) - 1e-6
+    return windows[~(inside & shorter).any(axis=1)]
+
+
 @dataclass(frozen=True, repr=False)
 class CausalTrace:
     """Recovery rates, one row per patched run; columns as in `COLUMNS`."""
@@ -137,7 +145,7 @@ class CausalTrace:
         length = (rows.end_s - rows.start_s).round(6)
         finest = rows[length == length.groupby([rows[name] for name in BY_SAMPLE]).transform("min")]
         best = finest.loc[finest.groupby(BY_SAMPLE, sort=False).recovery.idxmax()]
-        first = rows[length == length.groupby([rows[name] for name in BY_SAMPLE]).transform("max")]
+        first = pd.concat([outermost(its) for _, its in rows.groupby(BY_SAMPLE, sort=False)])
         widest = first.groupby(BY_SAMPLE).recovery.max().rename("widest")
         shown = best[[*BY_SAMPLE, "label", "start_s", "end_s", "recovery"]]
         return shown.merge(widest, left_on=BY_SAMPLE, right_index=True).reset_index(drop=True)
@@ -181,7 +189,7 @@ class CausalTrace:
             "layers": self.frame.kind.isin(["layer", "audio_layer"]) & ~of_part,
             "segments": (self.frame.kind == "token") & ~of_part,
             "tokens": (self.frame.kind == "token") & ~of_part,
-            "heads": self.frame.kind.isin(["layer", "audio_layer"]) & of_part,
+            "heads": of_part,
             "windows": self.frame.kind.isin(["audio_window", "encoder_window"]) & ~of_part,
             "moments": self.frame.kind == "moment",
         }
@@ -189,8 +197,9 @@ class CausalTrace:
 
     def plot(self, view: View = "layers") -> "Figure":
         """`layers`: recovery by layer, text against audio. `segments`: the same for single positions, by segment.
-        `tokens`: layer x position maps. `heads`: layer x head, or group of neurons. `windows`: layer x time. `moments`:
-        clip x time, as fine as a search went. A panel per attribute (and kind); `views` lists those that there are.
+        `tokens`: layer x position maps. `heads`: layer x head, or group of neurons, the mean over what a kind has many
+        of. `windows`: layer x time. `moments`: clip x time, recovery per second of the finest windows that a search
+        tried. A panel per attribute (and kind); `views` lists those that there are.
 
         Without a kept sample the excluded ones are drawn, and the title says so. Raises `DataError` for several models,
         metrics or other settings in one table, for a view of which there are no rows, and without matplotlib.

@@ -300,6 +300,10 @@ REFUSED = {
     "There are 2 layers in the audio_encoder": Scale("resid_post", 2, (1,), factor=0.0, stack="audio_encoder"),
     "4 heads, counted from 0; got [4]": Scale("k", 1, (1,), factor=0.0, heads=(4,), stack="audio_encoder"),
     "A site is one of resid_pre,": Patch("resid_post", 1, (3,), Source(CLEAN, site="attn")),
+    "layers in the decoder, counted from 0; got [7]": Patch("resid_post", 1, (3,), Source(CLEAN, layer=7)),
+    "layers in the audio_encoder, counted from 0; got [3]": Patch("z", 1, (3,), Source(AUDIO, layer=3), stack="audio_encoder"),
+    "z cannot become pattern": Patch("pattern", 1, (3,), Source(CLEAN, site="z")),
+    "pattern cannot become z": Patch("z", 1, (3,), Source(CLEAN, site="pattern")),
     "no key to look at": Knockout((1,), (5,), range(6)),
     "no key to look at.": (Knockout((1,), (5,), (0, 1, 2), heads=(2,)), Knockout((1,), (5,), (3, 4, 5), heads=(1, 2))),
 }  # fmt: skip
@@ -384,8 +388,15 @@ SLIPS = {  # as they are met where nobody checks types: the tests themselves do
     "heads are whole numbers, in a tuple or a range; got 2.": "Scale('z', 1, (3,), factor=0.0, heads=2)",
     "range; got 'audio'": "Scale('pattern', 1, (3,), factor=0.0, keys='audio')",
     "layers are whole numbers, in a tuple or a range; got 3.": "Knockout(3, (-1,), (3,))",
-    "The changes of a branch are a tuple, even of one": "Branch(RUN, Scale('z', 1, (3,), factor=0.0))",
-    "The changes of a branch are a tuple, even of one:": "Branch(RUN, ('blocks.0.hook_resid_post', print))",
+    "A change of no queries changes nothing": "Knockout((3,), (), (3,))",
+    "A layer is a whole number; got '2'.": "Scale('z', '2', (3,), factor=0.0)",
+    "or states of a run: Source(run); got a Run.": "Patch('resid_post', 1, (3,), RUN)",
+    "a tuple of changes, even of one; got Scale(": "Branch(RUN, Scale('z', 1, (3,), factor=0.0))",
+    "a tuple of changes, even of one; got ('blocks": "Branch(RUN, ('blocks.0.hook_resid_post', print))",
+    "a tuple of changes, even of one; got (3,)": "Branch(RUN, (3,))",
+    "A branch is of a Run: Run(inputs, prompt); got a Embedded.": "Branch(RUN.inputs)",
+    "give a list of branches, one or more": "Plan(None, Branch(RUN))",
+    "What is read is said as LogProbs(tokens=...) and its like": "Plan(None, [Branch(RUN)], LogProbs)",
     "read is at some positions, each a whole number; got 'late'.": "LogProbs('late')",
     "positions are whole numbers, in a tuple or a range; got 7.": "Resid(1, 7)",
     "tokens are whole numbers, in a tuple or a range; got 7.": "Logits(tokens=7)",
@@ -409,12 +420,65 @@ def test_ordinary_slips_are_answered_with_what_is_wanted():
         assert says in line
 
 
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        ("blocks.2", "forward"),
+        ("blocks.1", "forward_pre"),
+        ("blocks.2.mlp", "forward"),
+        ("blocks.1.hook_resid_mid", "forward"),
+    ],
+)
+def test_hooks_of_torchs_own_are_hooks_too(runs, where, kind):
+    base, clean = runs
+    model, its = from_hf(tiny_hf(7)), branches(base, Patch("resid_post", 0, (-1,), Source(clean)))
+    plain = run_branches(model, its)
+    change = {
+        "forward": lambda module, args, out: 0.5 * out,
+        "forward_pre": lambda module, args: (0.5 * args[0], *args[1:]),
+    }
+    handle = getattr(model.get_submodule(where), f"register_{kind}_hook")(change[kind])
+    with pytest.raises(HookError, match=f"A hook on {where} would be part of every run"):
+        Plan(model, its, engine="sweep")
+    outcome = run_branches(model, its)
+    assert (outcome.engine, plain.engine) == ("hooks", "sweep")
+    assert (outcome.values - plain.values).abs().max() > 1e-3
+    handle.remove()
+    assert run_branches(model, its).engine == "sweep"
+
+
+@BOTH
+def test_a_score_has_a_row_for_each_branch(runs, engine):
+    base, clean = runs
+    its = branches(base, *(Patch("resid_post", layer, (-1,), Source(clean)) for layer in range(2)))
+    for wrong in (lambda logits: logits[0, -1, [5, 9]], lambda logits: logits.sum(), lambda logits: 3.0):
+        with pytest.raises(InputError, match="the logits of 1 branches"):
+            run_branches(model_of("grouped"), its, Score(wrong), engine=engine)
+
+
+def test_padding_can_be_read_by_hooks_alone():
+    model, padded = model_of("grouped"), heard((0.5, 0.25), row=1)
+    its = branches(padded, Scale("resid_post", 1, (-1,), factor=0.5))
+    readout = Logits((-1, padded.n_pad - 1))
+    assert run_branches(model, its, readout).engine == "hooks"
+    with pytest.raises(InputError, match=f"some are padding, the first {padded.n_pad}"):
+        Plan(model, its, readout, engine="sweep")
+
+
+@BOTH
+def test_a_query_without_keys_is_named_with_its_padding(engine):
+    padded = heard((0.5, 0.25), row=1)
+    query = padded.n_pad + 2
+    with pytest.raises(InputError, match=rf"{query}\b.* no key"):
+        run_branches(model_of("grouped"), branches(padded, Knockout((1,), (query,), range(query + 1))), engine=engine)
+
+
 @BOTH
 def test_what_a_plan_cannot_be(engine):
     model, its = model_of("grouped"), branches(BASE, Scale("z", 1, (3,), factor=0.0))
     for says, kwargs in {
         "Nothing to run": {"branches": []},
-        "A token budget is 1 or more; got 0": {"token_budget": 0},
+        "A token budget is a whole number from 1 on; got 0": {"token_budget": 0},
         "The state after block 4 is read; there are 4": {"readout": Resid(4)},
         "The state after block -5": {"readout": Resid(-5)},
         "from 0 to 17, or from the end from -1; got [(]18,": {"readout": Logits((18,))},

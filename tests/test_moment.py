@@ -17,6 +17,7 @@ from lalm_lens.experiments.cells import Grid, cells
 from lalm_lens.experiments.moment import Search, find_moments
 from lalm_lens.experiments.recovery import Case, recover
 from lalm_lens.metrics import Answer
+from lalm_lens.results import CausalTrace, outermost
 from lalm_lens.runs import Run
 from lalm_lens.windows import position_s
 
@@ -41,22 +42,27 @@ def clips() -> list[tuple[Sample, float]]:
     return found
 
 
+def search(model, direction: str):
+    samples = [sample for sample, _ in clips()]
+    settings = {"attribute": "animal", "kinds": (), "audio": "coarse-to-fine", "metric": "log_probability"}
+    return causal_trace(model, samples, **settings, direction=direction, progress=False)
+
+
 @pytest.fixture(scope="module")
 def searched(tiny_lalm):
-    samples = [sample for sample, _ in clips()]
-    settings = {"attribute": "animal", "kinds": ("layer",), "audio": "coarse-to-fine", "direction": "noise"}
-    return causal_trace(tiny_lalm, samples, **settings, metric="log_probability", progress=False)
+    return search(tiny_lalm, "noise")
 
 
-def test_the_moment_is_found_where_the_cue_is(searched):
+@pytest.mark.parametrize(("direction", "at_least"), [("noise", 0.7), ("denoise", 0.6)])
+def test_the_moment_is_found_where_the_cue_is(tiny_lalm, searched, direction, at_least):
     starts = {sample.name: start_s for sample, start_s in clips()}
-    moments = searched.moments()
+    moments = (searched if direction == "noise" else search(tiny_lalm, direction)).moments()
     assert len(moments) > 20
     middle = (moments.start_s + moments.end_s) / 2
     start_s = moments["sample"].map(starts)
     found = ((middle > start_s - 0.02) & (middle < start_s + CUE_S + 0.02)).mean()
-    print(f"the moment is inside of the cue in {found:.0%} of {len(moments)} clips; by chance in {CUE_S / CLIP_S:.0%}")
-    assert found > 0.7
+    print(f"{direction}: inside of the cue in {found:.0%} of {len(moments)} clips; by chance in {CUE_S / CLIP_S:.0%}")
+    assert found > at_least
     assert (moments.end_s - moments.start_s).max() == pytest.approx(0.04)
 
 
@@ -194,6 +200,28 @@ def test_a_search_alone_is_a_trace(tiny_lalm, searched):
     assert len(trace.summary()) == 1
     with pytest.raises(InputError, match="Nothing is traced"):
         causal_trace(tiny_lalm, samples, attribute="animal", kinds=(), progress=False)
+
+
+def test_the_windows_that_a_search_began_with_are_those_in_no_other():
+    spans = [(0, 1), (1, 1.6), (1, 1.32), (1.32, 1.6), (0, 0.52), (0.52, 1), (1.32, 1.48), (1.0, 1.16)]
+    windows = pd.DataFrame(spans, columns=["start_s", "end_s"])
+    assert outermost(windows).index.tolist() == [0, 1]
+
+
+def test_a_moment_says_how_much_the_widest_windows_did(tiny_lalm):
+    """The last of the first windows is shorter: what it holds counts as well."""
+    name, cue = "dog", animal(np.random.default_rng(0), "dog", 0.6)
+    samples = np.concatenate([1e-3 * np.random.default_rng(1).standard_normal(RATE_HZ), cue]).astype(np.float32)
+    sample = Sample("late.wav", name, torch.from_numpy(samples))
+    settings = {"attribute": "animal", "kinds": (), "audio": "coarse-to-fine", "progress": False}
+    trace = causal_trace(tiny_lalm, [sample], **settings)
+    frame = trace.frame.assign(status="kept")
+    first = frame.iloc[:2]
+    assert first.end_s.tolist() == pytest.approx([1.0, 1.6])
+    assert first.recovery.idxmax() == 1
+    (row,) = CausalTrace(frame).moments().itertuples()
+    assert row.widest == first.recovery.max()
+    assert row.start_s >= 1.0
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,15 @@ class Branch:
     changes: tuple[Change | NamedHook, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.changes, Sequence) or any(map(is_half_a_hook, self.changes)):
-            raise InputError(f"The changes of a branch are a tuple, even of one: ({self.changes!r},).")
+        if not isinstance(self.run, Run):
+            raise InputError(f"A branch is of a Run: Run(inputs, prompt); got a {type(self.run).__name__}.")
+        if not isinstance(self.changes, Sequence) or not all(map(is_change, self.changes)):
+            raise InputError(f"The changes of a branch are a tuple of changes, even of one; got {self.changes!r}.")
         object.__setattr__(self, "changes", tuple(self.changes))
 
 
-def is_half_a_hook(change: object) -> bool:
-    """Whether someone gave the name and the function of one hook where a tuple of changes belongs."""
-    return isinstance(change, str)
+def is_change(change: object) -> bool:
+    return isinstance(change, Edit | Knockout) or (isinstance(change, tuple) and len(change) == 2)
 
 
 def indexed(change: Change | NamedHook, run: Run, model: HookedTransformer) -> Change | NamedHook:
@@ -54,7 +55,11 @@ def indexed(change: Change | NamedHook, run: Run, model: HookedTransformer) -> C
         raise InputError(f"A change needs different positions; got {change.positions}, of {run.n_pos}.")
     if not isinstance(change, Valued):
         return replace(change, positions=positions)
-    value = change.value if isinstance(change.value, Tensor) else pointed(change.value, change, positions, run)
+    value = change.value
+    if isinstance(value, Source):
+        if value.layer is not None:
+            check((value.layer,), cfg.n_layers, f"layers in the {change.stack}")
+        value = pointed(value, change, positions, run)
     return replace(change, positions=positions, value=value)
 
 
@@ -98,6 +103,8 @@ def pointed(source: Source, change: Edit, positions: tuple[int, ...], run: Run) 
     site = source.site or change.site
     if site not in HOOKS and site not in ADAPTER:
         raise InputError(f"A site is one of {', '.join((*HOOKS, *ADAPTER))}; got {site!r}.")
+    if (site == "pattern") != (change.site == "pattern"):
+        raise InputError(f"A pattern goes where a pattern is: {site} cannot become {change.site}.")
     at = positions if source.positions is None else source.positions
     if change.is_heard:
         at = heard_positions(replace(change, positions=at))

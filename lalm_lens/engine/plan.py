@@ -17,6 +17,7 @@ from lalm_lens.engine.passing import go_through
 from lalm_lens.engine.recorded import Record, Recorded, States
 from lalm_lens.engine.sweep import Sweep
 from lalm_lens.errors import HookError, InputError
+from lalm_lens.offload import is_ours
 from lalm_lens.readouts import Logits, LogProbs, Readout, Resid, n_blocks
 from lalm_lens.runs import Run
 from lalm_lens.transformer import HookedTransformer
@@ -26,6 +27,7 @@ IN_CACHE = (
     3_000_000  # activations of an MLP: more of them leave a CPU's cache, and each pass over them takes 5x as long
 )
 ON_A_GPU = 32_768  # tokens
+FRONT_END = ("audio_encoder", "adapter")  # runs whole in both engines, hooks and all
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,12 @@ class Plan:
         token_budget: int | None = None,
         recorded: Recorded | None = None,
     ) -> None:
-        if not branches:
-            raise InputError("Nothing to run: give one branch or more.")
-        if token_budget is not None and token_budget < 1:
-            raise InputError(f"A token budget is 1 or more; got {token_budget}.")
+        if not isinstance(branches, Sequence) or not branches:
+            raise InputError("Nothing to run: give a list of branches, one or more.")
+        if not isinstance(readout, Readout):
+            raise InputError(f"What is read is said as LogProbs(tokens=...) and its like; got {readout!r}.")
+        if token_budget is not None and (not isinstance(token_budget, int) or token_budget < 1):
+            raise InputError(f"A token budget is a whole number from 1 on; got {token_budget}.")
         self.model, self.readout = model, readout
         self.token_budget = token_budget or usual_budget(model)
         self.branches = [
@@ -121,8 +125,8 @@ class Plan:
 
     def lacks(self) -> Exception | None:
         """What keeps the sweep from running these branches."""
-        if attached := self.model.list_hooks():
-            return foreign(attached)
+        if names := attached(self.model):
+            return foreign(names)
         for branch in self.branches:
             for change in branch.changes:
                 if isinstance(change, tuple):
@@ -162,8 +166,8 @@ class Plan:
     def run(self, progress: bool = False) -> Outcome:
         """Run every branch. What was computed before an error is lost; memory that runs out is no error, until not even
         one branch has room."""
-        if self.sweep is not None and (attached := self.model.list_hooks()):
-            raise foreign(attached)  # since the plan was made
+        if self.sweep is not None and (names := attached(self.model)):
+            raise foreign(names)  # since the plan was made
         cost = self.cost()
         shown = {"desc": str(self.engine), "unit": "branch", "leave": False, "disable": not progress}
         with tqdm(total=len(self.branches), **shown) as bar:
@@ -202,10 +206,23 @@ def usual_budget(model: HookedTransformer) -> int:
     return ON_A_GPU if model.device.type == "cuda" else max(256, IN_CACHE // model.decoder_cfg.d_mlp)
 
 
-def foreign(attached: Iterable[str]) -> HookError:
+def attached(model: HookedTransformer) -> list[str]:
+    """Hook points that somebody listens to, and modules of the decoder with hooks of torch's own."""
+    hooked = [
+        name
+        for name, module in model.named_modules()
+        if not name.startswith(FRONT_END)
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not is_ours(hook)
+    ]
+    return [*model.list_hooks(), *hooked]
+
+
+def foreign(names: Iterable[str]) -> HookError:
     return HookError(
-        f"A hook on {min(attached)} would be part of every run, and the sweep computes parts of runs: "
-        '`model.reset_hooks(including_permanent=True)` removes it, engine="hooks" runs it.'
+        f"A hook on {min(names)} would be part of every run, and the sweep computes parts of runs: "
+        "`model.reset_hooks(including_permanent=True)` removes it, or its handle's `remove()` if it is torch's own; "
+        'engine="hooks" runs it.'
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lalm_lens.engine.attention import View
 from lalm_lens.engine.base import Base
 from lalm_lens.engine.branches import Branch
-from lalm_lens.engine.padding import unpadded, unpadded_knockout
+from lalm_lens.engine.padding import PaddingReadError, unpadded, unpadded_knockout
 from lalm_lens.engine.reach import Reach, Reader, Step, Touch, as_list, as_set, behind, reach
 from lalm_lens.errors import InputError
 from lalm_lens.inputs import Inputs
@@ -94,7 +94,7 @@ class Sweep:
                 edits += unpadded(change, base.n_pad)
         edits = [edit for edit in edits if edit.layer < self.n_run]
         touches = [self.touch(edit, base) for edit in edits]
-        touches += [*self.knocked(knockouts), *taken_before(edits)]
+        touches += [*self.knocked(knockouts, base.n_pad), *taken_before(edits)]
         reader = Reader(base.n_pos, self.windows, as_set(self.read_positions(base)), self.read_early(edits))
         if reader not in self.seen:
             self.seen[reader] = reader.seen()
@@ -105,7 +105,10 @@ class Sweep:
         n_all = base.n_pos + base.n_pad
         positions = [int(position) % n_all - base.n_pad for position in self.readout.positions]
         if min(positions) < 0:
-            raise InputError(f"Of {self.readout.positions}, some are padding: the prompt has {base.n_pos} positions.")
+            raise PaddingReadError(
+                f"Of the positions {self.readout.positions} that are read, some are padding, the first {base.n_pad}: "
+                'read others, or engine="hooks".'
+            )
         return tuple(positions)
 
     def heard(self, branch: Branch) -> Edit:
@@ -129,17 +132,17 @@ class Sweep:
         changed = as_set(position for position, its in zip(edit.at, differs, strict=True) if its)
         return Touch(point, edit.layer, where, changed, replaces, on_keys)
 
-    def knocked(self, knockouts: Sequence[Knockout]) -> Iterator[Touch]:
+    def knocked(self, knockouts: Sequence[Knockout], n_pad: int) -> Iterator[Touch]:
         found: dict[tuple, int] = {}  # the same in all layers where the same knockouts and window are
         for layer in sorted({layer for knockout in knockouts for layer in knockout.layers}):
             if layer < self.n_run:
                 here = tuple(n for n, knockout in enumerate(knockouts) if layer in knockout.layers)
                 key = here, self.windows[layer]
                 if key not in found:
-                    found[key] = self.hit([knockouts[n] for n in here], self.windows[layer])
+                    found[key] = self.hit([knockouts[n] for n in here], self.windows[layer], n_pad)
                 yield Touch("inside", layer, found[key], found[key])
 
-    def hit(self, here: Sequence[Knockout], window: int | None) -> int:
+    def hit(self, here: Sequence[Knockout], window: int | None, n_pad: int) -> int:
         """The queries that lose a key that they see. Raises `InputError` where a head loses them all."""
         sets = [(as_set(each.queries_at), as_set(each.keys_at), each.heads) for each in here]
         one_for_all = all(heads is None for _, _, heads in sets)
@@ -152,7 +155,7 @@ class Sweep:
                     if queries >> query & 1 and (heads is None or head in heads):
                         lost |= keys
                 if not seen & ~lost:
-                    raise InputError(f"This knockout leaves the query at position {query} no key to look at.")
+                    raise InputError(f"This knockout leaves the query at position {query + n_pad} no key to look at.")
                 if seen & lost:
                     hit |= 1 << query
         return hit

@@ -50,8 +50,10 @@ class Grid:
     n_neurons: int = 128
 
     def __post_init__(self) -> None:
-        if self.window_s <= 0 or self.n_neurons < 1:
-            raise InputError(f"A window of {self.window_s} s and groups of {self.n_neurons} neurons hold nothing.")
+        if self.window_s <= 0:
+            raise InputError(f"A window of {self.window_s} s holds nothing.")
+        if self.n_neurons < 1:
+            raise InputError(f"Groups of {self.n_neurons} neurons hold nothing.")
         if unknown := set(self.kinds or ()) - set(get_args(GridKind)):
             raise InputError(f"There are no cells of kind {sorted(unknown)}, only {', '.join(get_args(GridKind))}.")
 

@@ -32,7 +32,7 @@ class Search:
     n_best: int = 2
 
     def __post_init__(self) -> None:
-        if self.window_s <= 0 or self.n_best < 1:
+        if not isinstance(self.n_best, int) or self.n_best < 1 or not self.window_s > 0:
             raise InputError(f"A search needs windows longer than 0 s and 1 best or more; got {self}.")
 
     def n_most(self, n_pos: int, each_s: float) -> int:
