@@ -301,7 +301,6 @@ REFUSED = {
     "4 heads, counted from 0; got [4]": Scale("k", 1, (1,), factor=0.0, heads=(4,), stack="audio_encoder"),
     "A site is one of resid_pre,": Patch("resid_post", 1, (3,), Source(CLEAN, site="attn")),
     "layers in the decoder, counted from 0; got [7]": Patch("resid_post", 1, (3,), Source(CLEAN, layer=7)),
-    "layers in the audio_encoder, counted from 0; got [3]": Patch("z", 1, (3,), Source(AUDIO, layer=3), stack="audio_encoder"),
     "z cannot become pattern": Patch("pattern", 1, (3,), Source(CLEAN, site="z")),
     "pattern cannot become z": Patch("z", 1, (3,), Source(CLEAN, site="pattern")),
     "no key to look at": Knockout((1,), (5,), range(6)),
