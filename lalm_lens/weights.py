@@ -89,7 +89,8 @@ class Conversion:
     layouts: tuple[Layout, ...]  # every naming that is out in the world
     template: Template  # how a question about a clip is written
     hearing: Hearing  # how clips become what the encoder takes
-    frame_mask: str | None  # HF's name for the mask of mel frames; None where it takes none
+    hf_class: str  # transformers' own class, that ours is verified against
+    frame_mask: str | None  # its name for the mask of mel frames; None where it takes none
 
 
 class Table:
