@@ -76,4 +76,5 @@ VOXTRAL = Conversion(
     hearing=Chunks(),
     hf_class="VoxtralForConditionalGeneration",
     frame_mask=None,
+    wide=frozenset({"audio_encoder.W_pos"}),
 )

@@ -96,7 +96,11 @@ def verify(
     del ours  # before HF comes
     conversion = conversion or our_conversions()[cfg.model_type]
     hf = load_hf(local_folder(path_or_hub_id), conversion.hf_class, dtype, device)
-    modules, batch = counterparts(hf, mine, conversion, cfg), inputs.to_hf(conversion.frame_mask)
+    modules = counterparts(hf, mine, conversion, cfg)
+    batch = {  # HF's Audio Flamingo 3 leaves the cast of features to the caller
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in inputs.to_hf(conversion.frame_mask).items()
+    }
     theirs = hf_states(hf, modules, batch)
     hf.set_attn_implementation("eager")
     eager = hf_states(hf, modules, batch)

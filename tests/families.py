@@ -16,6 +16,7 @@ from tempfile import mkdtemp
 import mistral_common
 import soundfile
 import torch
+from mistral_common.tokens.tokenizers.base import SpecialTokens
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from reference import CHUNK_S, RATE_HZ, extractor, randomise
 from tokenizers import Tokenizer
@@ -142,8 +143,10 @@ def write_tekken(folder: Path, n_words: int | None = None, chunk_s: float = 30.0
     tekken = json.loads((Path(mistral_common.__file__).parent / "data" / "tekken_240911.json").read_text())
     names = {token["rank"]: token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
     names |= {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]"}
+    names |= dict(enumerate(sorted(set(SpecialTokens) - set(names.values())), start=35))  # of later versions
     tekken["special_tokens"] = [
-        {"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True} for rank in range(35)
+        {"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
+        for rank in range(max(names) + 1)
     ]
     n_words = n_words or tekken["config"]["default_vocab_size"] - 1000
     tekken["vocab"] = tekken["vocab"][:n_words]

@@ -33,7 +33,7 @@ from lalm_lens.weights import StateDict, Table, check, choose_layout, export, lo
 
 NAMES = Path(__file__).parent / "tensor_names"
 DURATIONS_S = [2.0, 0.8, 1.37]  # an odd number of encoder states among them
-QUESTIONS = [QUESTION, "Which animal?", "Is it loud, or is it quiet?", "And now?"]
+QUESTIONS = [QUESTION, "Which animal?", "Is it loud, or is it quiet?", "And now?", "Or is it?"]
 GENDER = ATTRIBUTES["gender"]
 
 
@@ -48,7 +48,7 @@ class Opened:
     ours: HookedLALM
 
     def clips(self) -> list[Tensor]:
-        longer = [3.1] if self.family.longest_s > 2 else []  # of two windows, where the model hears them
+        longer = [3.1, 2.01] if self.family.longest_s > 2 else []  # of two windows; 10 ms make no token by themselves
         return chirps(DURATIONS_S + longer)
 
     def batch(self) -> dict[str, Tensor]:
@@ -174,6 +174,29 @@ def test_every_layout_loads(opened, tmp_path):
         loaded = from_pretrained(tmp_path)
         for (name, ours), again in zip(opened.ours.named_parameters(), loaded.parameters(), strict=True):
             assert torch.equal(ours, again), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrow_model_has_the_dtypes_of_hf(opened, dtype):
+    conversion = our_conversions()[opened.name]
+    hf = opened.family.hf.from_pretrained(opened.folder, dtype=dtype)
+    theirs = {name: tensor.dtype for name, tensor in hf.state_dict().items()}
+    assert dtype in theirs.values()
+    everywhere = from_pretrained(opened.folder, dtype=dtype)
+    stored = from_pretrained(opened.folder, dtype=dtype, device_map={"blocks.1": "disk", "": "cpu"})
+    rows, plain = conversion.rows(everywhere.lalm_cfg), conversion.layouts[-1]
+    for ours in (everywhere, stored, from_hf(hf)):
+        assert {name: tensor.dtype for name, tensor in export(ours, rows, plain)} == theirs
+    assert {p.data_ptr() for p in from_hf(hf).parameters()} == {p.data_ptr() for p in hf.parameters()}
+    inputs = Inputs.from_hf(opened.batch())
+    with torch.no_grad():
+        assert torch.equal(everywhere(inputs), stored(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_verify_agrees_in_narrow_types(opened, dtype):
+    verification = verify(opened.folder, dtype=dtype)
+    assert verification.passed, verification
 
 
 def collapsed(names: object) -> set[str]:
