@@ -94,6 +94,10 @@ def rate(frame: pd.DataFrame) -> str:
     return f"recovery rate of {frame.metric.iloc[0].replace('_', ' ')}"
 
 
+def in_two_lines(frame: pd.DataFrame) -> str:
+    return rate(frame).replace(" of ", "\nof ")
+
+
 def heading(frame: pd.DataFrame, whose: str, figure: Figure) -> str:
     corruption = corruption_kinds(frame).iloc[0]
     corrupted = HEARD.get(corruption, f"a run under {corruption.replace('_', ' ')}")
@@ -148,7 +152,7 @@ def token_panel(ax: Axes, frame: pd.DataFrame) -> None:
     )
     segment_bands(ax, list(words.segment))
     bar = ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both")
-    bar.set_label(rate(frame).replace(" of ", "\nof "))
+    bar.set_label(in_two_lines(frame))
 
 
 def head_maps(frame: pd.DataFrame) -> Figure:
@@ -173,10 +177,10 @@ def moment_maps(frame: pd.DataFrame) -> Figure:
     rows = shown(frame[frame.kind == "moment"])
     attributes = list(rows.attribute.unique())
     n_clips = rows.groupby("attribute")["sample"].nunique().max()
-    figure = Figure(figsize=(8, len(attributes) * (1.8 + 0.16 * n_clips)), layout="constrained")
+    figure = Figure(figsize=(8, len(attributes) * (2.6 + 0.16 * n_clips)), layout="constrained")
     axes = figure.subplots(len(attributes), 1, squeeze=False)
     for ax, attribute in zip(axes[:, 0], attributes, strict=True):
-        moment_panel(ax, rows[rows.attribute == attribute], f"{rate(frame)},\nper second of the window")
+        moment_panel(ax, rows[rows.attribute == attribute], in_two_lines(frame) + "\nper second")
         ax.set_title(title(frame, attribute), fontsize=10)
     figure.suptitle(heading(rows, "one window's", figure), fontsize=10)
     return figure
@@ -222,7 +226,7 @@ def grids(frame: pd.DataFrame, rows: pd.DataFrame, across: str, labels: dict[str
         layer_rows(ax, of_attribute, int(grid.index.min()))
         ax.set_ylabel("patched layer")
         ax.set_title(title(frame, attribute), fontsize=10)
-        ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both").set_label(rate(frame).replace(" of ", "\nof "))
+        ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both").set_label(in_two_lines(frame))
     figure.suptitle(heading(frame, whose, figure), fontsize=10)
     return figure
 
