@@ -1,4 +1,4 @@
-"""The decoder that Llama, Mistral and Qwen2 share: its tensors, and the Qwen2 part of a config.json."""
+"""The decoder that Llama, Mistral and Qwen2 share: its tensors, and the Qwen2 and Llama parts of a config.json."""
 
 from lalm_lens.config import ConfigReader, DecoderConfig, Rope
 from lalm_lens.errors import ConversionError
@@ -47,6 +47,35 @@ def qwen2_config(read: ConfigReader) -> DecoderConfig:
         rope=rope(read),
         qkv_bias=True,
         windows=windows(read, n_layers),
+    )
+    read.finish()
+    return cfg
+
+
+def llama_config(read: ConfigReader) -> DecoderConfig:
+    """A `text_config` of type llama. Absent keys have the defaults of transformers' LlamaConfig."""
+    read.expect("model_type", "llama")
+    read.expect("hidden_act", "silu")
+    read.expect("attention_bias", False)
+    read.expect("mlp_bias", False)
+    read.expect("tie_word_embeddings", False)
+    read.ignore("pretraining_tp")
+    n_heads = read.size("num_attention_heads", 32)
+    d_model = read.size("hidden_size", 4096)
+    n_layers = read.size("num_hidden_layers", 32)
+    cfg = DecoderConfig(
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=read.optional_size("num_key_value_heads", n_heads) or n_heads,
+        d_head=read.optional_size("head_dim", d_model // n_heads) or d_model // n_heads,
+        d_mlp=read.size("intermediate_size", 11008),
+        d_vocab=read.size("vocab_size", 32000),
+        n_ctx=read.size("max_position_embeddings", 2048),
+        eps=read("rms_norm_eps", 1e-6),
+        rope=rope(read),
+        qkv_bias=False,
+        windows=(None,) * n_layers,
     )
     read.finish()
     return cfg

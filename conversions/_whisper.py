@@ -30,20 +30,20 @@ ENCODER = (
 
 
 def whisper_config(read: ConfigReader, model_type: str) -> EncoderConfig:
-    """An `audio_config`. Absent keys have the size of whisper-large-v3."""
+    """An `audio_config`. Absent keys have the size of whisper-large-v3; transformers has two names for each."""
     read.expect("model_type", model_type)
     read.expect("activation_function", "gelu")
     read.expect("scale_embedding", False)
-    read.ignore("encoder_layerdrop", "activation_dropout")
-    n_layers = read.size("encoder_layers", 32)
-    read.expect("num_hidden_layers", n_layers)
+    read.ignore("encoder_layerdrop", "layerdrop", "activation_dropout", "vocab_size")
     cfg = EncoderConfig(
-        n_layers=n_layers,
-        d_model=read.size("d_model", 1280),
-        n_heads=read.size("encoder_attention_heads", 20),
-        d_mlp=read.size("encoder_ffn_dim", 5120),
+        n_layers=read.one_of(("encoder_layers", "num_hidden_layers"), 32),
+        d_model=read.one_of(("d_model", "hidden_size"), 1280),
+        n_heads=read.one_of(("encoder_attention_heads", "num_attention_heads"), 20),
+        d_mlp=read.one_of(("encoder_ffn_dim", "intermediate_size"), 5120),
         n_mels=read.size("num_mel_bins", 128),
         n_ctx=read.size("max_source_positions", 1500),
     )
+    read.expect("num_key_value_heads", cfg.n_heads)
+    read.expect("head_dim", cfg.d_model // cfg.n_heads)
     read.finish()
     return cfg

@@ -9,9 +9,10 @@ from typing import Any
 from lalm_lens.adapters.linear import LinearAdapter
 from lalm_lens.config import ConfigReader, LALMConfig
 from lalm_lens.encoders.whisper import PooledWhisperEncoder
-from lalm_lens.prompts import AudioMarks
-from lalm_lens.weights import Conversion, Layout, Rule
+from lalm_lens.prompts import ChatTemplate, OneWindow
+from lalm_lens.weights import Conversion, Rule
 
+from ._layouts import PUBLISHED, TRANSFORMERS_5
 from ._llama import DECODER, QKV_BIAS, qwen2_config
 from ._whisper import ENCODER, whisper_config
 
@@ -22,16 +23,6 @@ ROWS = (
     *(rule.under(hf="model.language_model.") for rule in DECODER + QKV_BIAS),
     Rule("lm_head.weight", "unembed.linear.weight"),
 )
-
-PUBLISHED = Layout(
-    (
-        ("language_model.lm_head.", "lm_head."),
-        ("language_model.model.", "model.language_model."),
-        ("audio_tower.", "model.audio_tower."),
-        ("multi_modal_projector.", "model.multi_modal_projector."),
-    )
-)
-TRANSFORMERS_5 = Layout()
 
 
 def config(hf: Mapping[str, Any]) -> LALMConfig:
@@ -53,5 +44,7 @@ QWEN2_AUDIO = Conversion(
     adapter=lambda cfg: LinearAdapter(cfg.encoder.d_model, cfg.decoder.d_model),
     rows=lambda cfg: ROWS,
     layouts=(PUBLISHED, TRANSFORMERS_5),
-    marks=AudioMarks(placeholder="<|AUDIO|>", before="<|audio_bos|>", after="<|audio_eos|>"),
+    template=ChatTemplate(placeholder="<|AUDIO|>", before="<|audio_bos|>", after="<|audio_eos|>"),
+    hearing=OneWindow(),
+    frame_mask="feature_attention_mask",
 )

@@ -1,14 +1,13 @@
-"""Sound files in, 16 kHz mono waveforms out; and the model's own features of them."""
+"""Sound files in, 16 kHz mono waveforms out."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from lalm_lens.errors import AudioError
@@ -64,31 +63,14 @@ def check_samples(samples: np.ndarray, name: str) -> None:
         raise AudioError(f"{name} reaches {np.abs(samples).max():.2g}, and audio lies in [-1, 1]. Scale it.")
 
 
-def mel_features(extractor: Any, waveforms: Waveforms) -> tuple[Float[Tensor, "clip mel frames"], Int[Tensor, " clip"]]:
-    """The HF feature extractor's log-mel features, padded to the length it was made for, and the frames of sound.
-
-    Raises `AudioError` for a clip that is too short to make a token, or longer than the model hears.
-    """
-    for waveform in waveforms:
-        check_audible(waveform, extractor, "A clip")
-    batch = extractor(
-        [waveform.numpy() for waveform in waveforms],
-        sampling_rate=extractor.sampling_rate,
-        padding="max_length",
-        return_attention_mask=True,  # in the constructor alone it would count samples, not frames
-        return_tensors="pt",
-    )
-    return batch["input_features"], batch["attention_mask"].sum(-1)
-
-
-def check_audible(waveform: Waveform, extractor: Any, name: str) -> None:
-    """Refuse a clip that the model behind this feature extractor cannot hear, or not to its end."""
+def check_audible(waveform: Waveform, n_samples: int, name: str) -> None:
+    """Refuse a clip that a model cannot hear, or not to its end; it hears `n_samples` at 16 kHz."""
     check_samples(waveform.numpy(), name)
-    duration_s, heard_s = len(waveform) / extractor.sampling_rate, extractor.n_samples / extractor.sampling_rate
+    duration_s = len(waveform) / RATE_HZ
     if len(waveform) < MIN_SAMPLES:
         raise AudioError(f"{name} of {1000 * duration_s:.0f} ms is too short: a model hears 30 ms or more.")
-    if len(waveform) > extractor.n_samples:
+    if len(waveform) > n_samples:
         raise AudioError(
-            f"{name} of {duration_s:.2f} s ({len(waveform)} samples) is too long: this model hears {heard_s:.1f} s "
-            f"({extractor.n_samples} samples). Cut it."
+            f"{name} of {duration_s:.2f} s ({len(waveform)} samples) is too long: this model hears "
+            f"{n_samples / RATE_HZ:.1f} s ({n_samples} samples). Cut it."
         )

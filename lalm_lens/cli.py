@@ -233,7 +233,7 @@ def cut_to_hearing(lens: "HookedLALM", samples: "list[Sample]") -> "list[Sample]
     from lalm_lens.datasets import cut_to
     from lalm_lens.experiments.causal_trace import processor_of
 
-    heard = cut_to(samples, processor_of(lens).hf.feature_extractor.n_samples)
+    heard = cut_to(samples, processor_of(lens).n_samples)
     for before, after in zip(samples, heard, strict=True):
         if len(after.waveform) < len(before.waveform):
             lengths_s = [len(each.waveform) / RATE_HZ for each in (before, after)]

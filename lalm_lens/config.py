@@ -112,6 +112,14 @@ class ConfigReader:
             raise ConversionError(f"{self.where}: {key} = {value} should be 1 or more.")
         return value
 
+    def one_of(self, keys: tuple[str, ...], default: int) -> int:
+        """A number of things that has several names, all of which say the same."""
+        said = {key: self.size(key, default) for key in keys if key in self.section}
+        self.known.update(keys)
+        if len(set(said.values())) > 1:
+            raise ConversionError(f"{self.where}: {said} contradict each other.")
+        return next(iter(said.values()), default)
+
     def optional_size(self, key: str, default: int) -> int | None:
         """A number of things, or null."""
         return None if self.optional(key, default) is None else self.size(key, default)
@@ -132,13 +140,13 @@ class ConfigReader:
         """Keys that this family has and that do not change its forward pass."""
         self.known.update(keys)
 
-    def inner(self, key: str) -> "ConfigReader":
-        """A nested section; absent means that all its keys have their defaults."""
+    def inner(self, key: str, defaults: Mapping[str, Any] = {}) -> "ConfigReader":
+        """A nested section, whose absent keys are those of `defaults`."""
         self.known.add(key)
         section = self.section.get(key, {})
         if not isinstance(section, Mapping):
             raise ConversionError(f"{self.where}: {key} must be a JSON object, got {section!r}.")
-        return ConfigReader(section, f"{self.where}: {key}")
+        return ConfigReader({**defaults, **section}, f"{self.where}: {key}")
 
     def finish(self) -> None:
         """Raise for each key that nobody asked about."""

@@ -16,6 +16,7 @@ from lalm_lens.loading import conversion_for, local_folder, model_name, read_con
 from lalm_lens.model import HookedLALM
 from lalm_lens.placement import Placement
 from lalm_lens.shapes import typed
+from lalm_lens.weights import Conversion
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CACHED: dict[str, Callable[[str], bool]] = {
@@ -61,14 +62,14 @@ class ModelInfo:
 
 
 @typed
-def info(path_or_hub_id: str | Path, *, n_text: int = 60) -> ModelInfo:
+def info(path_or_hub_id: str | Path, *, n_text: int = 60, conversion: Conversion | None = None) -> ModelInfo:
     """Describe a checkpoint whose config.json is there; its weights are neither read nor needed.
 
     Bytes of a cache are those of its tensors' memory; where two hook points see the same tensor, it counts once.
     Raises `ConversionError` for a config that cannot be converted.
     """
     config = read_config(local_folder(path_or_hub_id, ["config.json"]))
-    model = skeleton(config, conversion_for(config), model_name(path_or_hub_id))
+    model = skeleton(config, conversion or conversion_for(config), model_name(path_or_hub_id))
     n_frames = model.lalm_cfg.encoder.n_frames
     passed = {name: states_passed(model.to(dtype), n_text) for name, dtype in DTYPES.items()}
     return ModelInfo(

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from lalm_lens.errors import InputError
 
-_HF_NAMES = {"input_ids", "attention_mask", "input_features", "feature_attention_mask"}
+_FRAME_MASKS = {"feature_attention_mask", "input_features_mask"}  # Qwen2-Audio's name, and Audio Flamingo 3's
+_HF_NAMES = {"input_ids", "attention_mask", "input_features", *_FRAME_MASKS}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A left-padded batch of prompts with their clips, in the order of their placeholders."""
+    """A left-padded batch of prompts with their clips, in the order of their placeholders.
+
+    A clip that is longer than one window of the encoder is several clips here, one after the other.
+    """
 
     tokens: Int[Tensor, "batch pos"]
     attention_mask: Bool[Tensor, "batch pos"]  # False on padding
@@ -31,26 +35,29 @@ class Inputs:
 
     @classmethod
     def from_hf(cls, batch: Mapping[str, Tensor]) -> "Inputs":
-        """From what an HF processor returns."""
+        """From what an HF processor returns. Without a mask of frames, all of them are heard."""
         unknown = set(batch) - _HF_NAMES
         if unknown:
             raise InputError(f"Unknown model inputs {sorted(unknown)}; known are {sorted(_HF_NAMES)}.")
         tokens = batch["input_ids"]
-        is_frame = batch.get("feature_attention_mask")
+        mel, masks = batch.get("input_features"), [batch[name] for name in _FRAME_MASKS & set(batch)]
+        if mel is not None and not masks:
+            masks = [torch.ones_like(mel[:, 0])]
         return cls(
             tokens=tokens,
             attention_mask=batch.get("attention_mask", torch.ones_like(tokens)).bool(),
-            mel=batch.get("input_features"),
-            n_frames=None if is_frame is None else is_frame.sum(-1),
+            mel=mel,
+            n_frames=masks[0].sum(-1).long() if masks else None,
         )
 
-    def to_hf(self) -> dict[str, Tensor]:
-        """What an HF model of this kind takes: `from_hf` undone."""
+    def to_hf(self, frame_mask: str | None = "feature_attention_mask") -> dict[str, Tensor]:
+        """What an HF model takes that has this name for the mask of frames, or none: `from_hf` undone."""
         batch = {"input_ids": self.tokens, "attention_mask": self.attention_mask.long()}
         if self.mel is None or self.n_frames is None:
             return batch
         is_frame = torch.arange(self.mel.shape[-1], device=self.mel.device) < self.n_frames[:, None]
-        return {**batch, "input_features": self.mel, "feature_attention_mask": is_frame.long()}
+        masks = {} if frame_mask is None else {frame_mask: is_frame.long()}
+        return {**batch, "input_features": self.mel, **masks}
 
     def to(self, device: torch.device | str | None, non_blocking: bool = False) -> "Inputs":
         """As `Tensor.to`; accelerate, which moves what an offloaded model is given, may say None: stay."""

@@ -6,6 +6,7 @@ Nothing that was downloaded is executed.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,9 @@ def fill(model: HookedLALM, tensors: Tensors, conversion: Conversion, place: Pla
 
 def with_processor(model: HookedLALM, hf: ProcessorMixin | None, conversion: Conversion) -> HookedLALM:
     if hf is not None:
-        model.processor = Processor(hf, conversion.marks, model.lalm_cfg, model.audio_encoder.n_audio)
+        ways = conversion.template, conversion.hearing
+        model.processor = Processor(hf, *ways, model.lalm_cfg, model.audio_encoder.n_audio)
+        model.processor.check()
     return model
 
 
@@ -236,8 +239,14 @@ def our_conversions() -> dict[str, Conversion]:
 
 def read_processor(folder: Path) -> ProcessorMixin | None:
     """The model's own tokenizer and feature extractor; None for a checkpoint that ships without them."""
-    if not (folder / "tokenizer_config.json").is_file():
+    has_tekken = (folder / "tekken.json").is_file()  # Mistral's own repositories have nothing else
+    if not has_tekken and not (folder / "tokenizer_config.json").is_file():
         return None
+    if has_tekken and find_spec("mistral_common") is None:
+        raise ConversionError(
+            f"{folder} has a tekken.json, which mistral-common reads, and that is not installed. Install it: pip "
+            "install 'lalm_lens[voxtral]'."
+        )
     with Readable(
         f"The tokenizer or feature extractor in {folder} cannot be read",
         "Put the model's own processor files beside its weights.",

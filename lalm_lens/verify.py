@@ -71,6 +71,7 @@ def verify(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     waveforms: Waveforms | None = None,
+    conversion: Conversion | None = None,
 ) -> Verification:
     """Run a checkpoint as ours and as transformers' own class, and compare logits and the output of every block.
 
@@ -78,11 +79,11 @@ def verify(
     batch; padding is not compared. Two places agree if the root mean square of their difference is at most twice that
     of HF with itself (eager attention against sdpa) and the largest difference at most five times; in float32 also if
     `torch.testing.assert_close` says so, which is too strict where a residual stream has a few huge channels, as those
-    of trained models do. One model at a time is in memory. Raises `ConversionError` for a checkpoint that cannot be
-    opened or has no processor.
+    of trained models do. One model at a time is in memory. The conversion is the built-in one, unless one is given.
+    Raises `ConversionError` for a checkpoint that cannot be opened or has no processor.
     """
     device = usable_device(device)
-    ours = from_pretrained(path_or_hub_id, dtype=dtype, device=device)
+    ours = from_pretrained(path_or_hub_id, dtype=dtype, device=device, conversion=conversion)
     if ours.processor is None:
         raise ConversionError(
             f"{path_or_hub_id} has no tokenizer and feature extractor, so it has nothing to hear. Put the model's own "
@@ -93,18 +94,23 @@ def verify(
     cfg, name = ours.lalm_cfg, ours.cfg.model_name
     del ours  # before HF comes
     hf = load_hf(local_folder(path_or_hub_id), dtype, device)
-    modules = counterparts(hf, mine, our_conversions()[cfg.model_type], cfg)
-    theirs = hf_states(hf, modules, inputs)
+    conversion = conversion or our_conversions()[cfg.model_type]
+    modules, batch = counterparts(hf, mine, conversion, cfg), inputs.to_hf(conversion.frame_mask)
+    theirs = hf_states(hf, modules, batch)
     hf.set_attn_implementation("eager")
-    eager = hf_states(hf, modules, inputs)
-    rows = [compare(what, *(run[what][is_real[what.split(".")[0]]] for run in (mine, theirs, eager))) for what in mine]
+    eager = hf_states(hf, modules, batch)
+
+    def real(run: States, what: str) -> Tensor:  # Voxtral's adapter returns its clips one after the other
+        return run[what].reshape(mine[what].shape)[is_real[what.split(".")[0]]]
+
+    rows = [compare(what, *(real(run, what) for run in (mine, theirs, eager))) for what in mine]
     return Verification(name, dtype, pd.DataFrame(rows))
 
 
 def sounds(processor: Processor) -> list[Waveform]:
     """Three rising tones in noise, of 4 s (or what the model hears) and shorter: a batch that needs padding."""
     generator = torch.Generator().manual_seed(0)
-    longest = min(4 * RATE_HZ, processor.hf.feature_extractor.n_samples)
+    longest = min(4 * RATE_HZ, processor.n_samples)
     times = [torch.arange(int(share * longest)) / RATE_HZ for share in (1.0, 0.37, 0.71)]
     return [
         0.3 * torch.sin(2 * torch.pi * (300 + 200 * t) * t) + 0.03 * torch.randn(len(t), generator=generator)
@@ -160,7 +166,7 @@ def counterparts(hf: nn.Module, places: Iterable[str], conversion: Conversion, c
 
 
 @torch.no_grad()
-def hf_states(hf: nn.Module, modules: dict[str, nn.Module], inputs: Inputs) -> States:
+def hf_states(hf: nn.Module, modules: dict[str, nn.Module], batch: dict[str, Tensor]) -> States:
     states: States = {}
 
     def keep(what: str, state: Tensor | tuple) -> None:  # before transformers 5, a decoder block returned a tuple
@@ -175,7 +181,7 @@ def hf_states(hf: nn.Module, modules: dict[str, nn.Module], inputs: Inputs) -> S
     handles = [module.register_forward_hook(partial(left, what)) for what, module in modules.items()]
     handles.append(modules["blocks.0"].register_forward_pre_hook(entered, with_kwargs=True))
     try:
-        keep("logits", hf(**inputs.to_hf(), use_cache=False).logits)
+        keep("logits", hf(**batch, use_cache=False).logits)
     finally:
         for handle in handles:
             handle.remove()

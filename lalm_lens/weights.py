@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
 from lalm_lens.errors import ConversionError
-from lalm_lens.prompts import AudioMarks
+from lalm_lens.prompts import Hearing, Template
 
 Shapes = dict[str, tuple[int, ...]]
 Place = Callable[[str, Tensor], Tensor]  # our name and HF's tensor -> what the parameter becomes
@@ -87,7 +87,9 @@ class Conversion:
     adapter: Callable[[LALMConfig], nn.Module]
     rows: Callable[[LALMConfig], tuple[Row, ...]]
     layouts: tuple[Layout, ...]  # every naming that is out in the world
-    marks: AudioMarks
+    template: Template  # how a question about a clip is written
+    hearing: Hearing  # how clips become what the encoder takes
+    frame_mask: str | None  # HF's name for the mask of mel frames; None where it takes none
 
 
 class Table:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from reference import extractor
 from torch.testing import assert_close
 
-from lalm_lens.audio import mel_features, read_audio
+from lalm_lens.attributes import ATTRIBUTES
+from lalm_lens.audio import check_audible, read_audio
 from lalm_lens.datasets import Sample, cut_to, read_folder, read_sample
 from lalm_lens.errors import AudioError, DataError
+from lalm_lens.prompts import OneWindow
 
 
 def tone(rate_hz: int, duration_s: float = 0.5, frequency_hz: float = 440.0) -> np.ndarray:
@@ -65,17 +66,25 @@ def test_wrong_files_are_refused(tmp_path):
 
 def test_clips_a_model_cannot_hear_are_refused():
     with pytest.raises(AudioError, match="20 ms is too short"):
-        mel_features(extractor(), [torch.zeros(320)])
+        check_audible(torch.zeros(320), 32_000, "A clip")
     with pytest.raises(AudioError, match=r"2\.06 s \(33000 samples\) is too long: this model hears 2\.0 s \(32000"):
-        mel_features(extractor(), [torch.zeros(33_000)])
+        check_audible(torch.zeros(33_000), 32_000, "A clip")
     with pytest.raises(AudioError, match="NaN"):
-        mel_features(extractor(), [torch.full((16_000,), torch.nan)])
+        check_audible(torch.full((16_000,), torch.nan), 32_000, "A clip")
+    check_audible(torch.zeros(32_000), 32_000, "A clip")
+
+
+def test_a_clip_too_long_for_the_model_is_refused_with_its_inputs(tiny_lalm):
+    processor = tiny_lalm.processor
+    clip = torch.ones(33_000)
+    with pytest.raises(AudioError, match="is too long: this model hears 2"):
+        processor.inputs([processor.prompt(ATTRIBUTES["gender"], processor.n_frames(clip))], [clip])
 
 
 @pytest.mark.parametrize("n_samples", [480, 481, 639, 640, 16_000, 31_999, 32_000])
 def test_frames_are_counted_as_the_extractor_does(tiny_lalm, n_samples):
     waveform = torch.randn(n_samples) / 10
-    _, n_frames = mel_features(tiny_lalm.processor.hf.feature_extractor, [waveform])
+    _, n_frames = OneWindow().features(tiny_lalm.processor.hf.feature_extractor, [waveform])
     assert tiny_lalm.processor.n_frames(waveform) == int(n_frames)
 
 

@@ -100,9 +100,9 @@ def test_a_token_across_a_border_belongs_to_the_piece_of_its_last_character(proc
         def decode(self, tokens):
             return f"token {tokens[0]}"
 
-    merging = replace(processor, hf=SimpleNamespace(tokenizer=Merging()))
+    hf = SimpleNamespace(tokenizer=Merging())
     pieces = [Piece("is it>", "early", "early"), Piece("\n", "template"), Piece("The end", "late", "late")]
-    regions = [position.region for position in merging.tokenize(pieces).positions]
+    regions = [position.region for position in processor.template.tokenize(hf, pieces).positions]
     assert regions == ["early", "early", "template", "last"]
 
 
@@ -153,7 +153,7 @@ def test_a_template_that_changes_the_text_is_refused(processor, edit):
 
 
 def test_audio_marks_of_another_model_are_refused(processor):
-    other = replace(processor, marks=replace(processor.marks, before="<|sound|>"))
+    other = replace(processor, template=replace(processor.template, before="<|sound|>"))
     with pytest.raises(PromptError, match="cannot be told apart"):
         other.prompt(ATTRIBUTES["gender"], n_frames=20)
 

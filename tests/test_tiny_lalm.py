@@ -13,10 +13,10 @@ from lalm_lens.assets.checkpoint import chat, feature_extractor
 from lalm_lens.assets.recipe import RECIPES, Recipe
 from lalm_lens.assets.training_clips import sounds
 from lalm_lens.attributes import ATTRIBUTES
-from lalm_lens.audio import mel_features
 from lalm_lens.inputs import Inputs
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
+from lalm_lens.prompts import OneWindow
 
 FOLDERS = (TINY_LALM, TINY_LALM_PLANTED, TINY_LALM_RELAY)
 HELD_OUT = Recipe()  # the clips that the model cards were measured on: speakers and seeds that training never saw
@@ -50,7 +50,8 @@ class Heard:
 def heard(waveforms: list[torch.Tensor], labels: list[dict[str, str]]) -> list[Heard]:
     chunks = [slice(start, start + 40) for start in range(0, len(waveforms), 40)]
     return [
-        Heard(waveforms[chunk], labels[chunk], *mel_features(feature_extractor(), waveforms[chunk])) for chunk in chunks
+        Heard(waveforms[chunk], labels[chunk], *OneWindow().features(feature_extractor(), waveforms[chunk]))
+        for chunk in chunks
     ]
 
 

@@ -61,7 +61,8 @@ class WhisperEncoder(AudioEncoder):
                 f"{mel.shape[1]} x {mel.shape[2]}. Use the feature extractor that belongs to the model."
             )
         sound = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))
-        return self.hook_embed(rearrange(sound, "clip d_model pos -> clip pos d_model")) + self.W_pos
+        sound = self.hook_embed(rearrange(sound, "clip d_model pos -> clip pos d_model"))
+        return (sound + self.W_pos).to(sound.dtype)  # Voxtral's table stays in float32
 
     def run_blocks(self, mel: Float[Tensor, "clip mel frames"], mask: Mask | None) -> Float[Tensor, "clip pos d_model"]:
         resid = self.embed(mel)
@@ -84,3 +85,23 @@ class PooledWhisperEncoder(WhisperEncoder):
         resid = self.run_blocks(mel, is_sound[:, None, None, :])
         pooled = F.avg_pool1d(rearrange(resid, "clip pos d_model -> clip d_model pos"), 2, stride=2)
         return self.hook_out(self.ln_post(rearrange(pooled, "clip d_model pos -> clip pos d_model")))
+
+
+class WholeWhisperEncoder(WhisperEncoder):
+    """Voxtral's: no mask, so the silence behind a clip is heard too; every window makes as many audio tokens.
+
+    `n_stacked` states make a token, which is the adapter's work.
+    """
+
+    def __init__(self, cfg: EncoderConfig, n_stacked: int):
+        super().__init__(cfg)
+        self.n_stacked = n_stacked
+
+    def n_audio(self, n_frames: Frames) -> Frames:
+        n_windows = (n_frames - 1) // self.cfg.n_frames + 1
+        return n_windows * (self.cfg.n_ctx // self.n_stacked)
+
+    def forward(
+        self, mel: Float[Tensor, "clip mel frames"], n_frames: Int[Tensor, " clip"]
+    ) -> Float[Tensor, "clip pos d_model"]:
+        return self.hook_out(self.ln_post(self.run_blocks(mel, None)))

@@ -19,7 +19,6 @@ import pandas as pd
 from tqdm import tqdm
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
-from lalm_lens.audio import check_audible
 from lalm_lens.corrupt import Corruption, Silence
 from lalm_lens.datasets import Sample, refuse_repeated
 from lalm_lens.engine.plan import Engine
@@ -149,7 +148,7 @@ def check(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> N
         raise PromptError(f"An answer is right or wrong among two labels or more; got {list(labels)}.")
     processor.label_tokens(labels, settings.label_space)
     for sample in samples:
-        check_audible(sample.waveform, processor.hf.feature_extractor, sample.name)
+        processor.check_audible(sample.waveform, sample.name)
         if not sample.waveform.any():
             raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
         if sample.label not in labels:

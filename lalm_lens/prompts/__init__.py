@@ -1,0 +1,20 @@
+"""A question about a clip as a model's own tokens and features, with a label for every position."""
+
+from lalm_lens.prompts.hearing import Chunks, Hearing, OneWindow, Windows
+from lalm_lens.prompts.mistral import MistralTemplate
+from lalm_lens.prompts.processor import Processor
+from lalm_lens.prompts.prompt import Position, Prompt
+from lalm_lens.prompts.templates import ChatTemplate, Template
+
+__all__ = [
+    "ChatTemplate",
+    "Chunks",
+    "Hearing",
+    "MistralTemplate",
+    "OneWindow",
+    "Position",
+    "Processor",
+    "Prompt",
+    "Template",
+    "Windows",
+]

@@ -1,0 +1,93 @@
+"""How clips become rows of mel features, each of which fills one window of the audio encoder."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lalm_lens.audio import Waveforms
+from lalm_lens.config import EncoderConfig
+from lalm_lens.errors import ConversionError
+
+Features = tuple[Float[Tensor, "clip mel frames"], Int[Tensor, " clip"]]  # and the frames of sound in each row
+
+
+class Hearing(ABC):
+    """What one model does with a clip before its encoder. A long clip may become several rows, one after the other."""
+
+    @abstractmethod
+    def n_windows(self, hf: Any, n_fitting: int) -> int:
+        """The most windows of a clip. `n_fitting` is how many the decoder has positions for."""
+
+    @abstractmethod
+    def features(self, extractor: Any, waveforms: Waveforms) -> Features:
+        """Log-mel features by HF's own extractor, and how many frames (10 ms) of each row the encoder hears."""
+
+    def check(self, hf: Any, cfg: EncoderConfig) -> None:
+        """Raise `ConversionError` for a feature extractor that was made for another encoder."""
+        extractor = getattr(hf, "feature_extractor", None)
+        if extractor is None or not hasattr(hf, "tokenizer"):
+            raise ConversionError(
+                f"A {type(hf).__name__} is no processor with a tokenizer and a feature extractor. Put the model's own "
+                "processor files beside its weights."
+            )
+        made, taken = (extractor.feature_size, extractor.nb_max_frames), (cfg.n_mels, cfg.n_frames)
+        if made != taken:
+            raise ConversionError(
+                f"This {type(hf).__name__} belongs to another model: it makes {made[0]} mel bins x {made[1]} frames, "
+                f"and the encoder takes {taken[0]} x {taken[1]}."
+            )
+
+
+class OneWindow(Hearing):
+    """A clip is padded to one window, and a longer one is not heard (Qwen2-Audio)."""
+
+    def n_windows(self, hf: Any, n_fitting: int) -> int:
+        return 1
+
+    def features(self, extractor: Any, waveforms: Waveforms) -> Features:
+        batch = extractor(
+            [waveform.numpy() for waveform in waveforms],
+            sampling_rate=extractor.sampling_rate,
+            padding="max_length",
+            return_attention_mask=True,  # in the constructor alone it would count samples, not frames
+            return_tensors="pt",
+        )
+        return batch["input_features"], batch["attention_mask"].sum(-1)
+
+
+class Windows(OneWindow):
+    """A clip is cut into windows before features are made of each (Audio Flamingo 3)."""
+
+    def n_windows(self, hf: Any, n_fitting: int) -> int:
+        return min(n_fitting, int(hf.max_audio_len // hf.feature_extractor.chunk_length))
+
+    def features(self, extractor: Any, waveforms: Waveforms) -> Features:
+        return super().features(extractor, [part for clip in waveforms for part in clip.split(extractor.n_samples)])
+
+
+class Chunks(Hearing):
+    """Features are made of the whole clip, padded with silence to whole windows, and then cut (Voxtral). Its encoder
+    knows no padding: it hears the silence."""
+
+    def n_windows(self, hf: Any, n_fitting: int) -> int:
+        return n_fitting
+
+    def features(self, extractor: Any, waveforms: Waveforms) -> Features:
+        rows = []
+        for waveform in waveforms:  # one at a time: the loudest frame of a clip sets the floor of all of its chunks
+            batch = extractor(
+                waveform.numpy(),
+                sampling_rate=extractor.sampling_rate,
+                padding=True,
+                truncation=False,
+                pad_to_multiple_of=extractor.n_samples,
+                return_tensors="pt",
+            )
+            whole = batch["input_features"][0]
+            rows.append(rearrange(whole, "mel (chunk frames) -> chunk mel frames", frames=extractor.nb_max_frames))
+        mel = torch.cat(rows)
+        return mel, torch.full((len(mel),), mel.shape[-1])

@@ -1,0 +1,142 @@
+"""A question about a clip becomes what a model takes: tokens and features, by the model's own processor."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from lalm_lens.attributes import Attribute, Form
+from lalm_lens.audio import Waveform, Waveforms, check_audible
+from lalm_lens.config import LALMConfig
+from lalm_lens.errors import InputError, PromptError
+from lalm_lens.inputs import Inputs
+from lalm_lens.pieces import user_pieces
+from lalm_lens.prompts.hearing import Hearing
+from lalm_lens.prompts.prompt import Position, Prompt
+from lalm_lens.prompts.templates import Template
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A model's own tokenizer and feature extractor, and what its conversion knows about them."""
+
+    hf: Any
+    template: Template
+    hearing: Hearing
+    cfg: LALMConfig
+    n_audio: Callable[[int], int] = field(repr=False)  # audio tokens of so many mel frames
+
+    def check(self) -> None:
+        """Raise `ConversionError` for the processor of another model."""
+        self.hearing.check(self.hf, self.cfg.encoder)
+        self.template.check(self.hf, self.cfg.audio_token, self.n_audio(self.cfg.encoder.n_frames))
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.hf.tokenizer
+
+    def prompt(
+        self,
+        attribute: Attribute,
+        n_frames: int,
+        form: Form = "P3",
+        labels: Sequence[str] | None = None,
+        answer: str | None = None,
+    ) -> Prompt:
+        """AudioLens' P1 (no text), P2 (question) or P3 (question, options), up to the end of the forced answer prefix.
+
+        The clip has `n_frames` mel frames (10 ms). `labels` are the options, the attribute's own by default; tokens of
+        the option `answer` are marked as correct. Raises `PromptError` if what the form needs is empty, or if the
+        model's chat template does more than to put the texts in their places.
+        """
+        asked = user_pieces(attribute, form, labels or attribute.labels)
+        written = self.template.write(self.hf, asked, attribute.prefix)
+        prompt = self.expand(written, self.n_audio(n_frames))
+        marked = (replace(p, is_correct=p.label is not None and p.label == answer) for p in prompt.positions)
+        return replace(prompt, positions=tuple(marked))
+
+    def expand(self, prompt: Prompt, n_audio: int) -> Prompt:
+        """The one placeholder, `n_audio` times."""
+        n_clips = prompt.tokens.count(self.cfg.audio_token)
+        if n_clips != 1:
+            raise PromptError(
+                f"Token {self.cfg.audio_token}, which stands for the clip, is in the prompt {n_clips} times, not once. "
+                "The tokenizer belongs to another model, or the prompt contains the placeholder."
+            )
+        at = prompt.tokens.index(self.cfg.audio_token)
+        times = [n_audio if pos == at else 1 for pos in range(len(prompt))]
+        return Prompt(
+            tuple(token for token, n in zip(prompt.tokens, times, strict=True) for _ in range(n)),
+            tuple(position for position, n in zip(prompt.positions, times, strict=True) for _ in range(n)),
+        )
+
+    def begun(self, prompt: Prompt, tokens: Sequence[int]) -> Prompt:
+        """The prompt, and an answer to it that has begun with `tokens`."""
+        answer = (Position(self.tokenizer.decode([token]), "answer") for token in tokens)
+        return Prompt((*prompt.tokens, *tokens), (*prompt.positions, *answer))
+
+    def inputs(self, prompts: Sequence[Prompt], waveforms: Waveforms) -> Inputs:
+        """One left-padded batch; each prompt holds one clip.
+
+        Raises `AudioError` for a clip that is too short to make a token, or longer than the model hears.
+        """
+        for waveform in waveforms:
+            self.check_audible(waveform, "A clip")
+        padded = self.pad(prompts)
+        mel, n_frames = self.hearing.features(self.hf.feature_extractor, waveforms)
+        return Inputs(*padded, mel=mel, n_frames=n_frames)
+
+    def pad(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Bool[Tensor, "batch pos"]]:
+        n_pos = max(len(prompt) for prompt in prompts)
+        tokens = torch.full((len(prompts), n_pos), self.tokenizer.pad_token_id or 0)
+        is_token = torch.zeros(len(prompts), n_pos, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, n_pos - len(prompt) :] = torch.tensor(prompt.tokens)
+            is_token[row, n_pos - len(prompt) :] = True
+        if n_pos > self.cfg.decoder.n_ctx:
+            raise InputError(f"The prompt has {n_pos} positions; this model has {self.cfg.decoder.n_ctx}.")
+        return tokens, is_token
+
+    @property
+    def n_samples(self) -> int:
+        """The longest clip that the model hears."""
+        n_fitting = self.cfg.decoder.n_ctx // self.n_audio(self.cfg.encoder.n_frames)
+        return self.hf.feature_extractor.n_samples * self.hearing.n_windows(self.hf, max(1, n_fitting))
+
+    def check_audible(self, waveform: Waveform, name: str) -> None:
+        """Raise `AudioError` for a clip that the model cannot hear, or not to its end."""
+        check_audible(waveform, self.n_samples, name)
+
+    def n_frames(self, waveform: Waveform) -> int:
+        """Mel frames (10 ms) of a clip, the last one possibly begun only."""
+        return -(-len(waveform) // self.hf.feature_extractor.hop_length)
+
+    def label_tokens(self, labels: Sequence[str], label_space: bool = True) -> dict[str, int]:
+        """The first token of each label, as the model would emit it after the prefix: with a leading space.
+
+        `label_space=False` is what AudioLens' released code scores. Raises `PromptError` if two labels begin with
+        the same token, because then no argmax can tell them apart.
+        """
+        for label, n in Counter(labels).items():
+            if n > 1:
+                raise PromptError(f"The label {label!r} is given {n} times. Give every label once.")
+        tokens = {label: self.answer_tokens(label, label_space)[0] for label in labels}
+        for token in tokens.values():
+            twins = [other for other, its in tokens.items() if its == token]
+            if len(twins) > 1:
+                raise PromptError(
+                    f"The labels {twins} begin with the same token {self.tokenizer.decode([token])!r}, so their first "
+                    "token cannot tell them apart. Use other words."
+                )
+        return tokens
+
+    def answer_tokens(self, label: str, label_space: bool = True) -> tuple[int, ...]:
+        """All tokens of a label, as the model would emit it after the prefix."""
+        tokens = self.tokenizer(" " * label_space + label, add_special_tokens=False)["input_ids"]
+        if not label.strip() or not tokens:
+            raise PromptError(f"The label {label!r} has no tokens. Leave out empty labels.")
+        return tuple(tokens)
