@@ -19,6 +19,15 @@ class Rope:
     theta: float
 
 
+@dataclass(frozen=True)
+class MRope:
+    """Rotary embedding by time, height and width (arXiv 2409.12191): the first `sections[0]` pairs of a head turn by
+    the position in time, the next `sections[1]` by that in height, and so on in turn."""
+
+    theta: float
+    sections: tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     n_layers: int
@@ -30,7 +39,7 @@ class DecoderConfig:
     d_vocab: int
     n_ctx: int
     eps: float
-    rope: Rope  # another rotary scheme is another config class with its own module in nn/rope.py
+    rope: Rope | MRope  # another rotary scheme is another config class with its own module in nn/rope.py
     qkv_bias: bool
     windows: tuple[int | None, ...]  # per block: positions a query looks back on, itself included; None = all
     tied: bool = False  # the unembedding is the embedding
@@ -40,6 +49,11 @@ class DecoderConfig:
             raise ConversionError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads evenly.")
         if self.d_head % 2:
             raise ConversionError(f"Rotary embedding turns pairs, and heads are {self.d_head} wide: an odd number.")
+        if isinstance(self.rope, MRope) and 2 * sum(self.rope.sections) != self.d_head:
+            raise ConversionError(
+                f"Heads of width {self.d_head} have {self.d_head // 2} pairs to turn, and the sections "
+                f"{self.rope.sections} are {sum(self.rope.sections)}."
+            )
         if len(self.windows) != self.n_layers:
             raise ConversionError(f"{len(self.windows)} layer types for {self.n_layers} layers.")
         if any(window is not None and window < 1 for window in self.windows):
@@ -56,6 +70,7 @@ class EncoderConfig:
     d_mlp: int
     n_mels: int
     n_ctx: int  # positions after the second convolution, 20 ms each
+    window: int | None = None  # positions that are heard apart from all others; None = the whole clip is one
 
     @property
     def n_frames(self) -> int:
@@ -120,6 +135,13 @@ class ConfigReader:
             raise ConversionError(f"{self.where}: {said} contradict each other.")
         return next(iter(said.values()), default)
 
+    def sizes(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """A list of numbers, each 0 or more."""
+        values = self.optional(key, default)
+        if not isinstance(values, list | tuple) or not all(type(value) is int and value >= 0 for value in values):
+            raise ConversionError(f"{self.where}: {key} = {values!r} should be a list of whole numbers.")
+        return tuple(values)
+
     def optional_size(self, key: str, default: int) -> int | None:
         """A number of things, or null."""
         return None if self.optional(key, default) is None else self.size(key, default)
@@ -143,7 +165,8 @@ class ConfigReader:
     def inner(self, key: str, defaults: Mapping[str, Any] = {}) -> "ConfigReader":
         """A nested section, whose absent keys are those of `defaults`."""
         self.known.add(key)
-        section = self.section.get(key, {})
+        section = self.section.get(key)
+        section = {} if section is None else section
         if not isinstance(section, Mapping):
             raise ConversionError(f"{self.where}: {key} must be a JSON object, got {section!r}.")
         return ConfigReader({**defaults, **section}, f"{self.where}: {key}")

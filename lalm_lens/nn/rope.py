@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lalm_lens.config import Rope
+from lalm_lens.config import MRope, Rope
 
 
 @dataclass(frozen=True)
@@ -48,4 +48,27 @@ class Rotary(nn.Module):
         return Rotation(angle.cos().to(dtype), angle.sin().to(dtype))
 
 
-ROTARY = {Rope: Rotary}
+class MRotary(nn.Module):
+    """Rotary embedding by time, height and width. Where the three are one, it is the plain one."""
+
+    def __init__(self, rope: MRope, d_head: int):
+        super().__init__()
+        self.plain = Rotary(Rope(rope.theta), d_head)
+        self.sections = rope.sections
+
+    def forward(
+        self, positions: Int[Tensor, "batch pos"] | Int[Tensor, "axis batch pos"], dtype: torch.dtype
+    ) -> Rotation:
+        if positions.ndim == 2:
+            return self.plain(positions, dtype)
+        by_axis = [self.plain(its, dtype) for its in positions]
+        return Rotation(self.mixed([its.cos for its in by_axis]), self.mixed([its.sin for its in by_axis]))
+
+    def mixed(self, by_axis: list[Float[Tensor, "batch pos 1 d_head"]]) -> Float[Tensor, "batch pos 1 d_head"]:
+        """Each section of both halves from the axis that it turns by."""
+        parts = [its.split(self.sections * 2, dim=-1) for its in by_axis]
+        n_sections = len(self.sections)
+        return torch.cat([parts[n % n_sections % 3][n] for n in range(2 * n_sections)], dim=-1)
+
+
+ROTARY = {Rope: Rotary, MRope: MRotary}
