@@ -79,11 +79,50 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Qwen2.5-VL's tower (arXiv 2502.13923): a frame is cut into patches, most blocks look at windows of it only."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_mlp: int
+    n_channels: int
+    patch: int  # pixels along a side
+    n_frames: int  # of a video that are one patch in time; an image is repeated
+    merge: int  # patches along the side of a square that becomes one token
+    window: int  # tokens along the side of a window
+    whole: tuple[int, ...]  # blocks in which a patch sees its whole frame
+    theta: float
+    image_token: int  # ids of the placeholders that embeddings of images, and of videos, replace
+    video_token: int
+    start_token: int  # ids of what stands before a picture, and before a clip: before a video that is heard, both
+    audio_start_token: int
+    positions_per_s: int  # how far a second of video moves the position in time
+
+    def __post_init__(self) -> None:
+        if self.d_model % (4 * self.n_heads):
+            raise ConversionError(
+                f"{self.n_heads} heads of {self.d_model} in all: rows turn one half of the pairs of each head, columns "
+                "the other, so a head must be a multiple of 4 wide."
+            )
+        if self.window < 1:
+            raise ConversionError("A window of the vision tower must hold at least one token.")
+        if self.whole and max(self.whole) >= self.n_layers:
+            raise ConversionError(f"Blocks {self.whole} see whole frames, and there are {self.n_layers} blocks.")
+
+    @property
+    def n_pixels(self) -> int:
+        """Numbers of a patch."""
+        return self.n_channels * self.n_frames * self.patch**2
+
+
+@dataclass(frozen=True, kw_only=True)
 class LALMConfig:
     model_type: str
     decoder: DecoderConfig
     encoder: EncoderConfig
     audio_token: int  # id of the placeholder that audio embeddings replace
+    vision: VisionConfig | None = None  # of a model that also sees
 
 
 # What a config.json may say that does not change a forward pass at inference: training, bookkeeping, generation.
@@ -125,6 +164,14 @@ class ConfigReader:
         value = self(key, default)
         if value < 1:
             raise ConversionError(f"{self.where}: {key} = {value} should be 1 or more.")
+        return value
+
+    def required(self, key: str) -> int:
+        """A whole number that has no default."""
+        self.known.add(key)
+        value = self.section.get(key)
+        if type(value) is not int:
+            raise ConversionError(f"{self.where}: {key} = {value!r} should be a whole number, and has no default.")
         return value
 
     def one_of(self, keys: tuple[str, ...], default: int) -> int:

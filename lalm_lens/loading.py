@@ -21,6 +21,7 @@ from lalm_lens.model import HookedLALM
 from lalm_lens.offload import Store, attach
 from lalm_lens.placement import DeviceMap, MaxMemory, Placement, usable_device
 from lalm_lens.prompts import Processor
+from lalm_lens.seeing import SeeingLALM
 from lalm_lens.shapes import typed
 from lalm_lens.weights import FLOATS, Checkpoint, Conversion, Place, StateDict, Tensors, load, onto, read_json
 
@@ -116,7 +117,8 @@ def from_hf(
 def stop_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     """What ends an answer, from the first config that says it: in generation_config.json, or in config.json."""
     for config in configs:
-        for section in (config, config.get("text_config") or {}):
+        thinker = config.get("thinker_config") or {}
+        for section in (config, thinker, config.get("text_config") or {}, thinker.get("text_config") or {}):
             stops = section.get("eos_token_id")
             if stops is not None:
                 return tuple(stops) if isinstance(stops, list) else (stops,)
@@ -127,7 +129,10 @@ def skeleton(config: Mapping[str, Any], conversion: Conversion, name: str) -> Ho
     """The model of a config on the meta device: every shape and no number."""
     cfg = conversion.config(config)
     with torch.device("meta"):
-        return HookedLALM(cfg, conversion.encoder(cfg), conversion.adapter(cfg), name)
+        hears = conversion.encoder(cfg), conversion.adapter(cfg)
+        if conversion.sight is None:
+            return HookedLALM(cfg, *hears, name)
+        return SeeingLALM(cfg, *hears, conversion.sight.encoder(cfg), conversion.sight.adapter(cfg), name)
 
 
 def fill(model: HookedLALM, tensors: Tensors, conversion: Conversion, place: Place) -> None:

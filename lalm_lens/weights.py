@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
+from lalm_lens.encoders.vision import VisionEncoder
 from lalm_lens.errors import ConversionError
 from lalm_lens.prompts import Hearing, Template
 
@@ -77,6 +78,14 @@ class Layout:
         return name
 
 
+@dataclass(frozen=True)
+class Sight:
+    """How the vision tower of a model is built, and what comes between it and the decoder."""
+
+    encoder: Callable[[LALMConfig], VisionEncoder]
+    adapter: Callable[[LALMConfig], nn.Module]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """All that lalm_lens knows about one HF model type."""
@@ -90,6 +99,7 @@ class Conversion:
     template: Template  # how a question about a clip is written
     hearing: Hearing  # how clips become what the encoder takes
     frame_mask: str | None  # HF's name for the mask of mel frames; None where it takes none
+    sight: Sight | None = None  # of a model that also sees
 
 
 class Table:

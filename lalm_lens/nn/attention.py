@@ -156,6 +156,24 @@ class BidirectionalAttention(Attention):
         return self.output(self.attend(q, k, v, mask))
 
 
+class AxialAttention(Attention):
+    """Self-attention of a vision tower: queries and keys are rotated by row and column, every allowed key is seen."""
+
+    is_causal = False
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, d_head: int, bias: Projections):
+        super().__init__(d_model, n_heads, n_kv_heads, d_head, bias)
+        self.hook_rot_q = HookPoint()  # [frame, pos, head, d_head]
+        self.hook_rot_k = HookPoint()  # [frame, pos, head, d_head]
+
+    def forward(
+        self, x: Float[Tensor, "frame pos d_model"], mask: Mask | None, rotation: Rotation
+    ) -> Float[Tensor, "frame pos d_model"]:
+        q, k, v = self.project(x)
+        q, k = self.hook_rot_q(rotation(q).to(q.dtype)), self.hook_rot_k(rotation(k).to(k.dtype))
+        return self.output(self.attend(q, k, v, mask))
+
+
 class RotaryAttention(Attention):
     """Causal self-attention of a decoder: queries and keys are rotated by their positions.
 

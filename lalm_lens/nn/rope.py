@@ -71,4 +71,21 @@ class MRotary(nn.Module):
         return torch.cat([parts[n % n_sections % 3][n] for n in range(2 * n_sections)], dim=-1)
 
 
+class AxialRotary(nn.Module):
+    """Of patches: the first half of the pairs of a head turns by the row, the second by the column. In float32, as HF's
+    vision towers do it."""
+
+    def __init__(self, theta: float, d_head: int):
+        super().__init__()
+        self.plain = Rotary(Rope(theta), d_head // 2)
+
+    def forward(self, rows: Int[Tensor, "frame pos"], columns: Int[Tensor, "frame pos"]) -> Rotation:
+        by_axis = [self.plain(its, torch.float32) for its in (rows, columns)]
+        cos, sin = (
+            torch.cat([x.chunk(2, dim=-1)[0] for x in its] * 2, dim=-1)
+            for its in ([r.cos for r in by_axis], [r.sin for r in by_axis])
+        )
+        return Rotation(cos, sin)
+
+
 ROTARY = {Rope: Rotary, MRope: MRotary}
