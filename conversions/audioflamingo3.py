@@ -49,5 +49,6 @@ AUDIO_FLAMINGO_3 = Conversion(
     layouts=(PUBLISHED, TRANSFORMERS_5),
     template=ChatTemplate(placeholder="<sound>"),
     hearing=Windows(),
+    hf_class="AudioFlamingo3ForConditionalGeneration",
     frame_mask="input_features_mask",
 )

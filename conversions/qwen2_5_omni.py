@@ -204,6 +204,7 @@ QWEN2_5_OMNI = Conversion(
     layouts=LAYOUTS,
     template=ChatTemplate(placeholder="<|AUDIO|>", before="<|audio_bos|>", after="<|audio_eos|>"),
     hearing=OneWindow(),
+    hf_class="Qwen2_5OmniThinkerForConditionalGeneration",
     frame_mask="feature_attention_mask",
     sight=Sight(encoder=lambda cfg: VisionEncoder(sees(cfg)), adapter=merger),
 )

@@ -46,5 +46,6 @@ QWEN2_AUDIO = Conversion(
     layouts=(PUBLISHED, TRANSFORMERS_5),
     template=ChatTemplate(placeholder="<|AUDIO|>", before="<|audio_bos|>", after="<|audio_eos|>"),
     hearing=OneWindow(),
+    hf_class="Qwen2AudioForConditionalGeneration",
     frame_mask="feature_attention_mask",
 )

@@ -74,5 +74,7 @@ VOXTRAL = Conversion(
     layouts=(PUBLISHED, TRANSFORMERS_5),
     template=MistralTemplate(),
     hearing=Chunks(),
+    hf_class="VoxtralForConditionalGeneration",
     frame_mask=None,
+    wide=frozenset({"audio_encoder.W_pos"}),
 )

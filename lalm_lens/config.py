@@ -72,6 +72,10 @@ class EncoderConfig:
     n_ctx: int  # positions after the second convolution, 20 ms each
     window: int | None = None  # positions that are heard apart from all others; None = the whole clip is one
 
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_heads:
+            raise ConversionError(f"The audio encoder's {self.n_heads} heads cannot share {self.d_model} evenly.")
+
     @property
     def n_frames(self) -> int:
         """Mel frames (10 ms) of the padded clip that the encoder takes."""

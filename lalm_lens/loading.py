@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from lalm_lens.config import LALMConfig
 from lalm_lens.errors import ConversionError, InputError, reason
 from lalm_lens.model import HookedLALM
 from lalm_lens.offload import Store, attach
@@ -23,7 +24,19 @@ from lalm_lens.placement import DeviceMap, MaxMemory, Placement, usable_device
 from lalm_lens.prompts import Processor
 from lalm_lens.seeing import SeeingLALM
 from lalm_lens.shapes import typed
-from lalm_lens.weights import FLOATS, Checkpoint, Conversion, Place, StateDict, Tensors, load, onto, read_json
+from lalm_lens.weights import (
+    FLOATS,
+    Checkpoint,
+    Conversion,
+    Place,
+    StateDict,
+    Table,
+    Tensors,
+    choose_layout,
+    load,
+    onto,
+    read_json,
+)
 
 # What transformers raises for a tokenizer, feature extractor, config or weight file that it cannot use.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
@@ -79,10 +92,10 @@ def from_pretrained(
     with ExitStack() as stack:
         checkpoint = Checkpoint.open(folder, stack)
         if device_map is None:
-            fill(model, checkpoint, conversion, onto(device, dtype))
+            fill(model, checkpoint, conversion, onto(device, dtype, conversion.wide))
         else:
             model.placement = Placement.of(model.to(dtype), device_map, max_memory)
-            store = Store(model, model.placement, dtype, offload_folder)
+            store = Store(model, model.placement, dtype, offload_folder, conversion.wide)
             fill(model, checkpoint, conversion, store.put)
             attach(model, model.placement, store)
     generation = folder / "generation_config.json"
@@ -107,8 +120,8 @@ def from_hf(
     config = json.loads(model.config.to_json_string())  # what config.json would say, had it been saved
     conversion = conversion or conversion_for(config)
     ours = skeleton(config, conversion, model_name(model.name_or_path or state.name))
-    one = next(iter(state.tensors.values()))
-    fill(ours, state, conversion, onto(one.device, one.dtype))
+    one = one_dtype(state, conversion, ours.lalm_cfg)
+    fill(ours, state, conversion, onto(one.device, one.dtype, conversion.wide))
     generation = model.generation_config
     ours.stop_tokens = stop_tokens({} if generation is None else generation.to_dict(), config)
     return with_processor(ours, processor, conversion)
@@ -169,16 +182,29 @@ def plain_state(hf: nn.Module) -> StateDict:
             for name, tensor in tensors.items()
             if type(tensor) is not Tensor or tensor.dtype not in FLOATS.values()
         ],
-        "mixes dtypes: bring it to one, as `model.float()` does": [
-            name for name, tensor in tensors.items() if tensor.dtype != first.dtype
-        ],
     }
+    state = StateDict(type(hf).__name__, tensors)
     for fault, names in faults.items():
-        if names:
-            raise ConversionError(
-                f"This {type(hf).__name__} {fault} ({len(names)} of {len(tensors)} tensors, e.g. {names[0]})."
-            )
-    return StateDict(type(hf).__name__, tensors)
+        refuse(state, fault, names)
+    return state
+
+
+def one_dtype(state: StateDict, conversion: Conversion, cfg: LALMConfig) -> Tensor:
+    """A tensor that is as all are, but for those that HF keeps in float32."""
+    table = Table(conversion.rows(cfg))
+    layout = choose_layout(state.shapes, table, conversion.layouts)
+    hits = {name: table.find(layout.to_table(name)) for name in state.tensors}
+    wide = {name for name, hit in hits.items() if hit is not None and hit[1] in conversion.wide}
+    one = next(tensor for name, tensor in state.tensors.items() if name not in wide)
+    other = [name for name, tensor in state.tensors.items() if tensor.dtype != one.dtype and name not in wide]
+    refuse(state, "mixes dtypes: bring it to one, as `model.float()` does", other)
+    return one
+
+
+def refuse(state: StateDict, fault: str, names: Sequence[str]) -> None:
+    if names:
+        n_all = len(state.tensors)
+        raise ConversionError(f"This {state.name} {fault} ({len(names)} of {n_all} tensors, e.g. {names[0]}).")
 
 
 def model_name(path_or_hub_id: str | Path) -> str:

@@ -7,7 +7,7 @@ Such a weight is on the meta device, and comes in for its module's forward alone
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lalm_lens.errors import InputError, reason
 from lalm_lens.nn.block import Block
 from lalm_lens.placement import DISK, Placement, parts
+from lalm_lens.shapes import widened
 
 ELSEWHERE = "Give an offload_folder with room on a local disk."
 
@@ -32,11 +33,18 @@ class Store(OffloadedWeightsLoader):
     Every store has a folder of its own: two models that were loaded into one folder never read each other's weights.
     """
 
-    def __init__(self, model: nn.Module, placement: Placement, dtype: torch.dtype, folder: str | Path | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        placement: Placement,
+        dtype: torch.dtype,
+        folder: str | Path | None,
+        wide: Container[str] = (),
+    ):
         self.kept: dict[str, Tensor] = {}
         self.files: dict[str, dict[str, str]] = {}
         super().__init__(state_dict=self.kept, index=self.files)
-        self.placement, self.dtype = placement, dtype
+        self.placement, self.dtype, self.wide = placement, dtype, wide
         self.buffer = torch.empty(0, dtype=dtype)
         on_disk = {name: p for name, p in model.named_parameters() if placement.lies[name] == DISK}
         if on_disk:
@@ -45,15 +53,15 @@ class Store(OffloadedWeightsLoader):
 
     def put(self, name: str, tensor: Tensor) -> Tensor:
         """What the parameter of that name becomes: `tensor`, or where its numbers are kept elsewhere, its shape."""
-        lies = self.placement.lies[name]
+        lies, dtype = self.placement.lies[name], widened(self.dtype) if name in self.wide else self.dtype
         if lies == DISK:
-            self.write(name, self.cast(tensor))
+            self.write(name, self.cast(tensor) if dtype == self.dtype else tensor.to(dtype))
         else:
-            tensor = tensor.to(device=lies, dtype=self.dtype)
+            tensor = tensor.to(device=lies, dtype=dtype)
             if self.placement.is_here(name):
                 return tensor
             self.kept[name] = tensor
-        return torch.empty(tensor.shape, dtype=self.dtype, device="meta")
+        return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
     def cast(self, tensor: Tensor) -> Tensor:
         """A tensor in the model's dtype, until the next one comes."""

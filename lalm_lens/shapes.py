@@ -67,4 +67,8 @@ def choices_of(hint: Any) -> Choices | None:
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 if it was: what norms, rotations and softmaxes are computed in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(widened(x.dtype))
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForMultimodalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.audio import RATE_HZ, Waveform, Waveforms
@@ -93,9 +94,13 @@ def verify(
     is_real, mine = real_positions(ours, inputs), our_states(ours, inputs)
     cfg, name = ours.lalm_cfg, ours.cfg.model_name
     del ours  # before HF comes
-    hf = load_hf(local_folder(path_or_hub_id), dtype, device)
     conversion = conversion or our_conversions()[cfg.model_type]
-    modules, batch = counterparts(hf, mine, conversion, cfg), inputs.to_hf(conversion.frame_mask)
+    hf = load_hf(local_folder(path_or_hub_id), conversion.hf_class, dtype, device)
+    modules = counterparts(hf, mine, conversion, cfg)
+    batch = {  # HF's Audio Flamingo 3 leaves the cast of features to the caller
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in inputs.to_hf(conversion.frame_mask).items()
+    }
     theirs = hf_states(hf, modules, batch)
     hf.set_attn_implementation("eager")
     eager = hf_states(hf, modules, batch)
@@ -146,9 +151,11 @@ def our_states(model: HookedLALM, inputs: Inputs) -> States:
     return {**{what: cache[hook] for what, hook in hooks.items()}, "logits": logits.cpu()}
 
 
-def load_hf(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_hf(folder: Path, hf_class: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    if not hasattr(transformers, hf_class):
+        raise ConversionError(f"transformers {transformers.__version__} has no {hf_class} to compare with. Update it.")
     with Readable(f"transformers cannot open {folder}", "Check that it is whole."):
-        hf = AutoModelForMultimodalLM.from_pretrained(
+        hf = getattr(transformers, hf_class).from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
         )
     return hf.to(device).eval()

@@ -7,7 +7,7 @@ number is read. Then tensors stream from disk one by one into the model.
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from lalm_lens.encoders.base import AudioEncoder
 from lalm_lens.encoders.vision import VisionEncoder
 from lalm_lens.errors import ConversionError
 from lalm_lens.prompts import Hearing, Template
+from lalm_lens.shapes import widened
 
 Shapes = dict[str, tuple[int, ...]]
 Place = Callable[[str, Tensor], Tensor]  # our name and HF's tensor -> what the parameter becomes
@@ -98,7 +99,9 @@ class Conversion:
     layouts: tuple[Layout, ...]  # every naming that is out in the world
     template: Template  # how a question about a clip is written
     hearing: Hearing  # how clips become what the encoder takes
-    frame_mask: str | None  # HF's name for the mask of mel frames; None where it takes none
+    hf_class: str  # transformers' own class, that ours is verified against
+    frame_mask: str | None  # its name for the mask of mel frames; None where it takes none
+    wide: frozenset[str] = frozenset()  # our names of what it keeps in float32 where the rest of the model is narrower
     sight: Sight | None = None  # of a model that also sees
 
 
@@ -246,9 +249,9 @@ def load(
             raise ConversionError(f"{name} is said to be tied to {layout.to_disk(target)}, but they differ.")
 
 
-def onto(device: torch.device, dtype: torch.dtype) -> Place:
-    """Everything on one device."""
-    return lambda _, tensor: tensor.to(device=device, dtype=dtype)
+def onto(device: torch.device, dtype: torch.dtype, wide: Container[str] = ()) -> Place:
+    """Everything on one device, in one dtype but for what stays `wide`."""
+    return lambda name, tensor: tensor.to(device=device, dtype=widened(dtype) if name in wide else dtype)
 
 
 def choose_layout(names: Iterable[str], table: Table, layouts: tuple[Layout, ...]) -> Layout:

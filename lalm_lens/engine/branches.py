@@ -70,8 +70,8 @@ def n_heard(change: Edit, run: Run, model: HookedTransformer) -> int:
     if n_frames is None or len(n_frames) != 1:
         n_clips = 0 if n_frames is None else len(n_frames)
         raise InputError(
-            "A change of the encoder or adapter needs a run of `Inputs`, which hears its audio again, with one clip; "
-            f"this one has {n_clips}."
+            "A change of the encoder or adapter needs a run of `Inputs`, which hears its audio again, with one clip, "
+            f"of one window of the encoder; this one has {n_clips}."
         )
     if change.site in ADAPTER:
         check((change.layer,), 1, "layers of the adapter")

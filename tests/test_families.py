@@ -1,0 +1,399 @@
+"""Every model against transformers' own class, from sound and words on: what tests/families.py has an entry for."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import assert_same, branches
+from families import FAMILIES, QUESTION, REAL, Family
+from reference import chirps, hf_states
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoConfig, PreTrainedModel
+
+from lalm_lens.attributes import ATTRIBUTES
+from lalm_lens.datasets import Sample
+from lalm_lens.engine.branches import Branch
+from lalm_lens.engine.plan import Plan
+from lalm_lens.errors import AudioError, ConversionError, InputError
+from lalm_lens.experiments.causal_trace import causal_trace
+from lalm_lens.info import info
+from lalm_lens.inputs import Inputs
+from lalm_lens.interventions import Patch, Scale
+from lalm_lens.loading import from_hf, from_pretrained, our_conversions, skeleton
+from lalm_lens.model import HookedLALM
+from lalm_lens.readouts import Logits
+from lalm_lens.runs import Run, Source
+from lalm_lens.verify import verify
+from lalm_lens.weights import StateDict, Table, check, choose_layout, export, load
+
+NAMES = Path(__file__).parent / "tensor_names"
+DURATIONS_S = [2.0, 0.8, 1.37]  # an odd number of encoder states among them
+QUESTIONS = [QUESTION, "Which animal?", "Is it loud, or is it quiet?", "And now?", "Or is it?"]
+GENDER = ATTRIBUTES["gender"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A saved checkpoint, as HF's model and as ours."""
+
+    name: str
+    family: Family
+    folder: Path
+    hf: PreTrainedModel
+    ours: HookedLALM
+
+    def clips(self) -> list[Tensor]:
+        longer = [3.1, 2.01] if self.family.longest_s > 2 else []  # of two windows; 10 ms make no token by themselves
+        return chirps(DURATIONS_S + longer)
+
+    def batch(self) -> dict[str, Tensor]:
+        """Left-padded, by HF's processor."""
+        clips = self.clips()
+        return self.family.batch(self.family.processor(), clips, QUESTIONS[: len(clips)])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def opened(request, tmp_path_factory) -> Opened:
+    folder, family = tmp_path_factory.mktemp(request.param), FAMILIES[request.param]
+    hf = family.save(folder)
+    return Opened(request.param, family, folder, hf, from_pretrained(folder))
+
+
+def test_every_conversion_has_an_entry():
+    assert set(FAMILIES) == set(our_conversions())
+    assert {config["model_type"] for config in REAL.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 1])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_match_for_other_groups_of_heads(name, n_kv_heads):
+    family = FAMILIES[name]
+    hf = family.build(seed=1, num_key_value_heads=n_kv_heads)
+    batch = family.batch(family.processor(), chirps([1.1, 0.4]), QUESTIONS[:2])
+    is_token = batch["attention_mask"].bool()
+    with torch.no_grad():
+        assert_close(from_hf(hf)(Inputs.from_hf(batch))[is_token], hf(**batch, use_cache=False).logits[is_token])
+
+
+def test_logits_and_every_state_match_hf(opened):
+    batch = opened.batch()
+    their_logits, theirs = hf_states(opened.hf, batch)
+    is_token = batch["attention_mask"].bool()
+    assert not is_token.all(), "nothing is padded"
+    with torch.no_grad():
+        logits, cache = opened.ours.run_with_cache(Inputs.from_hf(batch))
+    assert_close(logits[is_token], their_logits[is_token])
+    for layer in range(opened.ours.cfg.n_layers):
+        assert_close(cache["resid_post", layer][is_token], theirs[f"decoder.{layer}"][is_token])
+    for layer in range(opened.ours.lalm_cfg.encoder.n_layers):
+        assert_close(cache[f"audio_encoder.blocks.{layer}.hook_resid_post"], theirs[f"encoder.{layer}"])
+    assert_close(cache["audio_encoder.hook_out"], theirs["encoder_norm"])
+    assert_close(cache["adapter.hook_out"].reshape(theirs["projector"].shape), theirs["projector"])
+    assert len(cache["hook_audio_embed"]) == (batch["input_ids"] == opened.ours.lalm_cfg.audio_token).sum()
+
+
+def test_without_audio_it_is_a_language_model(opened):
+    tokens = torch.randint(30, 240, (2, 17), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert_close(opened.ours(tokens), opened.hf(input_ids=tokens, use_cache=False).logits)
+
+
+def test_it_says_what_hf_says(opened):
+    batch = opened.batch()
+    generated = opened.ours.generate(Inputs.from_hf(batch), 12, stop_tokens=())
+    theirs = opened.hf.generate(**batch, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(generated.tokens, theirs[:, batch["input_ids"].shape[1] :])
+    assert len(set(generated.tokens.flatten().tolist())) > 2, "a constant answer compares nothing"
+
+
+def test_hf_takes_what_our_processor_makes(opened):
+    processor, clips = opened.ours.processor, opened.clips()
+    prompts = [processor.prompt(GENDER, processor.n_frames(clip)) for clip in clips]
+    inputs = processor.inputs(prompts, clips)
+    conversion = our_conversions()[opened.name]
+    with torch.no_grad():
+        theirs = opened.hf(**inputs.to_hf(conversion.frame_mask), use_cache=False).logits
+        assert_close(opened.ours(inputs)[inputs.attention_mask], theirs[inputs.attention_mask])
+
+
+def test_features_are_those_of_hf(opened):
+    processor, batch = opened.ours.processor, Inputs.from_hf(opened.batch())
+    mel, n_frames = processor.hearing.features(processor.hf.feature_extractor, opened.clips())
+    assert torch.equal(mel, batch.mel)
+    assert torch.equal(n_frames, batch.n_frames)
+
+
+@pytest.mark.parametrize("form", ["P1", "P2", "P3"])
+@pytest.mark.parametrize("duration_s", [0.03, 1.37, 2.0, 2.01, 5.0])
+def test_prompts_have_the_tokens_of_hf(opened, form, duration_s):
+    if duration_s > opened.family.longest_s:
+        duration_s = opened.family.longest_s
+    (clip,), processor = chirps([duration_s]), opened.ours.processor
+    said = {"P1": None, "P2": GENDER.question, "P3": GENDER.options(GENDER.labels)}[form]
+    theirs = opened.family.prompt(opened.family.processor(), clip, said, GENDER.prefix)
+    prompt = processor.prompt(GENDER, processor.n_frames(clip), form)
+    assert list(prompt.tokens) == theirs
+    assert [p.region for p in prompt.positions].count("last") == 1
+    is_audio = [token == opened.ours.lalm_cfg.audio_token for token in prompt.tokens]
+    assert prompt.is_region("audio").tolist() == is_audio
+
+
+def test_objects_are_where_they_are(opened):
+    processor = opened.ours.processor
+    prompt = processor.prompt(GENDER, 137, answer="female")
+    assert "".join(p.token for p in prompt.positions if p.region == "object") == " male female"
+    assert "".join(p.token for p in prompt.positions if p.is_correct) == " female"
+    assert "".join(p.token for p in prompt.positions if p.region == "attribute") == " gender"
+    assert prompt.positions[-1].token == " is"
+    assert sum(p.region == "audio" for p in prompt.positions) == opened.family.n_audio
+
+
+# --- conversion ----------------------------------------------------------------------------------------------
+
+
+def test_a_round_trip_is_exact(opened):
+    conversion, stored = our_conversions()[opened.name], load_file(opened.folder / "model.safetensors")
+    exported = dict(export(opened.ours, conversion.rows(opened.ours.lalm_cfg), conversion.layouts[0]))
+    assert exported.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(exported[name], tensor), name
+
+
+def test_every_layout_loads(opened, tmp_path):
+    conversion = our_conversions()[opened.name]
+    state = opened.hf.state_dict()
+    (tmp_path / "config.json").write_text((opened.folder / "config.json").read_text())
+    for layout in conversion.layouts:
+        tensors = {layout.to_disk(name): tensor.clone() for name, tensor in state.items()}
+        save_file(tensors, tmp_path / "model.safetensors")
+        loaded = from_pretrained(tmp_path)
+        for (name, ours), again in zip(opened.ours.named_parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(ours, again), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrow_model_has_the_dtypes_of_hf(opened, dtype):
+    conversion = our_conversions()[opened.name]
+    hf = opened.family.hf.from_pretrained(opened.folder, dtype=dtype)
+    theirs = {name: tensor.dtype for name, tensor in hf.state_dict().items()}
+    assert dtype in theirs.values()
+    everywhere = from_pretrained(opened.folder, dtype=dtype)
+    stored = from_pretrained(opened.folder, dtype=dtype, device_map={"blocks.1": "disk", "": "cpu"})
+    rows, plain = conversion.rows(everywhere.lalm_cfg), conversion.layouts[-1]
+    for ours in (everywhere, stored, from_hf(hf)):
+        assert {name: tensor.dtype for name, tensor in export(ours, rows, plain)} == theirs
+    assert {p.data_ptr() for p in from_hf(hf).parameters()} == {p.data_ptr() for p in hf.parameters()}
+    inputs = Inputs.from_hf(opened.batch())
+    with torch.no_grad():
+        assert torch.equal(everywhere(inputs), stored(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_verify_agrees_in_narrow_types(opened, dtype):
+    verification = verify(opened.folder, dtype=dtype)
+    assert verification.passed, verification
+
+
+def collapsed(names: object) -> set[str]:
+    return {re.sub(r"\.\d+\.", ".{i}.", name) for name in names}
+
+
+def test_any_one_missing_or_added_tensor_is_refused_by_name(opened):
+    conversion = our_conversions()[opened.name]
+    model = skeleton(json.loads((opened.folder / "config.json").read_text()), conversion, "tiny")
+    rows = Table(conversion.rows(model.lalm_cfg))
+    for layout in conversion.layouts:
+        whole = {layout.to_disk(name): tensor for name, tensor in opened.hf.state_dict().items()}
+        assert choose_layout(whole, rows, conversion.layouts) == layout
+        check(model, StateDict("whole", whole), rows, layout)
+        for name in whole:
+            rest = {other: tensor for other, tensor in whole.items() if other != name}
+            with pytest.raises(ConversionError, match=f"model: 1 missing: {re.escape(name)}\\. "):
+                check(model, StateDict("cut", rest), rows, layout)
+            beside = name.removesuffix(".weight") + ".bias" if name.endswith(".weight") else f"{name}_scale"
+            if beside not in whole:
+                with pytest.raises(ConversionError, match=f"model: 1 unknown: {re.escape(beside)}\\. "):
+                    check(model, StateDict("more", {**whole, beside: torch.zeros(3)}), rows, layout)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_architecture_converts(name):
+    """Every tensor of the published size, without its numbers."""
+    config = REAL[name]
+    conversion = our_conversions()[config["model_type"]]
+    with torch.device("meta"):
+        hf = FAMILIES[config["model_type"]].hf(AutoConfig.for_model(**config))
+    state = hf.state_dict()
+    for layout, listed in zip(conversion.layouts, ("published", "tf523"), strict=True):
+        tensors = {layout.to_disk(name): tensor for name, tensor in state.items()}
+        names = (NAMES / f"{config['model_type']}_{listed}.txt").read_text().split()
+        assert collapsed(tensors) == set(names)
+        ours = skeleton(config, conversion, name)
+        load(ours, StateDict(name, tensors), conversion.rows(ours.lalm_cfg), conversion.layouts, lambda _, t: t)
+        exported = export(ours, conversion.rows(ours.lalm_cfg), layout)
+        assert {name: tensor.shape for name, tensor in exported} == {name: t.shape for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("section", [None, "audio_config", "text_config"])
+def test_an_unknown_config_key_is_refused_by_name(opened, section):
+    config = json.loads((opened.folder / "config.json").read_text())
+    (config[section] if section else config)["logit_softcapping"] = 30.0
+    with pytest.raises(ConversionError, match="does not know: logit_softcapping"):
+        our_conversions()[opened.name].config(config)
+
+
+OTHER_ARITHMETIC = [
+    ("text_config", "hidden_act", "gelu"),
+    ("text_config", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+    ("text_config", "tie_word_embeddings", True),
+    ("text_config", "num_key_value_heads", 3),
+    ("text_config", "model_type", "gemma"),
+    ("audio_config", "activation_function", "relu"),
+    ("audio_config", "scale_embedding", True),
+    ("audio_config", "num_key_value_heads", 2),
+    (None, "tie_word_embeddings", True),
+]
+OF_ONE = {
+    "qwen2_audio": [],
+    "audioflamingo3": [(None, "projector_hidden_act", "relu"), (None, "projector_bias", False)],
+    "voxtral": [
+        (None, "projector_hidden_act", "relu"),
+        (None, "audio_token_id", None),
+        (None, "hidden_size", 65),
+        ("text_config", "attention_bias", True),
+        ("text_config", "mlp_bias", True),
+        ("audio_config", "intermediate_size", 100),
+        ("audio_config", "max_source_positions", 102),
+    ],
+}
+
+
+def test_a_config_that_asks_for_other_arithmetic_is_refused(opened):
+    config = json.loads((opened.folder / "config.json").read_text())
+    convert = our_conversions()[opened.name].config
+    convert(config)
+    names = ("d_model", "hidden_size") if "d_model" in config["audio_config"] else ("hidden_size", "d_model")
+    odd, contradicting = (("audio_config", name, 31) for name in names)
+    for section, key, value in [*OTHER_ARITHMETIC, *OF_ONE[opened.name], odd, contradicting]:
+        changed = json.loads(json.dumps(config))
+        (changed[section] if section else changed)[key] = value
+        try:
+            convert(changed)
+        except ConversionError:
+            continue
+        pytest.fail(f"{section}: {key} = {value} was taken")
+
+
+# --- what is done with a model -------------------------------------------------------------------------------
+
+
+def heard(opened: Opened, clip: Tensor) -> Run:
+    processor = opened.ours.processor
+    prompt = processor.prompt(GENDER, processor.n_frames(clip))
+    return Run(processor.inputs([prompt], [clip]), prompt)
+
+
+def test_states_of_the_residual_stream_add_up(opened):
+    with torch.no_grad():
+        _, cache = opened.ours.run_with_cache(heard(opened, chirps([1.37])[0]).inputs)
+    parts = cache.decompose_resid(mode="full")
+    assert_close(parts.sum(0), cache["resid_post", opened.ours.cfg.n_layers - 1])
+
+
+def test_both_engines_trace_alike(opened):
+    sample = Sample("a.wav", "female", chirps([1.37])[0])
+    traced = [
+        causal_trace(
+            opened.ours,
+            [sample],
+            attribute="gender",
+            form="P1",
+            kinds=("layer", "audio_layer", "token", "encoder_window"),
+            window_s=0.7,
+            engine=engine,
+            progress=False,
+        ).to_frame()
+        for engine in ("sweep", "hooks")
+    ]
+    assert [set(frame.engine) for frame in traced] == [{"sweep"}, {"hooks"}]
+    ours, theirs = (torch.tensor(frame.p_patched.to_numpy()) for frame in traced)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-9)
+    assert {"layer", "audio_layer", "token", "encoder_window"} == set(traced[0].kind)
+    moved = traced[0].assign(by=(traced[0].p_patched - traced[0].p_corrupted).abs() / traced[0].p_corrupted)
+    assert (moved.groupby("kind").by.max() > 1e-3).all()
+
+
+def test_all_states_of_an_encoder_block_bring_all_back(opened):
+    clip = chirps([1.37])[0]
+    clean, silent = heard(opened, clip), heard(opened, torch.zeros_like(clip))
+    n_states = opened.ours.lalm_cfg.encoder.n_ctx if opened.name == "voxtral" else 69
+    everything = Patch("resid_post", 1, range(n_states), Source(clean), stack="audio_encoder")
+    half = Patch("resid_post", 0, range(n_states // 2), Source(clean), stack="audio_encoder")
+    out = Patch("adapter_out", 0, range(opened.family.n_audio), Source(clean))
+    found = assert_same(opened.ours, branches(silent, everything, half, out))
+    theirs = Plan(opened.ours, [Branch(clean)], Logits()).run().values[0]
+    there = Plan(opened.ours, branches(silent, everything, half, out), Logits()).run().values
+    assert_close(there[0], theirs)
+    assert_close(there[2], theirs)
+    assert (there[1] - theirs).abs().max() > 1e-3
+    assert len(found.values) == 3
+
+
+def test_a_clip_of_several_windows_is_not_patched_in_the_encoder(opened):
+    if opened.family.longest_s <= 2:
+        with pytest.raises(AudioError, match="is too long: this model hears 2"):
+            heard(opened, chirps([3.1])[0])
+        return
+    run = heard(opened, chirps([3.1])[0])
+    scale = Scale("resid_post", 0, (3,), factor=0.0, stack="audio_encoder")
+    with pytest.raises(InputError, match="one window of the encoder; this one has 2"):
+        Plan(opened.ours, branches(run, scale), Logits()).run()
+    assert_same(
+        opened.ours, branches(run, Patch("resid_post", 1, "audio", torch.zeros(sum(run.prompt.is_region("audio")), 64)))
+    )
+
+
+def test_a_clip_over_the_limit_is_refused(opened):
+    longest = int(opened.family.longest_s * 16_000)
+    processor = opened.ours.processor
+    processor.check_audible(torch.ones(longest), "A clip")
+    with pytest.raises(AudioError, match="is too long: this model hears"):
+        processor.check_audible(torch.ones(longest + 1), "A clip")
+
+
+def test_other_audio_than_the_prompts_have_places_for_is_refused(opened):
+    clip = chirps([1.37])[0]
+    inputs = heard(opened, clip).inputs
+    fewer = Inputs(inputs.tokens[:, :-12], inputs.attention_mask[:, :-12], inputs.mel[[0, 0]], inputs.n_frames[[0, 0]])
+    with pytest.raises(InputError, match=r"audio placeholders and the clips make \[\d+, \d+\] audio embeddings"):
+        opened.ours(fewer)
+
+
+@pytest.mark.parametrize("other", FAMILIES)
+def test_the_processor_of_another_model_is_refused(opened, other):
+    processor = FAMILIES[other].processor()
+    if other == opened.name:
+        assert from_hf(opened.hf, processor).processor is not None
+        return
+    with pytest.raises(ConversionError, match=r"belongs to another model: .*token"):
+        from_hf(opened.hf, processor)
+
+
+def test_verify_agrees(opened):
+    verification = verify(opened.folder)
+    assert verification.passed, verification
+    n_blocks = opened.ours.cfg.n_layers + opened.ours.lalm_cfg.encoder.n_layers
+    assert len(verification.frame) == n_blocks + 3
+    assert (verification.frame.difference < 1e-4).all()
+
+
+def test_info_describes_it(opened):
+    described = info(opened.folder)
+    assert sum(described.n_parameters.values()) == sum(p.numel() for p in opened.ours.parameters())
+    assert described.n_audio == opened.ours.audio_encoder.n_audio(200)
+    assert described.hooks["adapter.hook_out"] == "clip, pos, d_model"
