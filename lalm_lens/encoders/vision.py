@@ -44,15 +44,15 @@ class Frames:
         return self.is_patch[:, :: self.merge**2]
 
     @cached_property
-    def places(self) -> Int[Tensor, "frame pos axis"]:
+    def places(self) -> Int[Tensor, "frame pos side"]:
         """Row and column of each patch."""
         known = {size: self.places_in(*size) for size in set(self.sizes)}
         return pad_sequence([known[size] for size in self.sizes], batch_first=True).to(self.device)
 
-    def places_in(self, n_h: int, n_w: int) -> Int[Tensor, "pos axis"]:
+    def places_in(self, n_h: int, n_w: int) -> Int[Tensor, "pos side"]:
         grid = torch.stack(torch.meshgrid(torch.arange(n_h), torch.arange(n_w), indexing="ij"))
         squares = {"m": self.merge, "n": self.merge}
-        return rearrange(grid, "axis (row m) (column n) -> (row column m n) axis", **squares)
+        return rearrange(grid, "side (row m) (column n) -> (row column m n) side", **squares)
 
     @cached_property
     def whole(self) -> Mask:
