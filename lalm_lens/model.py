@@ -1,7 +1,6 @@
 """`HookedLALM`: a hooked decoder that also hears."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -223,8 +222,7 @@ class BoundLALM(HookedLALM):
         self, inputs: Any, attention_mask: Bool[Tensor, "batch pos"] | None, positions: Positions | None
     ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None, Positions | None]:
         if isinstance(inputs, Tensor) and not inputs.is_floating_point():
-            inputs = self.resolve(inputs, attention_mask)
-            inputs = inputs if positions is None else replace(inputs, positions=positions)
+            inputs = self.resolve(inputs, attention_mask, positions)
             attention_mask = positions = None
         return super().enter(inputs, attention_mask, positions)
 
@@ -234,13 +232,17 @@ class BoundLALM(HookedLALM):
             raise self.silent(min(silent))
         super().add_hook(name, *args, **kwargs)
 
-    def resolve(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None) -> Embedded:
+    def resolve(
+        self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None, positions: Positions | None
+    ) -> Embedded:
         """What tokens stand for. Raises `InputError` for plain ones with audio that none or several inputs have."""
         tokens = torch.cat([self.named(row[None]) for row in tokens])
         is_audio, is_token = tokens > self.padding, tokens != self.padding
         text = self.embed(tokens.masked_fill(is_audio | ~is_token, 0))
         audio = self.audio.to(text)[tokens[is_audio] - self.padding - 1]
         embed, is_token = splice(text, audio, is_audio), is_token if mask is None else is_token & mask
+        if positions is not None:
+            return Embedded(embed, is_token, positions.expand(3, *positions.shape[-2:]))
         return Embedded(embed, is_token, self.placed(tokens, is_token))
 
     def placed(

@@ -4,24 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from omni import (
-    LAYERS,
-    Batch,
-    Clip,
-    Image,
-    Part,
-    Video,
-    Words,
-    hf_positions,
-    hf_states,
-    tiny_omni,
-)
+from engine_cases import LOGITS_AND_LOG_PROBS, assert_same, branches
+from omni import AUDIO, LAYERS, VIDEO, Batch, Clip, Image, Part, Video, Words, hf_positions, hf_states, tiny_omni
+from torch import Tensor
 from torch.testing import assert_close
 
-from lalm_lens.inputs import Inputs
+from lalm_lens.engine.plan import Plan
+from lalm_lens.errors import HookError, InputError
+from lalm_lens.inputs import Embedded, Images, Inputs, Videos
+from lalm_lens.interventions import Knockout, Patch, Scale
 from lalm_lens.loading import from_hf
 from lalm_lens.nn.kv_cache import KeyValueCache
 from lalm_lens.positions import positions_of
+from lalm_lens.runs import OWN, Run, Source
 from lalm_lens.seeing import SeeingLALM
 
 SOUNDS = [[Words(5), Clip(duration_s), Words(6)] for duration_s in (2.0, 0.3, 0.5, 1.37, 3.1)]
@@ -201,3 +196,173 @@ def test_inputs_go_to_hf_and_back(hf, ours, kind):
         with torch.no_grad():
             assert_close(hf(**placed, use_cache=False).logits, hf(**batch, **prompts.flags(), use_cache=False).logits)
         assert torch.equal(Inputs.from_hf(placed).positions, placed["position_ids"])
+
+
+# --- what is done with a model -------------------------------------------------------------------------------
+
+
+def alone(kind: str, row: int) -> Inputs:
+    """One prompt of a batch, left-padded by two."""
+    prompts = Batch([PROMPTS[kind][row], [Words(Batch([PROMPTS[kind][row]]).padded["input_ids"].shape[1] + 2)]])
+    inputs = Inputs.from_hf(prompts.hf())
+    return replace(inputs, tokens=inputs.tokens[:1], attention_mask=inputs.attention_mask[:1])
+
+
+def embedded(ours: SeeingLALM, inputs: Inputs) -> Embedded:
+    with torch.no_grad():
+        return ours.embed_inputs(inputs)
+
+
+def test_the_engines_agree_where_pictures_are_seen(ours):
+    """Runs with three positions for a token, with others, and with one, all in one sweep."""
+    runs = [Run(alone(kind, row)) for kind, row in [("pictures", 0), ("pictures", 1), ("videos that are heard", 0)]]
+    runs += [Run(alone("sounds", 1)), Run(embedded(ours, alone("pictures", 0)))]
+    assert len({run.n_pos for run in runs}) > 2
+    changes = [
+        [
+            Patch("resid_post", 1, (n_pos - 12, n_pos - 3), torch.randn(2, 64)),
+            Patch("q", 2, (n_pos - 5,), torch.randn(1, 4, 16)),
+            Patch("k", 0, (4, n_pos - 8), torch.randn(2, 2, 16)),
+            Scale("z", 1, range(3, n_pos - 2), factor=0.2),
+            Patch("resid_pre", 1, (n_pos - 2,), Source(OWN, layer=0, positions=(n_pos - 4,))),
+            Knockout((0, 2), queries=(-1, -6), keys=range(5, 9)),
+        ]
+        for n_pos in (run.n_pos for run in runs)
+    ]
+    its = [branch for run, each in zip(runs, changes, strict=True) for branch in branches(run, *each)]
+    torch.manual_seed(0)
+    outcome = assert_same(ours, its)
+    first = outcome.values[: len(changes[0])]
+    for one, same in zip(first, outcome.values[-len(changes[-1]) :], strict=True):
+        assert one.shape == same.shape
+    assert_same(ours, its[: len(changes[0])], token_budget=40)
+
+
+def test_a_change_of_the_encoder_is_heard_in_both_engines(ours):
+    silent, clean = Run(alone("pictures", 0)), Run(alone("pictures", 2))
+    n_states = 40
+    heard = Patch("resid_post", 0, range(n_states), torch.randn(n_states, 32), stack="audio_encoder")
+    some = Scale("attn_out", 1, (3, 17), factor=0.0, stack="audio_encoder")
+    out = Patch("adapter_out", 0, (0, 5), torch.randn(2, 64))
+    found = assert_same(ours, branches(silent, heard, some, out) + branches(clean, some))
+    base = Plan(ours, branches(silent, heard), LOGITS_AND_LOG_PROBS).run().base
+    assert all((value - base[0]).abs().max() > 1e-3 for value in found.values[:3])
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_the_residual_stream_adds_up(ours, kind):
+    inputs = alone(kind, 1)
+    with torch.no_grad():
+        _, cache = ours.run_with_cache(inputs)
+    parts = cache.decompose_resid(mode="full")
+    assert_close(parts.sum(0), cache["resid_post", LAYERS["text"] - 1])
+    for tower, n_layers in (("audio_encoder", LAYERS["audio"]), ("vision_encoder", LAYERS["vision"])):
+        for name in (f"{tower}.blocks.{layer}" for layer in range(n_layers)):
+            if f"{name}.hook_resid_pre" in cache:
+                added = cache[f"{name}.hook_attn_out"] + cache[f"{name}.hook_mlp_out"]
+                assert_close(cache[f"{name}.hook_resid_pre"] + added, cache[f"{name}.hook_resid_post"])
+
+
+def test_patterns_of_every_tower_can_be_looked_at(ours):
+    inputs = Inputs.from_hf(Batch(SEEN).hf())
+    towers = ("audio_encoder", "vision_encoder", "blocks")
+    with torch.no_grad():
+        fused = ours(inputs)
+        logits, cache = ours.run_with_cache(inputs, names_filter=lambda name: name.endswith("hook_pattern"))
+    assert_close(logits[inputs.attention_mask], fused[inputs.attention_mask])
+    assert {name.split(".")[0] for name in cache} == set(towers)
+    for pattern in cache.values():
+        assert_close(pattern.sum(-1), torch.ones(pattern.shape[:-1]))
+    windows, whole = (cache[f"vision_encoder.blocks.{layer}.attn.hook_pattern"] for layer in (0, 1))
+    places = ours.vision_encoder.frames(inputs.images.grid).places
+    is_apart = (places[:, :, None] // 4 != places[:, None] // 4).any(-1)
+    n_images, n_patches = len(places), places.shape[1]
+    is_real = torch.arange(n_patches) < inputs.images.grid.prod(-1)[:, None]
+    is_apart &= is_real[:, :, None] & is_real[:, None]
+    assert is_apart.any()
+    assert not windows[:n_images, 0, :n_patches, :n_patches][is_apart].any()
+    assert (whole[:n_images, 0, :n_patches, :n_patches][is_apart] > 0).all()
+    heard = cache["audio_encoder.blocks.1.attn.hook_pattern"]
+    assert not heard[0, :, 25:50, :25].any()  # 0.5 s later
+    assert not heard[0, :, :25, 25:].any()
+
+
+def test_a_change_in_the_vision_tower_is_seen(ours):
+    """One picture's states put into another's run are what that one's embeddings are."""
+    clean, corrupt = (Inputs.from_hf(Batch([[Words(3), Image(4, 6), Words(4)]], seed).hf()) for seed in (1, 2))
+    corrupt = replace(clean, images=corrupt.images)
+    place = "vision_encoder.blocks.2.hook_resid_post"
+
+    def restore(resid: Tensor, hook: object) -> Tensor:
+        return cache[place]
+
+    with torch.no_grad():
+        logits, cache = ours.run_with_cache(clean)
+        assert_close(ours.run_with_hooks(corrupt, fwd_hooks=[(place, restore)]), logits)
+        assert (ours(corrupt) - logits).abs().max() > 1e-2
+
+
+def test_a_hook_that_nothing_is_seen_by_is_refused(ours):
+    place = "vision_encoder.blocks.0.hook_resid_post"
+    for inputs in (alone("sounds", 0), embedded(ours, alone("pictures", 0))):
+        with pytest.raises(HookError, match=r"vision_encoder\.blocks\.0\.hook_resid_post would not fire"):
+            ours.run_with_hooks(inputs, fwd_hooks=[(place, lambda resid, hook: resid)])
+    with pytest.raises(HookError, match=r"adapter\.hook_out would not fire: this run holds no audio"):
+        ours.run_with_hooks(alone("pictures", 3), fwd_hooks=[("adapter.hook_out", lambda state, hook: state)])
+    with torch.no_grad():
+        _, cache = ours.run_with_cache(alone("pictures", 3))
+    assert "vision_adapter.hook_out" in cache
+    assert "adapter.hook_out" not in cache
+
+
+def test_a_bound_model_sees(ours):
+    pictures, sounds = alone("pictures", 0), alone("sounds", 1)
+    bound = ours.bind(pictures, sounds)
+    with torch.no_grad():
+        assert_close(bound(bound.tokens[0])[:, 2:], ours(pictures)[:, 2:])
+        assert_close(bound(pictures.tokens)[:, 2:], ours(pictures)[:, 2:])
+        assert_close(bound(bound.tokens[0][:, :-3])[:, 2:], ours(pictures)[:, 2:-3])
+        assert_close(bound(bound.tokens[1])[:, 2:], ours(sounds)[:, 2:])
+        words = torch.arange(20, 31)[None]
+        assert_close(bound(words), ours(words))
+        with pytest.raises(InputError, match=r"tokens are those of `bound\.tokens` from the first on"):
+            bound(bound.tokens[0][:, 1:])
+        positions = ours.positions_of(pictures)
+        later = bound(bound.tokens[0][:, 2:], positions=positions[:, :, 2:])
+        assert_close(later, ours(pictures)[:, 2:])
+
+
+def test_what_cannot_be_seen_or_heard_is_refused(ours, tiny_lalm):
+    seen = alone("pictures", 0)
+    images = seen.images
+    with pytest.raises(InputError, match=r"\[6\] image placeholders and the images make \[\] image embeddings"):
+        ours(replace(seen, images=None))
+    wide = Images(torch.cat([images.patches] * 2), torch.tensor([[1, 4, 12]]))
+    with pytest.raises(InputError, match=r"\[6\] image placeholders and the images make \[12\] image embeddings"):
+        ours(replace(seen, images=wide))
+    with pytest.raises(InputError, match=r"Grids of \[\[1, 4, 5\]\] patches do not hold 24 patches"):
+        Images(images.patches, torch.tensor([[1, 4, 5]]))
+    with pytest.raises(InputError, match="A picture of 3 x 8 patches cannot be cut into squares of 2 x 2"):
+        ours(replace(seen, images=Images(images.patches, torch.tensor([[1, 3, 8]]))))
+    with pytest.raises(InputError, match="A patch has 96 numbers in this model, got 95"):
+        ours(replace(seen, images=Images(images.patches[:, 1:], images.grid)))
+    with pytest.raises(InputError, match="The pixels hold NaN"):
+        Images(images.patches / 0, images.grid)
+    with pytest.raises(InputError, match=r"A patch of a video lasts some time, got \[0\.0\] s"):
+        Videos(images.patches, images.grid, torch.zeros(1))
+    with pytest.raises(InputError, match="A qwen2_audio model hears and does not see"):
+        tiny_lalm(Inputs(torch.full((1, 9), 30), torch.ones(1, 9).bool(), images=images))
+    with pytest.raises(InputError, match="The encoder takes 16 mel bins, got 15"):
+        ours(replace(seen, mel=seen.mel[:, 1:]))
+    batch = Batch(SEEN).hf()
+    del batch["video_second_per_grid"]
+    with pytest.raises(InputError, match=r"pixel_values_videos come with .* video_second_per_grid is missing"):
+        Inputs.from_hf(batch)
+    with pytest.raises(InputError, match="one position for each token, not three"):
+        tiny_lalm(torch.full((1, 9), 30), positions=torch.zeros(3, 1, 9, dtype=torch.long))
+    with pytest.raises(InputError, match="positions are part of `Inputs`"):
+        ours(seen, positions=ours.positions_of(seen))
+    heard = alone("videos that are heard", 0)
+    plain = replace(heard, tokens=heard.tokens.masked_fill(heard.tokens == VIDEO, AUDIO))
+    with pytest.raises(InputError, match="audio placeholders"):
+        ours(plain)
