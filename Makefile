@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test check bench stress tiny
+.PHONY: setup demo test check bench stress tiny parity-table
 
 setup: .venv/installed
 
@@ -27,6 +27,9 @@ test: check
 
 stress: setup
 	$(BIN)/pytest -m stress
+
+parity-table: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/parity_table.py
 
 bench: setup
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'

@@ -33,8 +33,9 @@ class ModelInfo:
     model_name: str
     cfg: LALMConfig
     n_parameters: dict[str, int]  # by stage
-    heard_s: float  # the longest clip
-    n_audio: int  # audio tokens of such a clip
+    heard_s: float  # a window of the encoder
+    n_audio: int  # audio tokens of a clip of that length
+    longer: str  # what becomes of a longer clip
     n_text: int  # tokens of the prompt beside it, for which the caches are counted
     cache_bytes: dict[str, dict[str, int]]  # by what is cached, then by dtype
     spread: dict[str, Placement]  # what device_map="auto" does on this machine, by dtype
@@ -51,6 +52,7 @@ class ModelInfo:
             f"audio encoder  {sizes(self.cfg.encoder)}",
             f"decoder        {sizes(self.cfg.decoder)}{windows(self.cfg.decoder)}",
             f"hears          {self.heard_s:g} s: {self.n_audio} audio tokens, {self.n_audio / self.heard_s:g} a second",
+            f"               {self.longer}",
             "",
             f"{'memory':18} {'float32':>12} {'bfloat16':>12}",
             *(f"{what:18} {megabytes(of['float32'])} {megabytes(of['bfloat16'])}" for what, of in memory.items()),
@@ -70,7 +72,8 @@ def info(path_or_hub_id: str | Path, *, n_text: int = 60, conversion: Conversion
     Raises `ConversionError` for a config that cannot be converted.
     """
     config = read_config(local_folder(path_or_hub_id, ["config.json"]))
-    model = skeleton(config, conversion or conversion_for(config), model_name(path_or_hub_id))
+    conversion = conversion or conversion_for(config)
+    model = skeleton(config, conversion, model_name(path_or_hub_id))
     n_frames = model.lalm_cfg.encoder.n_frames
     passed = {name: states_passed(model.to(dtype), n_text) for name, dtype in DTYPES.items()}
     return ModelInfo(
@@ -79,6 +82,7 @@ def info(path_or_hub_id: str | Path, *, n_text: int = 60, conversion: Conversion
         n_parameters=n_parameters(model),
         heard_s=n_frames / 100,
         n_audio=model.audio_encoder.n_audio(n_frames),
+        longer=conversion.hearing.longer,
         n_text=n_text,
         cache_bytes={
             what: {dtype: n_bytes(states, chosen) for dtype, states in passed.items()}

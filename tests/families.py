@@ -67,6 +67,7 @@ DECODER = {
 class Family:
     """What a test has to know of one model type."""
 
+    title: str
     hf: type[PreTrainedModel]
     config: Callable[..., PreTrainedConfig]  # of a tiny model; keywords go into its text config
     processor: Callable[[], ProcessorMixin]
@@ -232,6 +233,7 @@ def mistral_prompt(processor: ProcessorMixin, clip: Tensor, question: str | None
 
 FAMILIES = {
     "qwen2_audio": Family(
+        title="Qwen2-Audio",
         hf=Qwen2AudioForConditionalGeneration,
         config=qwen2_audio_config,
         processor=qwen2_audio_processor,
@@ -241,6 +243,7 @@ FAMILIES = {
         n_audio=34,
     ),
     "audioflamingo3": Family(
+        title="Audio Flamingo 3",
         hf=AudioFlamingo3ForConditionalGeneration,
         config=audioflamingo3_config,
         processor=audioflamingo3_processor,
@@ -250,6 +253,7 @@ FAMILIES = {
         n_audio=34,
     ),
     "voxtral": Family(
+        title="Voxtral",
         hf=VoxtralForConditionalGeneration,
         config=voxtral_config,
         processor=voxtral_processor,

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,7 @@ NAMES = Path(__file__).parent / "tensor_names"
 DURATIONS_S = [2.0, 0.8, 1.37]  # an odd number of encoder states among them
 QUESTIONS = [QUESTION, "Which animal?", "Is it loud, or is it quiet?", "And now?", "Or is it?"]
 GENDER = ATTRIBUTES["gender"]
+PARTLY_ON_DISK = {"blocks.1": "disk", "audio_encoder": "disk", "": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def test_a_narrow_model_has_the_dtypes_of_hf(opened, dtype):
     theirs = {name: tensor.dtype for name, tensor in hf.state_dict().items()}
     assert dtype in theirs.values()
     everywhere = from_pretrained(opened.folder, dtype=dtype)
-    stored = from_pretrained(opened.folder, dtype=dtype, device_map={"blocks.1": "disk", "": "cpu"})
+    stored = from_pretrained(opened.folder, dtype=dtype, device_map=PARTLY_ON_DISK)
     rows, plain = conversion.rows(everywhere.lalm_cfg), conversion.layouts[-1]
     for ours in (everywhere, stored, from_hf(hf)):
         assert {name: tensor.dtype for name, tensor in export(ours, rows, plain)} == theirs
@@ -237,6 +238,24 @@ def test_the_real_architecture_converts(name):
         load(ours, StateDict(name, tensors), conversion.rows(ours.lalm_cfg), conversion.layouts, lambda _, t: t)
         exported = export(ours, conversion.rows(ours.lalm_cfg), layout)
         assert {name: tensor.shape for name, tensor in exported} == {name: t.shape for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_sizes_are_those_that_hf_reads_from_a_config(name):
+    """Published configs leave out what is the default, and the defaults of HF's classes differ by model."""
+    config = REAL[name]
+    ours, hf = our_conversions()[config["model_type"]].config(config), AutoConfig.for_model(**config)
+    text, audio = hf.text_config, hf.audio_config
+    decoder, encoder = ours.decoder, ours.encoder
+    heads = decoder.n_heads, decoder.n_kv_heads, decoder.d_head
+    d_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    assert heads == (text.num_attention_heads, text.num_key_value_heads, d_head)
+    sizes = decoder.n_layers, decoder.d_model, decoder.d_mlp, decoder.d_vocab, decoder.n_ctx
+    names = "num_hidden_layers hidden_size intermediate_size vocab_size max_position_embeddings"
+    assert sizes == tuple(getattr(text, name) for name in names.split())
+    assert (decoder.eps, decoder.rope.theta) == (text.rms_norm_eps, text.rope_parameters["rope_theta"])
+    names = "encoder_layers d_model encoder_attention_heads encoder_ffn_dim num_mel_bins max_source_positions"
+    assert tuple(vars(encoder).values()) == tuple(getattr(audio, name) for name in names.split())
 
 
 @pytest.mark.parametrize("section", [None, "audio_config", "text_config"])
@@ -384,6 +403,20 @@ def test_the_processor_of_another_model_is_refused(opened, other):
         from_hf(opened.hf, processor)
 
 
+def test_a_tokenizer_with_the_placeholder_elsewhere_is_refused(opened):
+    processor = opened.ours.processor
+    processor.check()
+    with pytest.raises(ConversionError, match=r"belongs to another model: .* token 7"):
+        replace(processor, cfg=replace(processor.cfg, audio_token=7)).check()
+
+
+def test_a_bound_model_hears(opened):
+    inputs = Inputs.from_hf(opened.batch())
+    bound = opened.ours.bind(inputs)
+    with torch.no_grad():
+        assert_close(bound(bound.tokens[0])[inputs.attention_mask], opened.ours(inputs)[inputs.attention_mask])
+
+
 def test_verify_agrees(opened):
     verification = verify(opened.folder)
     assert verification.passed, verification
@@ -396,4 +429,5 @@ def test_info_describes_it(opened):
     described = info(opened.folder)
     assert sum(described.n_parameters.values()) == sum(p.numel() for p in opened.ours.parameters())
     assert described.n_audio == opened.ours.audio_encoder.n_audio(200)
+    assert ("longer clips in windows of that" in repr(described)) == (opened.family.longest_s > 2)
     assert described.hooks["adapter.hook_out"] == "clip, pos, d_model"

@@ -191,6 +191,9 @@ def test_a_feature_extractor_for_another_encoder_is_refused():
     theirs = VoxtralProcessor(WhisperFeatureExtractor(feature_size=80), family.processor().tokenizer)
     with pytest.raises(ConversionError, match="makes 80 mel bins x 3000 frames, and the encoder takes 16 x 200"):
         from_hf(family.build(), theirs)
+    theirs = VoxtralProcessor(WhisperFeatureExtractor(feature_size=16), family.processor().tokenizer)
+    with pytest.raises(ConversionError, match="makes 16 mel bins x 3000 frames, and the encoder takes 16 x 200"):
+        from_hf(family.build(), theirs)
 
 
 def test_tokens_of_windows_add_up():

@@ -18,6 +18,8 @@ Features = tuple[Float[Tensor, "clip mel frames"], Int[Tensor, " clip"]]  # and 
 class Hearing(ABC):
     """What one model does with a clip before its encoder. A long clip may become several rows, one after the other."""
 
+    longer: str  # what becomes of a clip longer than a window, in words
+
     @abstractmethod
     def n_windows(self, hf: Any, n_fitting: int) -> int:
         """The most windows of a clip. `n_fitting` is how many the decoder has positions for."""
@@ -45,6 +47,8 @@ class Hearing(ABC):
 class OneWindow(Hearing):
     """A clip is padded to one window, and a longer one is not heard (Qwen2-Audio)."""
 
+    longer = "longer clips are refused"
+
     def n_windows(self, hf: Any, n_fitting: int) -> int:
         return 1
 
@@ -62,6 +66,8 @@ class OneWindow(Hearing):
 class Windows(OneWindow):
     """A clip is cut into windows before features are made of each (Audio Flamingo 3)."""
 
+    longer = "longer clips in windows of that"
+
     def n_windows(self, hf: Any, n_fitting: int) -> int:
         return min(n_fitting, int(hf.max_audio_len // hf.feature_extractor.chunk_length))
 
@@ -72,6 +78,8 @@ class Windows(OneWindow):
 class Chunks(Hearing):
     """Features are made of the whole clip, padded with silence to whole windows, and then cut (Voxtral). Its encoder
     knows no padding: it hears the silence."""
+
+    longer = "longer clips in windows of that"
 
     def n_windows(self, hf: Any, n_fitting: int) -> int:
         return n_fitting
