@@ -15,7 +15,7 @@ from lalm_lens.config import ConfigReader, DecoderConfig, EncoderConfig, LALMCon
 from lalm_lens.encoders.vision import VisionEncoder
 from lalm_lens.encoders.windowed import WindowedWhisperEncoder
 from lalm_lens.errors import ConversionError
-from lalm_lens.prompts import ChatTemplate, OneWindow
+from lalm_lens.prompts import ChatTemplate, Mark, WholeClip
 from lalm_lens.weights import Conversion, Drop, Layout, Rule, Sight, Tied
 
 from ._llama import DECODER, QKV_BIAS, windows
@@ -60,16 +60,11 @@ ROWS = (
 UNTIED = Rule("lm_head.weight", "unembed.linear.weight")
 TIED = Tied("lm_head.weight", to="model.language_model.embed_tokens.weight")
 
-THINKER = (
+THINKER = (  # as published, and as it is saved alone
     ("audio_tower.", "model.audio_tower."),
     ("visual.", "model.visual."),
     ("model.", "model.language_model."),
-)
-LAYOUTS = (
-    Layout((*((f"thinker.{disk}", table) for disk, table in THINKER), ("thinker.lm_head.", "lm_head."))),  # the Hub's
-    Layout(THINKER),  # of a Thinker saved alone
-    Layout((("thinker.", ""),)),  # transformers 5, in the whole model
-    Layout(),  # transformers 5
+    ("lm_head.", "lm_head."),
 )
 
 
@@ -201,11 +196,19 @@ QWEN2_5_OMNI = Conversion(
     encoder=lambda cfg: WindowedWhisperEncoder(cfg.encoder),
     adapter=lambda cfg: LinearAdapter(cfg.encoder.d_model, cfg.decoder.d_model),
     rows=lambda cfg: (*ROWS, TIED if cfg.decoder.tied else UNTIED),
-    layouts=LAYOUTS,
-    template=ChatTemplate(placeholder="<|AUDIO|>", before="<|audio_bos|>", after="<|audio_eos|>"),
-    hearing=OneWindow(),
+    layouts=(Layout(tuple((f"thinker.{disk}", table) for disk, table in THINKER)), Layout((("thinker.", ""),))),
+    template=ChatTemplate(
+        placeholder="<|AUDIO|>",
+        before="<|audio_bos|>",
+        after="<|audio_eos|>",
+        image=Mark("<|IMAGE|>", "<|vision_bos|>", "<|vision_eos|>"),
+        video=Mark("<|VIDEO|>", "<|vision_bos|>", "<|vision_eos|>"),
+    ),
+    hearing=WholeClip(),
     hf_class="Qwen2_5OmniThinkerForConditionalGeneration",
     frame_mask="feature_attention_mask",
     sight=Sight(encoder=lambda cfg: VisionEncoder(sees(cfg)), adapter=merger),
 )
-QWEN2_5_OMNI_THINKER = replace(QWEN2_5_OMNI, model_type="qwen2_5_omni_thinker", config=alone)
+QWEN2_5_OMNI_THINKER = replace(
+    QWEN2_5_OMNI, model_type="qwen2_5_omni_thinker", config=alone, layouts=(Layout(THINKER), Layout())
+)

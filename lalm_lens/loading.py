@@ -100,7 +100,7 @@ def from_pretrained(
             attach(model, model.placement, store)
     generation = folder / "generation_config.json"
     model.stop_tokens = stop_tokens(read_json(generation) if generation.is_file() else {}, config)
-    return with_processor(model, read_processor(folder), conversion)
+    return with_processor(model, read_processor(folder, conversion), conversion)
 
 
 @typed
@@ -268,7 +268,7 @@ def our_conversions() -> dict[str, Conversion]:
     return conversions.available()
 
 
-def read_processor(folder: Path) -> ProcessorMixin | None:
+def read_processor(folder: Path, conversion: Conversion) -> ProcessorMixin | None:
     """The model's own tokenizer and feature extractor; None for a checkpoint that ships without them."""
     has_tekken = (folder / "tekken.json").is_file()  # Mistral's own repositories have nothing else
     if not has_tekken and not (folder / "tokenizer_config.json").is_file():
@@ -282,4 +282,6 @@ def read_processor(folder: Path) -> ProcessorMixin | None:
         f"The tokenizer or feature extractor in {folder} cannot be read",
         "Put the model's own processor files beside its weights.",
     ):
+        if conversion.sight is not None:
+            return conversion.sight.processor(folder)
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)

@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import ProcessorMixin
 
 from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
 from lalm_lens.encoders.vision import VisionEncoder
 from lalm_lens.errors import ConversionError
-from lalm_lens.prompts import Hearing, Template
+from lalm_lens.prompts import Hearing, Template, seeing_processor
 from lalm_lens.shapes import widened
 
 Shapes = dict[str, tuple[int, ...]]
@@ -81,10 +82,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sight:
-    """How the vision tower of a model is built, and what comes between it and the decoder."""
+    """How the vision tower of a model is built, what comes between it and the decoder, and what makes the patches."""
 
     encoder: Callable[[LALMConfig], VisionEncoder]
     adapter: Callable[[LALMConfig], nn.Module]
+    processor: Callable[[Path], ProcessorMixin] = seeing_processor  # of the files in a folder
 
 
 @dataclass(frozen=True, kw_only=True)
