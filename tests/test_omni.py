@@ -1,23 +1,53 @@
 """Qwen2.5-Omni's Thinker against transformers' own, with sounds, images, videos, and videos that are heard."""
 
+import json
 from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from engine_cases import LOGITS_AND_LOG_PROBS, assert_same, branches
-from omni import AUDIO, LAYERS, VIDEO, Batch, Clip, Image, Part, Video, Words, hf_positions, hf_states, tiny_omni
+from families import FAMILIES
+from omni import (
+    AUDIO,
+    LAYERS,
+    PATCH,
+    VIDEO,
+    Batch,
+    Clip,
+    Image,
+    Part,
+    Thinker,
+    Video,
+    Words,
+    extractor,
+    hf_positions,
+    hf_states,
+    tiny_config,
+    tiny_omni,
+)
+from reference import chirps, randomise
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import WhisperFeatureExtractor
 
+from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.engine.plan import Plan
-from lalm_lens.errors import HookError, InputError
+from lalm_lens.errors import AudioError, ConversionError, HookError, InputError, PromptError
 from lalm_lens.inputs import Embedded, Images, Inputs, Videos
 from lalm_lens.interventions import Knockout, Patch, Scale
-from lalm_lens.loading import from_hf
+from lalm_lens.loading import from_hf, from_pretrained, our_conversions
 from lalm_lens.nn.kv_cache import KeyValueCache
 from lalm_lens.positions import positions_of
+from lalm_lens.prompts import WholeClip
+from lalm_lens.readouts import Logits
 from lalm_lens.runs import OWN, Run, Source
 from lalm_lens.seeing import SeeingLALM
+from lalm_lens.weights import export
 
 SOUNDS = [[Words(5), Clip(duration_s), Words(6)] for duration_s in (2.0, 0.3, 0.5, 1.37, 3.1)]
 SEEN: list[list[Part]] = [
@@ -366,3 +396,247 @@ def test_what_cannot_be_seen_or_heard_is_refused(ours, tiny_lalm):
     plain = replace(heard, tokens=heard.tokens.masked_fill(heard.tokens == VIDEO, AUDIO))
     with pytest.raises(InputError, match="audio placeholders"):
         ours(plain)
+
+
+# --- conversion ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(hf, tmp_path) -> Path:
+    """As it is published: the Thinker inside of a model that also speaks."""
+    hf.save_pretrained(tmp_path)
+    tensors = {f"thinker.{name}": tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    tensors |= {"talker.model.norm.weight": torch.ones(3), "token2wav.code2wav_dit_model.x": torch.ones(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    thinker = json.loads((tmp_path / "config.json").read_text())
+    text, vision = thinker["text_config"], thinker["vision_config"]
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope["rope_theta"]
+    text["rope_scaling"] = {"mrope_section": rope["mrope_section"], "rope_type": "default", "type": "default"}
+    del vision["rope_parameters"]
+    vision |= {"embed_dim": 32, "in_chans": 3, "spatial_patch_size": PATCH, "tokens_per_second": 25}
+    thinker |= {"ignore_index": -100, "vision_token_id": 8, "eos_token_id": 7}
+    config = {
+        "architectures": ["Qwen2_5OmniModel"],
+        "enable_audio_output": True,
+        "enable_talker": True,
+        "model_type": "qwen2_5_omni",
+        "thinker_config": thinker,
+        "talker_config": {"model_type": "qwen2_5_omni_talker"},
+        "token2wav_config": {"model_type": "qwen2_5_omni_token2wav"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def change(folder: Path, *sections: str, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    inner = config
+    for section in sections:
+        inner = inner[section]
+    inner.update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_the_thinker_is_taken_out_of_the_whole_model(ours, whole):
+    opened = from_pretrained(whole)
+    assert opened.lalm_cfg == replace(ours.lalm_cfg, model_type="qwen2_5_omni")
+    assert opened.stop_tokens == (7,)
+    for (name, a), b in zip(opened.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    conversion, stored = our_conversions()["qwen2_5_omni"], load_file(whole / "model.safetensors")
+    rows = conversion.rows(opened.lalm_cfg)
+    as_published, as_in_transformers_5 = (dict(export(opened, rows, layout)) for layout in conversion.layouts)
+    dropped = {"thinker.audio_tower.audio_bos_eos_token.weight"}
+    dropped |= {name for name in stored if not name.startswith("thinker.")}
+    assert len(dropped) == 3
+    assert as_published.keys() == stored.keys() - dropped
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in as_published.items())
+    assert "thinker.model.visual.blocks.0.norm1.weight" in as_in_transformers_5
+    save_file({name: tensor.clone() for name, tensor in as_in_transformers_5.items()}, whole / "model.safetensors")
+    for (name, a), b in zip(from_pretrained(whole).named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_one_tensor_more_or_less_in_the_whole_model_is_refused(whole):
+    stored = load_file(whole / "model.safetensors")
+    missing = {name: tensor for name, tensor in stored.items() if name != "thinker.visual.merger.ln_q.weight"}
+    save_file(missing, whole / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"1 missing: thinker\.visual\.merger\.ln_q\.weight"):
+        from_pretrained(whole)
+    save_file({**stored, "thinker.visual.merger.ln_q.bias": torch.zeros(32)}, whole / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"1 unknown: thinker\.visual\.merger\.ln_q\.bias"):
+        from_pretrained(whole)
+    save_file({**stored, "listener.weight": torch.zeros(32)}, whole / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"1 unknown: listener\.weight"):
+        from_pretrained(whole)
+
+
+@pytest.mark.parametrize(
+    "sections", [[], *([["thinker_config", *inner] for inner in ([], ["vision_config"])])], ids=str
+)
+def test_an_unknown_key_of_the_whole_config_is_refused(whole, sections):
+    change(whole, *sections, logit_softcapping=30.0)
+    with pytest.raises(ConversionError, match="does not know: logit_softcapping"):
+        from_pretrained(whole)
+
+
+def test_a_tied_head_is_the_embedding(tmp_path):
+    """Whether the 3B is tied is said by its file alone. Its text_config says true whatever is there."""
+    config = tiny_config()
+    assert config.text_config.tie_word_embeddings
+    config.tie_word_embeddings = True
+    torch.manual_seed(5)
+    hf = randomise(Thinker(config)).eval()
+    hf.tie_weights()
+    hf.save_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path)
+    tokens = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        assert_close(ours(tokens), hf(input_ids=tokens, use_cache=False).logits)
+    assert ours.unembed.linear.weight is ours.embed.table.weight
+    head = "lm_head.weight"
+    stored = load_file(tmp_path / "model.safetensors")
+    assert head not in stored
+    save_file({**stored, head: stored["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ConversionError, match="said to be tied"):
+        from_pretrained(tmp_path)
+    save_file(stored, tmp_path / "model.safetensors")
+    change(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(ConversionError, match=r"1 missing: lm_head\.weight"):
+        from_pretrained(tmp_path)
+
+
+# --- prompts -------------------------------------------------------------------------------------------------
+
+
+def photos(*sizes: tuple[int, int]) -> list[PIL.Image.Image]:
+    rng = np.random.default_rng(0)
+    return [PIL.Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory) -> tuple[Thinker, SeeingLALM]:
+    folder = tmp_path_factory.mktemp("seeing")
+    hf = FAMILIES["qwen2_5_omni_thinker"].save(folder)
+    return hf, from_pretrained(folder)
+
+
+def test_prompts_with_images_are_those_of_hf(seeing):
+    """Tokens, pixels, features and logits, of HF's own processor."""
+    hf, ours = seeing
+    pictures, clips, gender = photos((40, 52), (21, 30), (33, 64)), chirps([1.37, 0.6]), ATTRIBUTES["gender"]
+    owned = [pictures[:2], pictures[2:]]
+    theirs, processor = FAMILIES["qwen2_5_omni_thinker"].processor(), ours.processor
+    texts = []
+    for its in owned:
+        parts = [{"type": "image"}] * len(its) + [{"type": "audio"}, {"type": "text", "text": gender.question}]
+        turn = [{"role": "user", "content": parts}]
+        texts.append(theirs.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) + gender.prefix)
+    batch = theirs(
+        text=texts,
+        images=pictures,
+        audio=[clip.numpy() for clip in clips],
+        sampling_rate=16_000,
+        text_kwargs={"padding": True},
+        return_tensors="pt",
+    )
+    prompts = [
+        processor.prompt(gender, processor.n_frames(clip), "P2", images=processor.see(its))
+        for clip, its in zip(clips, owned, strict=True)
+    ]
+    inputs = processor.inputs(prompts, clips, processor.see(pictures))
+    assert torch.equal(inputs.tokens * inputs.attention_mask, batch["input_ids"] * batch["attention_mask"])
+    assert torch.equal(inputs.images.patches, batch["pixel_values"])
+    assert torch.equal(inputs.images.grid, batch["image_grid_thw"])
+    with torch.no_grad():
+        logits = hf(**batch, use_cache=False).logits
+        assert_close(ours(inputs)[inputs.attention_mask], logits[inputs.attention_mask])
+    regions = [region for region, _ in groupby(position.region for position in prompts[0].positions)]
+    mark = ["image_tag", "image", "image_tag"]
+    assert regions[:10] == [
+        "text_before",
+        "image_tag",
+        "image",
+        "image_tag",
+        *mark[1:],
+        "audio_tag",
+        "audio",
+        "audio_tag",
+        "early",
+    ]
+    n_tokens = inputs.images.grid.prod(-1) // 4
+    assert [int(prompt.is_region("image").sum()) for prompt in prompts] == [int(n_tokens[:2].sum()), int(n_tokens[2])]
+
+
+def test_both_engines_trace_a_prompt_with_an_image(seeing):
+    _, ours = seeing
+    processor, clip, gender = ours.processor, chirps([0.9])[0], ATTRIBUTES["gender"]
+    images = processor.see(photos((40, 52)))
+    prompt = processor.prompt(gender, processor.n_frames(clip), images=images)
+    clean, silent = (
+        Run(processor.inputs([prompt], [heard], images), prompt) for heard in (clip, torch.zeros_like(clip))
+    )
+    its = [
+        Patch("resid_post", layer, region, Source(clean))
+        for layer in range(3)
+        for region in ("audio", "object", "last")
+    ]
+    found = assert_same(ours, branches(silent, *its, Patch("resid_post", 0, "image", Source(clean))))
+    n_same = int((found.values[-1] == found.base[0]).all())
+    assert n_same == 1, "images before the clip are the same in both runs"
+    with torch.no_grad():
+        back = Plan(ours, branches(silent, Patch("resid_pre", 1, range(len(prompt)), Source(clean))), Logits()).run()
+        assert_close(back.values[0], ours(clean.inputs, logits_at=-1)[0])
+
+
+def test_features_of_a_long_extractor_are_those_of_hf():
+    """Qwen2.5-Omni's hears 5 minutes. Clips are not padded to that, and no number differs from HF's."""
+    made = WhisperFeatureExtractor(feature_size=16, chunk_length=300)
+    clips = chirps([2.0, 0.313, 6.77])
+    mel, n_frames = WholeClip().features(made, clips)
+    theirs = made(
+        [clip.numpy() for clip in clips], sampling_rate=16_000, return_attention_mask=True, return_tensors="pt"
+    )
+    assert mel.shape == (3, 16, 677)
+    assert torch.equal(mel, theirs["input_features"][..., :677])
+    assert torch.equal(n_frames, theirs["attention_mask"].sum(-1))
+
+
+def test_the_limit_of_a_clip_is_that_of_the_extractor(seeing, tmp_path):
+    hf, _ = seeing
+    theirs = FAMILIES["qwen2_5_omni_thinker"].processor()
+    longer = type(theirs)(theirs.image_processor, extractor(), theirs.tokenizer, theirs.chat_template)
+    processor = from_hf(hf, longer).processor
+    assert processor.n_samples == 4 * 16_000
+    with pytest.raises(AudioError, match=r"is too long: this model hears 4\.0 s"):
+        processor.check_audible(torch.ones(4 * 16_000 + 1), "A clip")
+
+
+def test_processors_and_images_that_do_not_fit_are_refused(seeing, tiny_lalm):
+    hf, ours = seeing
+    theirs = FAMILIES["qwen2_5_omni_thinker"].processor()
+    parts = theirs.feature_extractor, theirs.tokenizer, theirs.chat_template
+    larger = type(theirs.image_processor)(patch_size=14)
+    with pytest.raises(ConversionError, match="belongs to another model: it makes patches of 14 pixels and 2 frames"):
+        from_hf(hf, type(theirs)(larger, *parts))
+    blind = type(theirs)(theirs.image_processor, *parts)
+    blind.image_processor = None
+    with pytest.raises(ConversionError, match="has no image processor, and this model sees"):
+        from_hf(hf, blind)
+    images, gender = ours.processor.see(photos((40, 40))), ATTRIBUTES["gender"]
+    with pytest.raises(PromptError, match="A qwen2_audio model hears and does not see"):
+        tiny_lalm.processor.see(photos((40, 40)))
+    with pytest.raises(PromptError, match="A qwen2_audio model hears and does not see"):
+        tiny_lalm.processor.prompt(gender, 100, images=images)
+    prompt = ours.processor.prompt(gender, 100, images=images)
+    clip = chirps([1.0])
+    with pytest.raises(InputError, match="image placeholders and the images make"):
+        ours(ours.processor.inputs([prompt], clip))
+    with pytest.raises(InputError, match="audio placeholders and the clips make"):
+        ours(ours.processor.inputs([prompt], chirps([0.5]), images))
+    other = replace(ours.lalm_cfg, vision=replace(ours.lalm_cfg.vision, image_token=3))
+    with pytest.raises(
+        ConversionError, match=r"<\|IMAGE\|> is token \d+ of its tokenizer, and the model sees images where"
+    ):
+        replace(ours.processor, cfg=other).check()
