@@ -431,7 +431,7 @@ WRONG_CHECKPOINTS = {
     "cannot be read (KeyError": lambda model: (model / "tokenizer.json").write_text("{}"),
     "cannot be read (OSError": lambda model: (model / "processor_config.json").unlink(),
     "chat template cannot be used": lambda model: (model / "chat_template.jinja").write_text("{% if %}"),
-    "Use the feature extractor that belongs to the model": edit(
+    "belongs to another model: it makes 80 mel bins": edit(
         "processor_config.json", '"feature_size": 128', '"feature_size": 80'
     ),
     "came without tokenizer": lambda model: (model / "tokenizer_config.json").unlink(),
