@@ -339,6 +339,12 @@ def test_a_hook_that_nothing_is_seen_by_is_refused(ours):
             ours.run_with_hooks(inputs, fwd_hooks=[(place, lambda resid, hook: resid)])
     with pytest.raises(HookError, match=r"adapter\.hook_out would not fire: this run holds no audio"):
         ours.run_with_hooks(alone("pictures", 3), fwd_hooks=[("adapter.hook_out", lambda state, hook: state)])
+    for place, kind, row in ((place, "sounds", 0), ("adapter.hook_out", "pictures", 3)):
+        with (
+            ours.hooks(fwd_hooks=[(place, lambda state, hook: state)]),
+            pytest.raises(HookError, match="would not fire: this run holds no"),
+        ):
+            ours.embed_inputs(alone(kind, row))
     with torch.no_grad():
         _, cache = ours.run_with_cache(alone("pictures", 3))
     assert "vision_adapter.hook_out" in cache
@@ -472,9 +478,7 @@ def test_one_tensor_more_or_less_in_the_whole_model_is_refused(whole):
         from_pretrained(whole)
 
 
-@pytest.mark.parametrize(
-    "sections", [[], *([["thinker_config", *inner] for inner in ([], ["vision_config"])])], ids=str
-)
+@pytest.mark.parametrize("sections", [[], ["thinker_config"], ["thinker_config", "vision_config"]], ids=str)
 def test_an_unknown_key_of_the_whole_config_is_refused(whole, sections):
     change(whole, *sections, logit_softcapping=30.0)
     with pytest.raises(ConversionError, match="does not know: logit_softcapping"):
@@ -553,18 +557,8 @@ def test_prompts_with_images_are_those_of_hf(seeing):
         logits = hf(**batch, use_cache=False).logits
         assert_close(ours(inputs)[inputs.attention_mask], logits[inputs.attention_mask])
     regions = [region for region, _ in groupby(position.region for position in prompts[0].positions)]
-    mark = ["image_tag", "image", "image_tag"]
-    assert regions[:10] == [
-        "text_before",
-        "image_tag",
-        "image",
-        "image_tag",
-        *mark[1:],
-        "audio_tag",
-        "audio",
-        "audio_tag",
-        "early",
-    ]
+    before = "text_before image_tag image image_tag image image_tag audio_tag audio audio_tag early"
+    assert regions[:10] == before.split()
     n_tokens = inputs.images.grid.prod(-1) // 4
     assert [int(prompt.is_region("image").sum()) for prompt in prompts] == [int(n_tokens[:2].sum()), int(n_tokens[2])]
 
@@ -577,14 +571,10 @@ def test_both_engines_trace_a_prompt_with_an_image(seeing):
     clean, silent = (
         Run(processor.inputs([prompt], [heard], images), prompt) for heard in (clip, torch.zeros_like(clip))
     )
-    its = [
-        Patch("resid_post", layer, region, Source(clean))
-        for layer in range(3)
-        for region in ("audio", "object", "last")
-    ]
+    regions = ("audio", "object", "last")
+    its = [Patch("resid_post", layer, region, Source(clean)) for layer in range(3) for region in regions]
     found = assert_same(ours, branches(silent, *its, Patch("resid_post", 0, "image", Source(clean))))
-    n_same = int((found.values[-1] == found.base[0]).all())
-    assert n_same == 1, "images before the clip are the same in both runs"
+    assert torch.equal(found.values[-1], found.base[0]), "images before the clip are the same in both runs"
     with torch.no_grad():
         back = Plan(ours, branches(silent, Patch("resid_pre", 1, range(len(prompt)), Source(clean))), Logits()).run()
         assert_close(back.values[0], ours(clean.inputs, logits_at=-1)[0])
@@ -595,9 +585,8 @@ def test_features_of_a_long_extractor_are_those_of_hf():
     made = WhisperFeatureExtractor(feature_size=16, chunk_length=300)
     clips = chirps([2.0, 0.313, 6.77])
     mel, n_frames = WholeClip().features(made, clips)
-    theirs = made(
-        [clip.numpy() for clip in clips], sampling_rate=16_000, return_attention_mask=True, return_tensors="pt"
-    )
+    waveforms = [clip.numpy() for clip in clips]
+    theirs = made(waveforms, sampling_rate=16_000, return_attention_mask=True, return_tensors="pt")
     assert mel.shape == (3, 16, 677)
     assert torch.equal(mel, theirs["input_features"][..., :677])
     assert torch.equal(n_frames, theirs["attention_mask"].sum(-1))
@@ -637,6 +626,6 @@ def test_processors_and_images_that_do_not_fit_are_refused(seeing, tiny_lalm):
         ours(ours.processor.inputs([prompt], chirps([0.5]), images))
     other = replace(ours.lalm_cfg, vision=replace(ours.lalm_cfg.vision, image_token=3))
     with pytest.raises(
-        ConversionError, match=r"<\|IMAGE\|> is token \d+ of its tokenizer, and the model sees images where"
+        ConversionError, match=r"<\|IMAGE\|> is token \d+ of its tokenizer, .* sees images where token 3"
     ):
         replace(ours.processor, cfg=other).check()
