@@ -245,6 +245,17 @@ def omni_config(**text: object) -> Qwen2_5OmniThinkerConfig:
     )
 
 
+def as_theirs(ours: Tensor, theirs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """States of the encoder or adapter as HF has them. Voxtral's adapter has its clips one after the other, Omni's
+    tower and adapter the sound of them alone."""
+    if ours.numel() == theirs.numel():
+        return ours.reshape(theirs.shape)
+    n_frames = batch["feature_attention_mask"].sum(-1)
+    n_states = (n_frames - 1) // 2 + 1
+    n_real = n_states if len(theirs) == n_states.sum() else n_states // 2
+    return ours[torch.arange(ours.shape[1]) < n_real[:, None]]
+
+
 def spoken(processor: ProcessorMixin, user: list[dict], answer: str | None) -> str:
     """A chat template's text."""
     turns: list[dict] = [{"role": "user", "content": user}]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import assert_same, branches
-from families import FAMILIES, PARTS, QUESTION, REAL, Family
+from families import FAMILIES, PARTS, QUESTION, REAL, Family, as_theirs
 from reference import chirps, hf_states
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -94,19 +94,10 @@ def test_logits_and_every_state_match_hf(opened):
         assert_close(cache["resid_post", layer][is_token], theirs[f"decoder.{layer}"][is_token])
     for layer in range(opened.ours.lalm_cfg.encoder.n_layers):
         ours = cache[f"audio_encoder.blocks.{layer}.hook_resid_post"]
-        assert_close(as_theirs(ours, theirs[f"encoder.{layer}"], opened, batch), theirs[f"encoder.{layer}"])
+        assert_close(as_theirs(ours, theirs[f"encoder.{layer}"], batch), theirs[f"encoder.{layer}"])
     for name, hook in (("encoder_norm", "audio_encoder.hook_out"), ("projector", "adapter.hook_out")):
-        assert_close(as_theirs(cache[hook], theirs[name], opened, batch), theirs[name])
+        assert_close(as_theirs(cache[hook], theirs[name], batch), theirs[name])
     assert len(cache["hook_audio_embed"]) == (batch["input_ids"] == opened.ours.lalm_cfg.audio_token).sum()
-
-
-def as_theirs(ours: Tensor, theirs: Tensor, opened: Opened, batch: dict[str, Tensor]) -> Tensor:
-    """Voxtral's adapter has its clips one after the other, Omni's tower and adapter the sound of them alone."""
-    if ours.numel() == theirs.numel():
-        return ours.reshape(theirs.shape)
-    n_frames = batch["feature_attention_mask"].sum(-1)
-    n_real = {100: (n_frames - 1) // 2 + 1, 50: opened.ours.audio_encoder.n_audio(n_frames)}[ours.shape[1]]
-    return ours[torch.arange(ours.shape[1]) < n_real[:, None]]
 
 
 def test_without_audio_it_is_a_language_model(opened):

@@ -339,9 +339,9 @@ def test_a_hook_that_nothing_is_seen_by_is_refused(ours):
             ours.run_with_hooks(inputs, fwd_hooks=[(place, lambda resid, hook: resid)])
     with pytest.raises(HookError, match=r"adapter\.hook_out would not fire: this run holds no audio"):
         ours.run_with_hooks(alone("pictures", 3), fwd_hooks=[("adapter.hook_out", lambda state, hook: state)])
-    for place, kind, row in ((place, "sounds", 0), ("adapter.hook_out", "pictures", 3)):
+    for hook, kind, row in ((place, "sounds", 0), ("adapter.hook_out", "pictures", 3)):
         with (
-            ours.hooks(fwd_hooks=[(place, lambda state, hook: state)]),
+            ours.hooks(fwd_hooks=[(hook, lambda state, hook: state)]),
             pytest.raises(HookError, match="would not fire: this run holds no"),
         ):
             ours.embed_inputs(alone(kind, row))

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -11,7 +11,6 @@ from lalm_lens.config import EncoderConfig
 from lalm_lens.encoders.base import AudioEncoder, Frames
 from lalm_lens.encoders.whisper import n_pooled_states, n_states, sinusoids
 from lalm_lens.errors import InputError
-from lalm_lens.nn.attention import Mask
 from lalm_lens.nn.block import EncoderBlock
 from lalm_lens.nn.norm import LayerNorm
 
@@ -43,9 +42,8 @@ class WindowedWhisperEncoder(AudioEncoder):
         """States of the clip and of what pads it; `n_pooled_states(n_frames)` of them belong to the sound."""
         resid = self.embed(mel, n_frames)
         is_sound = torch.arange(resid.shape[1], device=mel.device) < n_states(n_frames)[:, None]
-        mask = window_mask(is_sound, self.window)
         for block in self.blocks:
-            resid = block(resid, mask)
+            resid = block(resid, is_sound[:, None, None, :])
         pooled = F.avg_pool1d(rearrange(resid, "clip pos d_model -> clip d_model pos"), 2, stride=2)
         return self.hook_out(self.ln_post(rearrange(pooled, "clip d_model pos -> clip pos d_model")))
 
@@ -71,11 +69,3 @@ class WindowedWhisperEncoder(AudioEncoder):
     def by_window(self, x: Tensor) -> Tensor:
         """Each window as a clip of its own: [clip window, channel, frames]."""
         return rearrange(x, "clip channel (window frames) -> (clip window) channel frames", frames=2 * self.window)
-
-
-def window_mask(is_sound: Bool[Tensor, "clip pos"], window: int) -> Mask:
-    """True where a state may look: at the sound in its own window. States behind the sound look at themselves."""
-    positions = torch.arange(is_sound.shape[1], device=is_sound.device)
-    which = positions // window
-    beside = which[:, None] == which
-    return (beside & is_sound[:, None, None, :]) | (positions[:, None] == positions)

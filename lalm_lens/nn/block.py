@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.config import DecoderConfig, EncoderConfig, VisionConfig
-from lalm_lens.nn.attention import AxialAttention, BidirectionalAttention, ByHead, Projections, RotaryAttention
+from lalm_lens.nn.attention import (
+    AxialAttention,
+    BidirectionalAttention,
+    ByHead,
+    Projections,
+    RotaryAttention,
+    WindowedAttention,
+)
 from lalm_lens.nn.mlp import MLP, GatedMLP
 from lalm_lens.nn.norm import LayerNorm, RMSNorm
 
@@ -77,12 +84,12 @@ class EncoderBlock(Block):
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
         self.ln1 = LayerNorm(cfg.d_model)
-        self.attn = BidirectionalAttention(
-            cfg.d_model,
-            cfg.n_heads,
-            cfg.n_heads,
-            cfg.d_model // cfg.n_heads,
-            Projections(q=True, k=False, v=True, o=True),
+        sizes = (cfg.d_model, cfg.n_heads, cfg.n_heads, cfg.d_model // cfg.n_heads)
+        bias = Projections(q=True, k=False, v=True, o=True)
+        self.attn = (
+            BidirectionalAttention(*sizes, bias)
+            if cfg.window is None
+            else WindowedAttention(*sizes, bias, window=cfg.window)
         )
         self.ln2 = LayerNorm(cfg.d_model)
         self.mlp = MLP(cfg.d_model, cfg.d_mlp)
