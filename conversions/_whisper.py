@@ -1,14 +1,13 @@
-"""The encoder that Qwen2-Audio, Voxtral and Audio Flamingo 3 share, under HF's names."""
+"""The encoder that Qwen2-Audio, Voxtral and Audio Flamingo 3 share, and its blocks, under HF's names."""
 
 from lalm_lens.config import ConfigReader, EncoderConfig
 from lalm_lens.weights import Rule
 
-ENCODER = (
+BLOCKS = (
     Rule("conv1.weight", "conv1.weight"),
     Rule("conv1.bias", "conv1.bias"),
     Rule("conv2.weight", "conv2.weight"),
     Rule("conv2.bias", "conv2.bias"),
-    Rule("embed_positions.weight", "W_pos"),
     Rule("layers.{i}.self_attn_layer_norm.weight", "blocks.{i}.ln1.w"),
     Rule("layers.{i}.self_attn_layer_norm.bias", "blocks.{i}.ln1.b"),
     Rule("layers.{i}.self_attn.q_proj.weight", "blocks.{i}.attn.q_proj.weight"),
@@ -24,6 +23,11 @@ ENCODER = (
     Rule("layers.{i}.fc1.bias", "blocks.{i}.mlp.in_proj.bias"),
     Rule("layers.{i}.fc2.weight", "blocks.{i}.mlp.out_proj.weight"),
     Rule("layers.{i}.fc2.bias", "blocks.{i}.mlp.out_proj.bias"),
+)
+
+ENCODER = (
+    *BLOCKS,
+    Rule("embed_positions.weight", "W_pos"),
     Rule("layer_norm.weight", "ln_post.w"),
     Rule("layer_norm.bias", "ln_post.b"),
 )

@@ -13,14 +13,16 @@ AXES = {
     "batch, pos, kv_head, d_model": "k_input v_input",
     "batch, pos, d_mlp": "pre pre_linear post",
     "audio_pos, d_model": "audio_embed",
+    "vision_pos, d_model": "vision_embed",
 }
 AXES_OF = {f"hook_{name}": axes for axes, names in AXES.items() for name in names.split()}
 
 
 def axes_of(name: str) -> str:
-    """The axes of a hook point, such as "batch, pos, d_model"; where audio is heard, `batch` is `clip`."""
-    axes = AXES_OF[name.split(".")[-1]]
-    return axes.replace("batch", "clip") if name.startswith(("audio_encoder", "adapter")) else axes
+    """The axes of a hook point, such as "batch, pos, d_model"; where audio is heard, `batch` is `clip`, and where
+    pictures are seen, `frame`."""
+    batch = {"audio_encoder": "clip", "adapter": "clip", "vision_encoder": "frame", "vision_adapter": "frame"}
+    return AXES_OF[name.split(".")[-1]].replace("batch", batch.get(name.split(".")[0], "batch"))
 
 
 def n_bytes(names: Iterable[str], sizes: Mapping[str, int], itemsize: int) -> int:

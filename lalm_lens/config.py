@@ -19,6 +19,15 @@ class Rope:
     theta: float
 
 
+@dataclass(frozen=True)
+class MRope:
+    """Rotary embedding by time, height and width (arXiv 2409.12191): the first `sections[0]` pairs of a head turn by
+    the position in time, the next `sections[1]` by that in height, and so on in turn."""
+
+    theta: float
+    sections: tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     n_layers: int
@@ -30,7 +39,7 @@ class DecoderConfig:
     d_vocab: int
     n_ctx: int
     eps: float
-    rope: Rope  # another rotary scheme is another config class with its own module in nn/rope.py
+    rope: Rope | MRope  # another rotary scheme is another config class with its own module in nn/rope.py
     qkv_bias: bool
     windows: tuple[int | None, ...]  # per block: positions a query looks back on, itself included; None = all
     tied: bool = False  # the unembedding is the embedding
@@ -40,6 +49,11 @@ class DecoderConfig:
             raise ConversionError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key-value heads evenly.")
         if self.d_head % 2:
             raise ConversionError(f"Rotary embedding turns pairs, and heads are {self.d_head} wide: an odd number.")
+        if isinstance(self.rope, MRope) and 2 * sum(self.rope.sections) != self.d_head:
+            raise ConversionError(
+                f"Heads of width {self.d_head} have {self.d_head // 2} pairs to turn, and the sections "
+                f"{self.rope.sections} are {sum(self.rope.sections)}."
+            )
         if len(self.windows) != self.n_layers:
             raise ConversionError(f"{len(self.windows)} layer types for {self.n_layers} layers.")
         if any(window is not None and window < 1 for window in self.windows):
@@ -56,6 +70,7 @@ class EncoderConfig:
     d_mlp: int
     n_mels: int
     n_ctx: int  # positions after the second convolution, 20 ms each
+    window: int | None = None  # positions that are heard apart from all others; None = the whole clip is one
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads:
@@ -68,11 +83,50 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Qwen2.5-VL's tower (arXiv 2502.13923): a frame is cut into patches, most blocks look at windows of it only."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_mlp: int
+    n_channels: int
+    patch: int  # pixels along a side
+    n_frames: int  # of a video that are one patch in time; an image is repeated
+    merge: int  # patches along the side of a square that becomes one token
+    window: int  # tokens along the side of a window
+    whole: tuple[int, ...]  # blocks in which a patch sees its whole frame
+    theta: float
+    image_token: int  # ids of the placeholders that embeddings of images, and of videos, replace
+    video_token: int
+    start_token: int  # ids of what stands before a picture, and before a clip: before a video that is heard, both
+    audio_start_token: int
+    positions_per_s: int  # how far a second of video moves the position in time
+
+    def __post_init__(self) -> None:
+        if self.d_model % (4 * self.n_heads):
+            raise ConversionError(
+                f"{self.n_heads} heads of {self.d_model} in all: rows turn one half of the pairs of each head, columns "
+                "the other, so a head must be a multiple of 4 wide."
+            )
+        if self.window < 1:
+            raise ConversionError("A window of the vision tower must hold at least one token.")
+        if self.whole and max(self.whole) >= self.n_layers:
+            raise ConversionError(f"Blocks {self.whole} see whole frames, and there are {self.n_layers} blocks.")
+
+    @property
+    def n_pixels(self) -> int:
+        """Numbers of a patch."""
+        return self.n_channels * self.n_frames * self.patch**2
+
+
+@dataclass(frozen=True, kw_only=True)
 class LALMConfig:
     model_type: str
     decoder: DecoderConfig
     encoder: EncoderConfig
     audio_token: int  # id of the placeholder that audio embeddings replace
+    vision: VisionConfig | None = None  # of a model that also sees
 
 
 # What a config.json may say that does not change a forward pass at inference: training, bookkeeping, generation.
@@ -116,6 +170,14 @@ class ConfigReader:
             raise ConversionError(f"{self.where}: {key} = {value} should be 1 or more.")
         return value
 
+    def required(self, key: str) -> int:
+        """A whole number that has no default."""
+        self.known.add(key)
+        value = self.section.get(key)
+        if type(value) is not int:
+            raise ConversionError(f"{self.where}: {key} = {value!r} should be a whole number, and has no default.")
+        return value
+
     def one_of(self, keys: tuple[str, ...], default: int) -> int:
         """A number of things that has several names, all of which say the same."""
         said = {key: self.size(key, default) for key in keys if key in self.section}
@@ -123,6 +185,13 @@ class ConfigReader:
         if len(set(said.values())) > 1:
             raise ConversionError(f"{self.where}: {said} contradict each other.")
         return next(iter(said.values()), default)
+
+    def sizes(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """A list of numbers, each 0 or more."""
+        values = self.optional(key, default)
+        if not isinstance(values, list | tuple) or not all(type(value) is int and value >= 0 for value in values):
+            raise ConversionError(f"{self.where}: {key} = {values!r} should be a list of whole numbers.")
+        return tuple(values)
 
     def optional_size(self, key: str, default: int) -> int | None:
         """A number of things, or null."""
@@ -147,7 +216,8 @@ class ConfigReader:
     def inner(self, key: str, defaults: Mapping[str, Any] = {}) -> "ConfigReader":
         """A nested section, whose absent keys are those of `defaults`."""
         self.known.add(key)
-        section = self.section.get(key, {})
+        section = self.section.get(key)
+        section = {} if section is None else section
         if not isinstance(section, Mapping):
             raise ConversionError(f"{self.where}: {key} must be a JSON object, got {section!r}.")
         return ConfigReader({**defaults, **section}, f"{self.where}: {key}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.axes import axes_of
@@ -15,6 +15,7 @@ from lalm_lens.config import DecoderConfig, EncoderConfig, LALMConfig
 from lalm_lens.loading import conversion_for, local_folder, model_name, read_config, skeleton
 from lalm_lens.model import HookedLALM
 from lalm_lens.placement import Placement
+from lalm_lens.seeing import SeeingLALM
 from lalm_lens.shapes import typed
 from lalm_lens.weights import Conversion
 
@@ -93,7 +94,9 @@ def info(path_or_hub_id: str | Path, *, n_text: int = 60, conversion: Conversion
 
 
 def n_parameters(model: HookedLALM) -> dict[str, int]:
-    stages = {"audio encoder": model.audio_encoder, "adapter": model.adapter}
+    stages: dict[str, nn.Module] = {"audio encoder": model.audio_encoder, "adapter": model.adapter}
+    if isinstance(model, SeeingLALM):
+        stages |= {"vision encoder": model.vision_encoder, "vision adapter": model.vision_adapter}
     counted = {stage: sum(p.numel() for p in module.parameters()) for stage, module in stages.items()}
     return {**counted, "decoder": sum(p.numel() for p in model.parameters()) - sum(counted.values())}
 

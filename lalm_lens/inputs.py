@@ -1,7 +1,8 @@
-"""What a model takes: tokens with audio beside them, or the embeddings already made of both."""
+"""What a model takes: tokens with audio and pictures beside them, or the embeddings already made of all."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,20 +11,64 @@ from torch import Tensor
 from lalm_lens.errors import InputError
 
 _FRAME_MASKS = {"feature_attention_mask", "input_features_mask"}  # Qwen2-Audio's name, and Audio Flamingo 3's
-_HF_NAMES = {"input_ids", "attention_mask", "input_features", *_FRAME_MASKS}
+_IMAGES, _VIDEOS = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
+_SECONDS = "video_second_per_grid"
+_HF_NAMES = {
+    *("input_ids", "attention_mask", "position_ids", "input_features", *_FRAME_MASKS),
+    *(*_IMAGES, *_VIDEOS, _SECONDS, "use_audio_in_video"),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images as patches of pixels, one image after the other."""
+
+    patches: Float[Tensor, "patch pixels"]
+    grid: Int[Tensor, "item 3"]  # patches of each in time, which is 1, in height and in width
+
+    def __post_init__(self) -> None:
+        if self.grid.min() < 1 or len(self.patches) != self.grid.prod(-1).sum():
+            raise InputError(
+                f"Grids of {self.grid.tolist()} patches do not hold {len(self.patches)} patches: give the pixels and "
+                "the grid that one processor made."
+            )
+        if not self.patches.isfinite().all():
+            raise InputError("The pixels hold NaN or infinity. Check the images they were made from.")
+
+    def to(self, device: torch.device | str | None, non_blocking: bool = False) -> "Images":
+        """As `Tensor.to`."""
+        return replace(
+            self, **{name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items()}
+        )
+
+
+@dataclass(frozen=True)
+class Videos(Images):
+    """Videos in the same way. Where their sound is heard too, the prompt says so by its tokens."""
+
+    seconds: Float[Tensor, " item"]  # of each, how long a patch lasts
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.seconds > 0).all():
+            raise InputError(f"A patch of a video lasts some time, got {self.seconds.tolist()} s.")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A left-padded batch of prompts with their clips, in the order of their placeholders.
+    """A left-padded batch of prompts with their clips, images and videos, each in the order of their placeholders.
 
-    A clip that is longer than one window of the encoder is several clips here, one after the other.
+    A clip that is longer than one window of the encoder is several clips here, one after the other. `positions` are
+    those that the decoder rotates by, where its own would not do.
     """
 
     tokens: Int[Tensor, "batch pos"]
     attention_mask: Bool[Tensor, "batch pos"]  # False on padding
     mel: Float[Tensor, "clip mel frames"] | None = None
     n_frames: Int[Tensor, " clip"] | None = None  # mel frames (10 ms) that belong to the sound
+    images: Images | None = None
+    videos: Videos | None = None
+    positions: Int[Tensor, "3 batch pos"] | None = None  # in time, height and width
 
     def __post_init__(self) -> None:
         if not self.attention_mask[:, -1].all():
@@ -34,8 +79,11 @@ class Inputs:
             raise InputError("The audio features hold NaN or infinity. Check the waveform they were made from.")
 
     @classmethod
-    def from_hf(cls, batch: Mapping[str, Tensor]) -> "Inputs":
-        """From what an HF processor returns. Without a mask of frames, all of them are heard."""
+    def from_hf(cls, batch: Mapping[str, Any]) -> "Inputs":
+        """From what an HF processor returns. Without a mask of frames, all of them are heard.
+
+        `use_audio_in_video` is not needed: the prompt's own tokens say it.
+        """
         unknown = set(batch) - _HF_NAMES
         if unknown:
             raise InputError(f"Unknown model inputs {sorted(unknown)}; known are {sorted(_HF_NAMES)}.")
@@ -48,11 +96,17 @@ class Inputs:
             attention_mask=batch.get("attention_mask", torch.ones_like(tokens)).bool(),
             mel=mel,
             n_frames=masks[0].sum(-1).long() if masks else None,
+            images=Images(*together(batch, *_IMAGES)) if _IMAGES[0] in batch else None,
+            videos=Videos(*together(batch, *_VIDEOS, _SECONDS)) if _VIDEOS[0] in batch else None,
+            positions=batch.get("position_ids"),
         )
 
     def to_hf(self, frame_mask: str | None = "feature_attention_mask") -> dict[str, Tensor]:
         """What an HF model takes that has this name for the mask of frames, or none: `from_hf` undone."""
         batch = {"input_ids": self.tokens, "attention_mask": self.attention_mask.long()}
+        batch |= {} if self.positions is None else {"position_ids": self.positions}
+        batch |= {} if self.images is None else dict(zip(_IMAGES, vars(self.images).values(), strict=True))
+        batch |= {} if self.videos is None else dict(zip((*_VIDEOS, _SECONDS), vars(self.videos).values(), strict=True))
         if self.mel is None or self.n_frames is None:
             return batch
         is_frame = torch.arange(self.mel.shape[-1], device=self.mel.device) < self.n_frames[:, None]
@@ -67,13 +121,22 @@ class Inputs:
         return replace(self, **moved)
 
 
+def together(batch: Mapping[str, Any], *names: str) -> list[Tensor]:
+    """What comes together, or not at all."""
+    if missing := [name for name in names if batch.get(name) is None]:
+        raise InputError(f"{names[0]} come with {', '.join(names[1:])}; {', '.join(missing)} is missing.")
+    return [torch.as_tensor(batch[name]) for name in names]
+
+
 @dataclass(frozen=True)
 class Embedded:
-    """Inputs after embedding and merge. The audio encoder has run; hooks on it will not fire again."""
+    """Inputs after embedding and merge. The encoders have run; hooks on them will not fire again."""
 
     embed: Float[Tensor, "batch pos d_model"]
     attention_mask: Bool[Tensor, "batch pos"]
+    positions: Int[Tensor, "3 batch pos"] | None = None  # in time, height and width, where those are not one
 
     def to(self, device: torch.device | str) -> "Embedded":
         """As `Tensor.to`."""
-        return Embedded(self.embed.to(device), self.attention_mask.to(device))
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)

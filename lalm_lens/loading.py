@@ -22,6 +22,7 @@ from lalm_lens.model import HookedLALM
 from lalm_lens.offload import Store, attach
 from lalm_lens.placement import DeviceMap, MaxMemory, Placement, usable_device
 from lalm_lens.prompts import Processor
+from lalm_lens.seeing import SeeingLALM
 from lalm_lens.shapes import typed
 from lalm_lens.weights import (
     FLOATS,
@@ -99,7 +100,7 @@ def from_pretrained(
             attach(model, model.placement, store)
     generation = folder / "generation_config.json"
     model.stop_tokens = stop_tokens(read_json(generation) if generation.is_file() else {}, config)
-    return with_processor(model, read_processor(folder), conversion)
+    return with_processor(model, read_processor(folder, conversion), conversion)
 
 
 @typed
@@ -129,7 +130,8 @@ def from_hf(
 def stop_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     """What ends an answer, from the first config that says it: in generation_config.json, or in config.json."""
     for config in configs:
-        for section in (config, config.get("text_config") or {}):
+        thinker = config.get("thinker_config") or {}
+        for section in (config, thinker, config.get("text_config") or {}, thinker.get("text_config") or {}):
             stops = section.get("eos_token_id")
             if stops is not None:
                 return tuple(stops) if isinstance(stops, list) else (stops,)
@@ -140,7 +142,10 @@ def skeleton(config: Mapping[str, Any], conversion: Conversion, name: str) -> Ho
     """The model of a config on the meta device: every shape and no number."""
     cfg = conversion.config(config)
     with torch.device("meta"):
-        return HookedLALM(cfg, conversion.encoder(cfg), conversion.adapter(cfg), name)
+        hears = conversion.encoder(cfg), conversion.adapter(cfg)
+        if conversion.sight is None:
+            return HookedLALM(cfg, *hears, name)
+        return SeeingLALM(cfg, *hears, conversion.sight.encoder(cfg), conversion.sight.adapter(cfg), name)
 
 
 def fill(model: HookedLALM, tensors: Tensors, conversion: Conversion, place: Place) -> None:
@@ -263,7 +268,7 @@ def our_conversions() -> dict[str, Conversion]:
     return conversions.available()
 
 
-def read_processor(folder: Path) -> ProcessorMixin | None:
+def read_processor(folder: Path, conversion: Conversion) -> ProcessorMixin | None:
     """The model's own tokenizer and feature extractor; None for a checkpoint that ships without them."""
     has_tekken = (folder / "tekken.json").is_file()  # Mistral's own repositories have nothing else
     if not has_tekken and not (folder / "tokenizer_config.json").is_file():
@@ -277,4 +282,6 @@ def read_processor(folder: Path) -> ProcessorMixin | None:
         f"The tokenizer or feature extractor in {folder} cannot be read",
         "Put the model's own processor files beside its weights.",
     ):
+        if conversion.sight is not None:
+            return conversion.sight.processor(folder)
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)

@@ -15,7 +15,7 @@ from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.nn.kv_cache import KeyValueCache
 from lalm_lens.prompts import Processor
 from lalm_lens.shapes import typed
-from lalm_lens.transformer import At, HookedTransformer, axis_sizes
+from lalm_lens.transformer import At, HookedTransformer, Positions, axis_sizes
 from lalm_lens.words import Text
 
 
@@ -42,6 +42,7 @@ class HookedLALM(HookedTransformer):
         inputs: Inputs | Embedded | Text | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
         *,
         attention_mask: Bool[Tensor, "batch pos"] | None = None,
+        positions: Int[Tensor, "batch pos"] | Int[Tensor, "3 batch pos"] | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         logits_at: At = None,
@@ -50,16 +51,17 @@ class HookedLALM(HookedTransformer):
         """Logits, or the residual stream: `HookedTransformer.forward`, which here also takes `Inputs` and `Embedded`.
 
         Raises `HookError` if a hook on the encoder or adapter could not fire, because no audio is heard in this run;
-        `InputError` if placeholders and audio do not match, or the mask of `Inputs` is given a second time.
+        `InputError` if placeholders and audio do not match, or mask or positions of `Inputs` are given a second time.
         """
-        return self.decode(inputs, attention_mask, start_at_layer, stop_at_layer, logits_at, kv_cache)
+        return self.decode(inputs, attention_mask, positions, start_at_layer, stop_at_layer, logits_at, kv_cache)
 
     def enter(
-        self, inputs: Any, attention_mask: Bool[Tensor, "batch pos"] | None
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None]:
-        if attention_mask is not None and not isinstance(inputs, Tensor):
+        self, inputs: Any, attention_mask: Bool[Tensor, "batch pos"] | None, positions: Positions | None
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None, Positions | None]:
+        if not (attention_mask is None and positions is None) and not isinstance(inputs, Tensor):
             raise InputError(
-                "The attention mask is part of `Inputs` and `Embedded`, and texts need none: do not give one."
+                "Attention mask and positions are part of `Inputs` and `Embedded`, and texts need none: do not give "
+                "them."
             )
         if isinstance(inputs, str | Sequence):
             inputs = Inputs(*self.read(inputs))
@@ -69,27 +71,49 @@ class HookedLALM(HookedTransformer):
         if isinstance(inputs, Inputs):
             inputs = self.embed_inputs(inputs)
         if isinstance(inputs, Embedded):
+            positions = inputs.positions if positions is None else positions
             inputs, attention_mask = inputs.embed, inputs.attention_mask
-        return super().enter(inputs, attention_mask)
+        return super().enter(inputs, attention_mask, positions)
 
     @typed
     def embed_inputs(self, inputs: Inputs) -> Embedded:
-        """Run the audio encoder and the adapter once and merge, for any number of decoder runs.
+        """Run encoders and adapters once and merge, for any number of decoder runs.
 
-        Raises `InputError` if placeholders and audio do not match one to one.
+        Raises `InputError` if placeholders and what is heard and seen do not match one to one.
         """
         inputs = self.here(inputs)
-        text = self.embed(inputs.tokens)
+        merged = self.see(inputs, self.hear(inputs, self.embed(inputs.tokens)))
+        return Embedded(merged, inputs.attention_mask, self.positions_of(inputs))
+
+    def hear(self, inputs: Inputs, embed: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """With the audio where its placeholders are."""
         is_audio = inputs.tokens == self.lalm_cfg.audio_token
         n_audio = inputs.tokens.new_zeros(0) if inputs.n_frames is None else self.audio_encoder.n_audio(inputs.n_frames)
-        check_placeholders(is_audio, n_audio)
+        check_placeholders(is_audio, n_audio, "audio", "clips")
         if inputs.mel is None or inputs.n_frames is None:
-            if silent := self.hooked() & self.front_end():
-                raise self.silent(min(silent))
-            return Embedded(text, inputs.attention_mask)
+            self.refuse_hooks(self.ears())
+            return embed
         audio = self.adapter(self.audio_encoder(inputs.mel, inputs.n_frames))
         is_sound = torch.arange(audio.shape[1], device=audio.device) < n_audio[:, None]
-        return Embedded(splice(text, self.hook_audio_embed(audio[is_sound]), is_audio), inputs.attention_mask)
+        return splice(embed, self.hook_audio_embed(audio[is_sound]), is_audio)
+
+    def see(self, inputs: Inputs, embed: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """With pictures where their placeholders are: none here."""
+        if inputs.images is not None or inputs.videos is not None:
+            raise InputError(f"A {self.lalm_cfg.model_type} model hears and does not see: leave out images and videos.")
+        return embed
+
+    def is_placeholder(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Where something is heard or seen."""
+        return tokens == self.lalm_cfg.audio_token
+
+    def positions_of(self, inputs: Any) -> Int[Tensor, "3 batch pos"] | None:
+        return inputs.positions if isinstance(inputs, Inputs | Embedded) else None
+
+    def refuse_hooks(self, names: set[str]) -> None:
+        """Raise `HookError` for a hook on one of these points, which this run does not pass."""
+        if silent := self.hooked() & names:
+            raise self.silent(min(silent))
 
     def bind(self, *inputs: Inputs) -> "BoundLALM":
         """The same model for helpers that pass tokens alone: their tokens stand for these inputs, audio included.
@@ -112,13 +136,13 @@ class HookedLALM(HookedTransformer):
         live = super().live(inputs, start_at_layer=start_at_layer, **rest)
         if isinstance(inputs, Inputs) and inputs.mel is not None and start_at_layer is None:
             return live
-        return live - self.front_end()
+        return live - self.ears()
 
     def sizes(self, inputs: Any = None, *_: Any) -> dict[str, dict[str, int]]:
         if not isinstance(inputs, Inputs) or inputs.mel is None:
             return super().sizes(inputs)
         cfg = self.lalm_cfg.encoder
-        heard = axis_sizes(cfg, len(inputs.mel), cfg.n_ctx) | {
+        heard = axis_sizes(cfg, len(inputs.mel), -(-inputs.mel.shape[-1] // 2)) | {
             "kv_head": cfg.n_heads,
             "d_head": cfg.d_model // cfg.n_heads,
         }
@@ -131,6 +155,10 @@ class HookedLALM(HookedTransformer):
         return super().shape_of(inputs)
 
     def front_end(self) -> set[str]:
+        """The hook points that fire only where something is heard or seen."""
+        return self.ears()
+
+    def ears(self) -> set[str]:
         """The hook points that fire only where audio is heard."""
         return {name for name in self.hook_dict if name.startswith(("audio_encoder.", "adapter.", "hook_audio_embed"))}
 
@@ -174,26 +202,29 @@ class BoundLALM(HookedLALM):
         inputs = [self.here(each) for each in inputs]
         self.plain = [each.tokens for each in inputs]
         self.is_token = [each.attention_mask for each in inputs]
+        self.positions: list[Int[Tensor, "3 batch pos"] | None] = []
         self.tokens: tuple[Int[Tensor, "batch pos"], ...] = ()
         with torch.no_grad():
             self.audio = torch.cat([self.take_in(each) for each in inputs])
 
     def take_in(self, inputs: Inputs) -> Float[Tensor, "audio_pos d_model"]:
-        """Give the audio of these inputs its tokens."""
-        is_audio = inputs.tokens == self.lalm_cfg.audio_token
+        """Give what is heard and seen in these inputs its tokens."""
+        is_audio = self.is_placeholder(inputs.tokens)
         first = self.padding + 1 + sum(int((tokens > self.padding).sum()) for tokens in self.tokens)
         tokens = inputs.tokens.masked_fill(~inputs.attention_mask, self.padding)
         tokens[is_audio] = torch.arange(first, first + int(is_audio.sum()), device=tokens.device)
         self.tokens += (tokens,)
-        return self.model[0].embed_inputs(inputs).embed[is_audio]
+        embedded = self.model[0].embed_inputs(inputs)
+        self.positions.append(embedded.positions)
+        return embedded.embed[is_audio]
 
     def enter(
-        self, inputs: Any, attention_mask: Bool[Tensor, "batch pos"] | None
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None]:
+        self, inputs: Any, attention_mask: Bool[Tensor, "batch pos"] | None, positions: Positions | None
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None, Positions | None]:
         if isinstance(inputs, Tensor) and not inputs.is_floating_point():
-            inputs = self.resolve(inputs, attention_mask)
-            attention_mask = None
-        return super().enter(inputs, attention_mask)
+            inputs = self.resolve(inputs, attention_mask, positions)
+            attention_mask = positions = None
+        return super().enter(inputs, attention_mask, positions)
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
         chosen = {name} if isinstance(name, str) else self.matched(name)
@@ -201,13 +232,43 @@ class BoundLALM(HookedLALM):
             raise self.silent(min(silent))
         super().add_hook(name, *args, **kwargs)
 
-    def resolve(self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None) -> Embedded:
+    def resolve(
+        self, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None, positions: Positions | None
+    ) -> Embedded:
         """What tokens stand for. Raises `InputError` for plain ones with audio that none or several inputs have."""
         tokens = torch.cat([self.named(row[None]) for row in tokens])
         is_audio, is_token = tokens > self.padding, tokens != self.padding
         text = self.embed(tokens.masked_fill(is_audio | ~is_token, 0))
         audio = self.audio.to(text)[tokens[is_audio] - self.padding - 1]
-        return Embedded(splice(text, audio, is_audio), is_token if mask is None else is_token & mask)
+        embed, is_token = splice(text, audio, is_audio), is_token if mask is None else is_token & mask
+        if positions is not None:
+            return Embedded(embed, is_token, positions.expand(3, *positions.shape[-2:]))
+        return Embedded(embed, is_token, self.placed(tokens, is_token))
+
+    def placed(
+        self, tokens: Int[Tensor, "batch pos"], is_token: Bool[Tensor, "batch pos"]
+    ) -> Int[Tensor, "3 batch pos"] | None:
+        """Positions of rows in which something may be seen."""
+        if all(positions is None for positions in self.positions):
+            return None
+        counted = (is_token.cumsum(-1) - 1).clamp(min=0)
+        rows = [self.placed_row(row) for row in tokens]
+        return torch.stack(
+            [plain.expand(3, -1) if its is None else its for its, plain in zip(rows, counted, strict=True)], dim=1
+        )
+
+    def placed_row(self, row: Int[Tensor, " pos"]) -> Int[Tensor, "3 pos"] | None:
+        """None for words of its own, and where nothing was seen."""
+        for tokens, positions in zip(self.tokens, self.positions, strict=True):
+            for n in range(len(tokens)):
+                if torch.equal(tokens[n, : len(row)], row):
+                    return None if positions is None else positions[:, n, : len(row)]
+        if (row > self.padding).any():
+            raise InputError(
+                "Where pictures are seen, tokens are those of `bound.tokens` from the first on: positions hang on all "
+                "that comes before. Give `positions` for others."
+            )
+        return None
 
     def named(self, row: Int[Tensor, "1 pos"]) -> Int[Tensor, "1 pos"]:
         """A row of tokens in which every audio position has its own token."""
@@ -217,7 +278,7 @@ class BoundLALM(HookedLALM):
             for n in range(len(plain))
             if torch.equal(plain[n], row[0])
         ]
-        if not hits and not (row == self.lalm_cfg.audio_token).any():
+        if not hits and not self.is_placeholder(row).any():
             return row  # words of its own, or a row that is named already
         if len(hits) != 1:
             raise InputError(
@@ -229,20 +290,26 @@ class BoundLALM(HookedLALM):
     def __repr__(self) -> str:
         return f"{super().__repr__()} bound to {len(self.audio)} audio positions of {len(self.tokens)} inputs"
 
+    def is_placeholder(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        return self.model[0].is_placeholder(tokens)
+
+    def front_end(self) -> set[str]:
+        return self.model[0].front_end()
+
     # What changes while a model runs is the model's own, so that hooks on either know of each other.
     context_level = property(*_shared("context_level"))
     is_caching = property(*_shared("is_caching"))
     training = property(*_shared("training"))  # pyright: ignore[reportAssignmentType]
 
 
-def check_placeholders(is_audio: Bool[Tensor, "batch pos"], n_audio: Int[Tensor, " clip"]) -> None:
-    """Clips fill the placeholders in order; none may reach over into the next prompt."""
-    wanted = is_audio.sum(-1)
-    ends = torch.cat([n_audio.new_zeros(1), n_audio.cumsum(0)])
-    if wanted.sum() != n_audio.sum() or not torch.isin(wanted.cumsum(0), ends).all():
+def check_placeholders(is_placeholder: Bool[Tensor, "batch pos"], n_made: Int[Tensor, " item"], kind: str, its: str):
+    """Clips, or pictures, fill their placeholders in order; none may reach over into the next prompt."""
+    wanted = is_placeholder.sum(-1)
+    ends = torch.cat([n_made.new_zeros(1), n_made.cumsum(0)])
+    if wanted.sum() != n_made.sum() or not torch.isin(wanted.cumsum(0), ends).all():
         raise InputError(
-            f"The prompts have {wanted.tolist()} audio placeholders and the clips make {n_audio.tolist()} audio "
-            "embeddings. Give `Inputs` with the clips that the prompts were made for, in their order."
+            f"The prompts have {wanted.tolist()} {kind} placeholders and the {its} make {n_made.tolist()} {kind} "
+            f"embeddings. Give `Inputs` with the {its} that the prompts were made for, in their order."
         )
 
 

@@ -14,11 +14,11 @@ from accelerate.utils import get_balanced_memory, get_max_memory
 from torch import nn
 
 from lalm_lens.errors import InputError, reason
-from lalm_lens.nn.block import Block, DecoderBlock, EncoderBlock
+from lalm_lens.nn.block import Block, DecoderBlock, EncoderBlock, VisionBlock
 
 CPU, DISK = "cpu", "disk"
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
-UNSPLIT = [DecoderBlock.__name__, EncoderBlock.__name__]
+UNSPLIT = [DecoderBlock.__name__, EncoderBlock.__name__, VisionBlock.__name__]
 
 Modules = dict[str, int | str | torch.device]  # places by the names of modules or parameters
 DeviceMap = str | Modules

@@ -4,6 +4,7 @@ batch             prompts in one forward              clip       recordings in o
 pos               positions of the merged sequence    audio_pos  positions that hold audio (40 ms each in Qwen2-Audio)
 query_pos key_pos the two axes of an attention map    layer      0-based index of a block
 head kv_head      attention heads, key-value heads    d_head d_model d_mlp d_vocab   widths
+frame             images, and instants of videos     vision_pos positions that hold what is seen
 samples           16 kHz audio samples                frames mel 10 ms mel frames, mel bins
 """
 

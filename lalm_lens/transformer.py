@@ -12,7 +12,7 @@ from transformer_lens.config.transformer_lens_config import TransformerLensConfi
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.bridge_config import bridge_config, decoder_config
-from lalm_lens.config import DecoderConfig, EncoderConfig
+from lalm_lens.config import DecoderConfig, EncoderConfig, MRope, VisionConfig
 from lalm_lens.errors import InputError, LensError
 from lalm_lens.generation import Generates
 from lalm_lens.named_weights import NamedWeights
@@ -27,6 +27,7 @@ from lalm_lens.placement import Placement
 from lalm_lens.shapes import typed
 
 At = int | slice | Int[Tensor, " at"] | None  # positions; None is all
+Positions = Int[Tensor, "batch pos"] | Int[Tensor, "3 batch pos"]  # what is rotated by: one axis, or three
 
 
 SWITCHES = {  # hook points that are off at first, and what switches them on
@@ -88,6 +89,7 @@ class HookedTransformer(Generates, NamedWeights):
         inputs: str | Sequence[str] | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
         *,
         attention_mask: Bool[Tensor, "batch pos"] | None = None,
+        positions: Int[Tensor, "batch pos"] | Int[Tensor, "3 batch pos"] | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         logits_at: At = None,
@@ -96,16 +98,19 @@ class HookedTransformer(Generates, NamedWeights):
         """Logits [batch, at, d_vocab]; with `stop_at_layer`, the residual stream [batch, pos, d_model] before it.
 
         `inputs` are tokens, text, embeddings, or, with `start_at_layer`, the residual stream before that block.
-        `attention_mask` is False on padding, which is on the left. `logits_at` names the positions to unembed
-        (-1: the last one alone); the axis of positions stays. `kv_cache` holds the positions before the inputs, and
-        takes them in; `hook.ctx["offset"]` tells hooks how many those are.
+        `attention_mask` is False on padding, which is on the left. `positions` are those that queries and keys are
+        rotated by: by default, tokens are counted; three axes are time, height and width. `logits_at` names the
+        positions to unembed (-1: the last one alone); the axis of positions stays. `kv_cache` holds the positions
+        before the inputs, and takes them in; tokens are counted on from the largest of them. `hook.ctx["offset"]` tells
+        hooks how many those are.
         """
-        return self.decode(inputs, attention_mask, start_at_layer, stop_at_layer, logits_at, kv_cache)
+        return self.decode(inputs, attention_mask, positions, start_at_layer, stop_at_layer, logits_at, kv_cache)
 
     def decode(
         self,
         inputs: Any,
         attention_mask: Bool[Tensor, "batch pos"] | None,
+        positions: Positions | None,
         start_at_layer: int | None,
         stop_at_layer: int | None,
         logits_at: At,
@@ -115,13 +120,13 @@ class HookedTransformer(Generates, NamedWeights):
         if kv_cache is not None and len(layers) < self.decoder_cfg.n_layers:
             raise InputError("A key-value cache needs every block: leave out start_at_layer and stop_at_layer.")
         self.refuse_silent_hooks(inputs, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
-        inputs, attention_mask = self.here(inputs), self.here(attention_mask)
+        inputs, attention_mask, positions = self.here(inputs), self.here(attention_mask), self.here(positions)
         with self.told(offset=kv_cache.n_pos if kv_cache else 0, n_more=kv_cache.n_more if kv_cache else 0):
             if start_at_layer is None:
-                resid, attention_mask = self.enter(inputs, attention_mask)
+                resid, attention_mask, positions = self.enter(inputs, attention_mask, positions)
             else:
                 resid = resumed(inputs)
-            resid = self.run_blocks(resid, attention_mask, layers, kv_cache)
+            resid = self.run_blocks(resid, attention_mask, positions, layers, kv_cache)
             if stop_at_layer is not None:
                 return resid
             logits = self.unembed(self.ln_final(at_positions(resid, logits_at)))
@@ -131,7 +136,9 @@ class HookedTransformer(Generates, NamedWeights):
 
     def advance(self, inputs: Any, kv_cache: KeyValueCache) -> Float[Tensor, "batch d_vocab"]:
         with self.told(offset=kv_cache.n_pos, n_more=kv_cache.n_more):
-            resid = self.run_blocks(*self.enter(self.here(inputs), None), range(self.decoder_cfg.n_layers), kv_cache)
+            resid = self.run_blocks(
+                *self.enter(self.here(inputs), None, None), range(self.decoder_cfg.n_layers), kv_cache
+            )
             logits = self.unembed(self.ln_final(resid[:, -1:]))[:, -1]
         kv_cache.commit()
         return logits
@@ -140,20 +147,22 @@ class HookedTransformer(Generates, NamedWeights):
         return self.advance(self.embed(tokens[:, None]), kv_cache)
 
     def enter(
-        self, inputs: Any, attention_mask: Bool[Tensor, "batch pos"] | None
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None]:
-        """The residual stream before block 0, and which of its positions are no padding."""
+        self, inputs: Any, attention_mask: Bool[Tensor, "batch pos"] | None, positions: Positions | None
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"] | None, Positions | None]:
+        """The residual stream before block 0, which of its positions are no padding, and what they rotate by."""
         if not isinstance(inputs, Tensor):
             if attention_mask is not None:
                 raise InputError("Texts are padded by the model itself: do not give an attention mask.")
             inputs, attention_mask = self.read(inputs)
         # A copy: hooks may edit in place (TransformerLens' own setters do), and the caller runs these again.
-        return self.hook_embed(inputs.clone() if inputs.is_floating_point() else self.embed(inputs)), attention_mask
+        resid = self.hook_embed(inputs.clone() if inputs.is_floating_point() else self.embed(inputs))
+        return resid, attention_mask, positions
 
     def run_blocks(
         self,
         resid: Float[Tensor, "batch pos d_model"],
         is_token: Bool[Tensor, "batch pos"] | None,
+        positions: Positions | None,
         layers: range,
         kv_cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
@@ -161,13 +170,15 @@ class HookedTransformer(Generates, NamedWeights):
         if kv_cache is not None:
             new = torch.ones(resid.shape[:2], dtype=torch.bool, device=device) if is_token is None else is_token
             is_token = kv_cache.with_tokens(new)
+            if positions is not None:
+                kv_cache.with_positions(positions if positions.ndim == 3 else positions[None], is_token)
         n_key = n_pos if is_token is None else is_token.shape[1]
         if is_token is not None and is_token.all():
             is_token = None
-        if is_token is None:
-            positions = torch.arange(n_key - n_pos, n_key, device=device)[None]
-        else:  # the first word of a padded prompt is at position 0
-            positions = (is_token.cumsum(-1) - 1).clamp(min=0)[:, n_key - n_pos :]
+        if positions is None:
+            positions = counted(is_token, n_pos, n_key, device) + (0 if kv_cache is None else kv_cache.shift)
+        elif positions.ndim == 3 and not isinstance(self.decoder_cfg.rope, MRope):
+            raise InputError("This model has one position for each token, not three: give positions [batch, pos].")
         rotation = self.rotary(positions, resid.dtype)
         windows, blocks = self.decoder_cfg.windows, self.each_block
         masks = {window: causal_mask(is_token, n_pos, n_key, window, device) for window in set(windows)}
@@ -202,6 +213,10 @@ class HookedTransformer(Generates, NamedWeights):
         """Prompts and positions."""
         n_batch, n_pos = (inputs if isinstance(inputs, Tensor) else self.read(inputs)[0]).shape[:2]
         return n_batch, n_pos
+
+    def positions_of(self, inputs: Any) -> Int[Tensor, "3 batch pos"] | None:
+        """What the positions of some inputs are rotated by, where that is more than their number."""
+        return None
 
     def layers(self, start: int | None, stop: int | None) -> range:
         """The blocks from `start` to before `stop`."""
@@ -285,10 +300,10 @@ class HookedTransformer(Generates, NamedWeights):
         self.cfg.device, self.cfg.dtype = str(self.device), self.embed.table.weight.dtype
 
 
-def axis_sizes(cfg: DecoderConfig | EncoderConfig, n_batch: int, n_pos: int) -> dict[str, int]:
+def axis_sizes(cfg: DecoderConfig | EncoderConfig | VisionConfig, n_batch: int, n_pos: int) -> dict[str, int]:
     """The axes that decoder and encoder share, by their names."""
     positions = dict.fromkeys(("pos", "query_pos", "key_pos", "audio_pos"), n_pos)
-    rows = {"batch": n_batch, "clip": n_batch}
+    rows = dict.fromkeys(("batch", "clip", "frame"), n_batch)
     return positions | rows | {"head": cfg.n_heads, "d_model": cfg.d_model, "d_mlp": cfg.d_mlp}
 
 
@@ -302,6 +317,15 @@ def draw_weights(model: HookedTransformer, std: float, seed: int | None) -> None
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.normal_(0.0, std, generator=generator)
+
+
+def counted(
+    is_token: Bool[Tensor, "batch key_pos"] | None, n_pos: int, n_key: int, device: torch.device
+) -> Int[Tensor, "batch pos"]:
+    """The positions of the last `n_pos` of `n_key` tokens: the first word of a padded prompt is at position 0."""
+    if is_token is None:
+        return torch.arange(n_key - n_pos, n_key, device=device)[None]
+    return (is_token.cumsum(-1) - 1).clamp(min=0)[:, n_key - n_pos :]
 
 
 def resumed(inputs: Any) -> Float[Tensor, "batch pos d_model"]:

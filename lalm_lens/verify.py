@@ -91,7 +91,8 @@ def verify(
             "processor files beside its weights."
         )
     inputs = questions(ours.processor, waveforms or sounds(ours.processor)).to(device)
-    is_real, mine = real_positions(ours, inputs), our_states(ours, inputs)
+    mine = our_states(ours, inputs)
+    is_real = real_positions(ours, inputs, mine)
     cfg, name = ours.lalm_cfg, ours.cfg.model_name
     del ours  # before HF comes
     conversion = conversion or our_conversions()[cfg.model_type]
@@ -105,7 +106,10 @@ def verify(
     hf.set_attn_implementation("eager")
     eager = hf_states(hf, modules, batch)
 
-    def real(run: States, what: str) -> Tensor:  # Voxtral's adapter returns its clips one after the other
+    def real(run: States, what: str) -> Tensor:
+        """Voxtral's adapter returns its clips one after the other, Omni's tower and adapter the sound of them alone."""
+        if run[what].numel() != mine[what].numel():
+            return run[what]
         return run[what].reshape(mine[what].shape)[is_real[what.split(".")[0]]]
 
     rows = [compare(what, *(real(run, what) for run in (mine, theirs, eager))) for what in mine]
@@ -129,14 +133,22 @@ def questions(processor: Processor, waveforms: Waveforms) -> Inputs:
     return processor.inputs([processor.prompt(which, processor.n_frames(clip)) for which, clip in asked], waveforms)
 
 
-def real_positions(model: HookedLALM, inputs: Inputs) -> dict[str, Any]:
-    """Which positions of each stage are compared. The encoder's are all real to it: what is no clip is silence."""
+def real_positions(model: HookedLALM, inputs: Inputs, states: States) -> dict[str, Any]:
+    """Which positions of each stage are compared. All of an encoder's are real to it, the silence behind the clip too,
+    unless it hears in windows."""
     assert inputs.n_frames is not None
-    n_audio = model.audio_encoder.n_audio(inputs.n_frames.cpu())
-    n_padded = model.audio_encoder.n_audio(model.lalm_cfg.encoder.n_frames)
-    is_token = inputs.attention_mask.cpu()
-    of_decoder = dict.fromkeys(("hook_embed", "blocks", "logits"), is_token)
-    return {"audio_encoder": slice(None), "adapter": torch.arange(n_padded) < n_audio[:, None], **of_decoder}
+    n_frames, is_token = inputs.n_frames.cpu(), inputs.attention_mask.cpu()
+    is_sound = first(states["audio_encoder.blocks.0"], (n_frames + 1) // 2)
+    return {
+        "audio_encoder": slice(None) if model.lalm_cfg.encoder.window is None else is_sound,
+        "adapter": first(states["adapter"], model.audio_encoder.n_audio(n_frames)),
+        **dict.fromkeys(("hook_embed", "blocks", "logits"), is_token),
+    }
+
+
+def first(states: Tensor, n: Tensor) -> Tensor:
+    """True for the first so many positions of each clip."""
+    return torch.arange(states.shape[1]) < n[:, None]
 
 
 @torch.no_grad()

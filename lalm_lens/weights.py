@@ -17,11 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import ProcessorMixin
 
 from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
+from lalm_lens.encoders.vision import VisionEncoder
 from lalm_lens.errors import ConversionError
-from lalm_lens.prompts import Hearing, Template
+from lalm_lens.prompts import Hearing, Template, seeing_processor
 from lalm_lens.shapes import widened
 
 Shapes = dict[str, tuple[int, ...]]
@@ -78,6 +80,15 @@ class Layout:
         return name
 
 
+@dataclass(frozen=True)
+class Sight:
+    """How the vision tower of a model is built, what comes between it and the decoder, and what makes the patches."""
+
+    encoder: Callable[[LALMConfig], VisionEncoder]
+    adapter: Callable[[LALMConfig], nn.Module]
+    processor: Callable[[Path], ProcessorMixin] = seeing_processor  # of the files in a folder
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """All that lalm_lens knows about one HF model type."""
@@ -93,6 +104,7 @@ class Conversion:
     hf_class: str  # transformers' own class, that ours is verified against
     frame_mask: str | None  # its name for the mask of mel frames; None where it takes none
     wide: frozenset[str] = frozenset()  # our names of what it keeps in float32 where the rest of the model is narrower
+    sight: Sight | None = None  # of a model that also sees
 
 
 class Table:

@@ -29,6 +29,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
@@ -36,6 +39,7 @@ from transformers import (
     VoxtralForConditionalGeneration,
     VoxtralProcessor,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from lalm_lens.assets.checkpoint import build_tokenizer
@@ -177,6 +181,81 @@ def voxtral_config(**text: object) -> VoxtralConfig:
     )
 
 
+SEEING_TEMPLATE = """{% for turn in messages %}{% if loop.first %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}<|im_start|>{{ turn.role }}
+{% for part in turn.content %}{% if part.type == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>\
+{% elif part.type == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>{% else %}{{ part.text }}{% endif %}\
+{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+NAMES = "AUDIO IMAGE VIDEO audio_bos audio_eos vision_bos vision_eos".split()
+OMNI_MARKS = [f"<|{name}|>" for name in NAMES]
+
+
+class OmniProcessor(Qwen2_5OmniProcessor):
+    """HF's own without its video processor, which needs torchvision."""
+
+    def __init__(self, image_processor=None, feature_extractor=None, tokenizer=None, chat_template=None):
+        ProcessorMixin.__init__(self, image_processor, feature_extractor, tokenizer, chat_template=chat_template)
+        for name, mark in zip(NAMES, OMNI_MARKS, strict=True):
+            setattr(self, f"{name.lower()}_token", mark)
+            setattr(self, f"{name.lower()}_token_id", tokenizer.convert_tokens_to_ids(mark))
+
+
+@cache
+def omni_processor() -> OmniProcessor:
+    words = build_tokenizer().backend_tokenizer.to_str().replace("<|AUDIO|>", "<|audio_pad|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(words),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", *OMNI_MARKS],
+        padding_side="left",
+    )
+    pixels = {"shortest_edge": 64, "longest_edge": 4096}
+    images = Qwen2VLImageProcessorPil(patch_size=4, temporal_patch_size=2, merge_size=2, size=pixels)
+    return OmniProcessor(images, extractor(N_MELS), tokenizer, SEEING_TEMPLATE)
+
+
+def omni_config(**text: object) -> Qwen2_5OmniThinkerConfig:
+    token = omni_processor().tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+    decoder = {name: value for name, value in DECODER.items() if name != "rope_theta"}
+    return Qwen2_5OmniThinkerConfig(
+        audio_config={"encoder_ffn_dim": 48, "n_window": 25, "output_dim": DECODER["hidden_size"], **ENCODER},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 4,
+            "window_size": 16,
+            "out_hidden_size": DECODER["hidden_size"],
+            "fullatt_block_indexes": [1],
+        },
+        text_config={"vocab_size": vocab_size(omni_processor().tokenizer), "rope_parameters": rope, **decoder, **text},
+        audio_token_index=token("<|AUDIO|>"),
+        image_token_index=token("<|IMAGE|>"),
+        video_token_index=token("<|VIDEO|>"),
+        audio_start_token_id=token("<|audio_bos|>"),
+        audio_end_token_id=token("<|audio_eos|>"),
+        vision_start_token_id=token("<|vision_bos|>"),
+        vision_end_token_id=token("<|vision_eos|>"),
+    )
+
+
+def as_theirs(ours: Tensor, theirs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """States of the encoder or adapter as HF has them. Voxtral's adapter has its clips one after the other, Omni's
+    tower and adapter the sound of them alone."""
+    if ours.numel() == theirs.numel():
+        return ours.reshape(theirs.shape)
+    n_frames = batch["feature_attention_mask"].sum(-1)
+    n_states = (n_frames - 1) // 2 + 1
+    n_real = n_states if len(theirs) == n_states.sum() else n_states // 2
+    return ours[torch.arange(ours.shape[1]) < n_real[:, None]]
+
+
 def spoken(processor: ProcessorMixin, user: list[dict], answer: str | None) -> str:
     """A chat template's text."""
     turns: list[dict] = [{"role": "user", "content": user}]
@@ -262,8 +341,20 @@ FAMILIES = {
         longest_s=20 * CHUNK_S,  # 512 positions, 25 for a window
         n_audio=25,
     ),
+    "qwen2_5_omni_thinker": Family(
+        title="Qwen2.5-Omni",
+        hf=Qwen2_5OmniThinkerForConditionalGeneration,
+        config=omni_config,
+        processor=omni_processor,
+        batch=template_batch,
+        prompt=template_prompt,
+        longest_s=CHUNK_S,
+        n_audio=34,
+    ),
 }
+PARTS = {"qwen2_5_omni": "qwen2_5_omni_thinker"}  # whole models of which we open a part: tests/test_omni.py
 
+OMNI_TOKENS = {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
 REAL = {  # what the published config.json files say of sizes
     "qwen2_audio-7b": {
         "model_type": "qwen2_audio",
@@ -282,6 +373,27 @@ REAL = {  # what the published config.json files say of sizes
             "num_key_value_heads": 4,
             "vocab_size": 151672,
         },
+    },
+    "qwen2.5-omni-7b": {
+        "model_type": "qwen2_5_omni_thinker",
+        "audio_config": {"output_dim": 3584},
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584},
+        "text_config": {},
+        **OMNI_TOKENS,
+    },
+    "qwen2.5-omni-3b": {
+        "model_type": "qwen2_5_omni_thinker",
+        "audio_config": {"output_dim": 2048},
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048},
+        "text_config": {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+        },
+        **OMNI_TOKENS,
     },
     "voxtral-mini-3b": {"model_type": "voxtral", "audio_token_id": 24},
     "voxtral-small-24b": {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from families import FAMILIES, QUESTION, Family
+from families import FAMILIES, QUESTION, Family, as_theirs
 from reference import chirps, hf_states
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def differences(name: str, n_kv_heads: int) -> dict[str, float]:
     ours, cache = states(from_hf(hf), batch)
 
     def largest(a: Tensor, b: Tensor) -> float:
-        return float((a.reshape(b.shape) - b).abs().max())
+        return float((as_theirs(a, b, batch) - b).abs().max())
 
     encoder = [n for n in theirs if n.startswith("encoder.")]
     decoder = [n for n in theirs if n.startswith("decoder.")]

@@ -52,7 +52,7 @@ def tiny_hf(seed: int = 0, n_kv_heads: int = 2, **text: object) -> Qwen2AudioFor
 def randomise(model: nn.Module) -> nn.Module:
     """Norm weights of 1 and biases of 0 hide a norm applied twice and a bias left out."""
     for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith("weight"):
+        if ("norm" in name or "ln_" in name) and name.endswith("weight"):
             parameter.copy_(1 + 0.3 * torch.randn_like(parameter)).clamp_(0.3, 1.9)
         elif name.endswith("bias"):
             parameter.copy_(0.3 * torch.randn_like(parameter))
@@ -119,7 +119,9 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """What each module returns while the context is open."""
     states: dict[str, Tensor] = {}
     handles = [
-        module.register_forward_hook(lambda module, args, out, name=name: states.update({name: out}))
+        module.register_forward_hook(
+            lambda module, args, out, name=name: states.update({name: out[0] if isinstance(out, tuple) else out})
+        )
         for name, module in modules.items()
     ]
     try:
@@ -135,8 +137,8 @@ def hf_states(hf: Qwen2AudioForConditionalGeneration, batch: dict[str, Tensor]) 
     inner = hf.model
     modules = {
         **{f"encoder.{n}": layer for n, layer in enumerate(inner.audio_tower.layers)},
-        "encoder_norm": inner.audio_tower.layer_norm,
-        "projector": inner.multi_modal_projector,
+        "encoder_norm": getattr(inner.audio_tower, "layer_norm", None) or inner.audio_tower.ln_post,
+        "projector": getattr(inner, "multi_modal_projector", None) or inner.audio_tower.proj,
         **{f"decoder.{n}": layer for n, layer in enumerate(inner.language_model.layers)},
     }
     with recorded(modules) as states:

@@ -83,11 +83,18 @@ class GoldenSet:
             "logits": torch.where(is_token, logits, 0),
             "embeds": torch.where(is_token, cache["hook_embed"], 0),
             "resid_post": torch.where(is_token, resid_post, 0),
-            "encoder_output": cache["audio_encoder.hook_out"],
-            "projector_output": cache["adapter.hook_out"],
+            "encoder_output": self.heard(cache["audio_encoder.hook_out"], name, "encoder_output"),
+            "projector_output": self.heard(cache["adapter.hook_out"], name, "projector_output"),
             "audio_embeds": cache["hook_audio_embed"],
             "logits_f64": self.wide_logits(name)[:, self.text_after],
         }
+
+    def heard(self, states: Tensor, name: str, key: str) -> Tensor:
+        """As they are stored: of whole windows, or, where a model pads nothing, of the sound alone."""
+        n_audio = self.model.audio_encoder.n_audio(self.inputs(name).n_frames)
+        if self.stored[f"{name}.{key}"].shape[:-1] != (n_audio.sum(),):
+            return states
+        return states[torch.arange(states.shape[1]) < n_audio[:, None]]
 
     def wide_logits(self, name: str) -> Tensor:
         wide = from_pretrained(self.folder / "checkpoint", dtype=torch.float64)

@@ -308,7 +308,7 @@ def test_audio_and_placeholders_must_match(ours, inputs):
     swapped = Inputs(inputs.tokens, inputs.attention_mask, inputs.mel.flip(0), inputs.n_frames.flip(0))
     with pytest.raises(InputError, match=r"\[30, 15\] audio placeholders and the clips make \[15, 30\]"):
         ours(swapped)
-    with pytest.raises(InputError, match="do not give one"):
+    with pytest.raises(InputError, match="do not give them"):
         ours(inputs, attention_mask=inputs.attention_mask)
     with pytest.raises(InputError, match="padded on the left"):
         Inputs(inputs.tokens, torch.zeros_like(inputs.attention_mask))

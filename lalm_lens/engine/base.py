@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lalm_lens.engine.branches import Branch, source_name
@@ -22,6 +22,7 @@ class Base:
     states: dict[str, Tensor]
     value: Tensor
     n_pad: int
+    positions: Int[Tensor, "3 pos"] | None  # that it is rotated by, where they are not counted
 
     @property
     def n_pos(self) -> int:
@@ -44,7 +45,7 @@ def compared(branch: Branch) -> set[str]:
     return {edit.name for edit in edits if edit.site != "pattern"} | own
 
 
-def base_of(run: Run, states: States, value: Tensor, n_run: int) -> Base:
+def base_of(run: Run, states: States, value: Tensor, n_run: int, positions: Int[Tensor, "3 1 pos"] | None) -> Base:
     n_pad = run.n_pad
     cut = {name: state[n_pad:] for name, state in states.items() if "pattern" not in name}
     resid = [cut[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_run)]
@@ -54,4 +55,4 @@ def base_of(run: Run, states: States, value: Tensor, n_run: int) -> Base:
     )
     resid.append(cut[f"blocks.{n_run - 1}.hook_resid_post"])
     states = {name: state for name, state in cut.items() if not name.endswith("hook_rot_k")}  # no second copy of `k`
-    return Base(resid, k, v, states, value, n_pad)
+    return Base(resid, k, v, states, value, n_pad, None if positions is None else positions[:, 0, n_pad:])

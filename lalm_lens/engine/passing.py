@@ -1,6 +1,6 @@
 """Branches of a sweep on their way through the blocks, all of them in one, and what is read from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lalm_lens.engine.attention import View, attend
+from lalm_lens.engine.base import Base
 from lalm_lens.engine.branches import source_name
 from lalm_lens.engine.reach import as_list
 from lalm_lens.engine.sweep import Group, Planned, Sweep
@@ -20,7 +21,7 @@ from lalm_lens.nn.block import DecoderBlock
 from lalm_lens.offload import held
 from lalm_lens.readouts import Resid
 from lalm_lens.runs import Run, Source
-from lalm_lens.transformer import HookedTransformer
+from lalm_lens.transformer import HookedTransformer, Positions
 
 Part = Literal["rows", "own", "out", "left"]  # of the positions that a branch has in a block
 
@@ -98,8 +99,8 @@ class Pass:
         self.taken: dict[tuple[int, int], Tensor] = {}  # what branches took from themselves, by branch and change
         like = self.bases[members[0].run].resid[0]
         self.device, self.resid, self.space = like.device, like[:0], Space()  # no branch is born yet
-        longest = max(self.bases[member.run].n_pos for member in members)
-        self.rotation = self.model.rotary(torch.arange(longest, device=self.device)[None], like.dtype)
+        positions, self.first_angle = angles({member.run: self.bases[member.run] for member in members})
+        self.rotation = self.model.rotary(positions.to(self.device), like.dtype)
 
     def values(self) -> dict[int, Tensor]:
         for layer in range(self.sweep.n_run):
@@ -206,7 +207,13 @@ class Pass:
         return self.tensor(parts)
 
     def positions(self, groups: Sequence[Group], what: Part) -> Int[Tensor, " at"]:
-        return self.tensor([np.tile(as_list(getattr(group.step, what)), len(group.members)) for group in groups])
+        """Where the angles of these rows stand in the table."""
+        return self.tensor(
+            [
+                np.tile(as_list(getattr(group.step, what)), len(group.members)) + self.first_angle[group.members[0].run]
+                for group in groups
+            ]
+        )
 
     def looked(
         self,
@@ -309,6 +316,19 @@ class Pass:
         here, rows = self.space.find(member.number, positions)
         resid[here] = self.resid[rows]
         return resid
+
+
+def angles(bases: Mapping[Run, Base]) -> tuple[Positions, dict[Run, int]]:
+    """The positions of some runs, and where those of each of them begin: one count for all of them, or one table after
+    the other, where some are not counted."""
+    if all(base.positions is None for base in bases.values()):
+        return torch.arange(max(base.n_pos for base in bases.values()))[None], dict.fromkeys(bases, 0)
+    tables = [
+        torch.arange(base.n_pos).expand(3, -1) if base.positions is None else base.positions.cpu()
+        for base in bases.values()
+    ]
+    firsts = np.cumsum([0, *(base.n_pos for base in bases.values())])
+    return torch.cat(tables, dim=1)[:, None], dict(zip(bases, firsts.tolist(), strict=False))
 
 
 @lru_cache(maxsize=4096)

@@ -157,7 +157,8 @@ class Plan:
         return self.readout(states[f"blocks.{last}.hook_resid_post"][None, list(self.readout.positions)])[0]
 
     def base_run(self, run: Run, states: States, value: Tensor) -> Base:
-        return base_of(run, states, value, n_blocks(self.readout, self.model.decoder_cfg.n_layers))
+        n_run = n_blocks(self.readout, self.model.decoder_cfg.n_layers)
+        return base_of(run, states, value, n_run, self.model.positions_of(run.inputs))
 
     def cost(self) -> Cost:
         """What the branches take, beside the runs that have run already."""

@@ -156,6 +156,57 @@ class BidirectionalAttention(Attention):
         return self.output(self.attend(q, k, v, mask))
 
 
+class WindowedAttention(BidirectionalAttention):
+    """The same within windows of so many positions (Qwen2.5-Omni). The fused kernel takes each window by itself, so its
+    time grows with the length of a clip and not with its square; a pattern that is looked at is of the whole clip."""
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, d_head: int, bias: Projections, window: int):
+        super().__init__(d_model, n_heads, n_kv_heads, d_head, bias)
+        self.window = window
+
+    def attend(
+        self,
+        q: Float[Tensor, "clip pos head d_head"],
+        k: Float[Tensor, "clip pos kv_head d_head"],
+        v: Float[Tensor, "clip pos kv_head d_head"],
+        mask: Mask | None,
+    ) -> Float[Tensor, "clip pos head d_head"]:
+        """`mask` is True on the sound, for every query; what lies behind the sound looks at itself."""
+        assert mask is not None
+        if self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks():
+            return self.attend_explicitly(q, k, v, window_mask(mask, self.window))
+        n_windows, by_window = q.shape[1] // self.window, {"pos": self.window}
+        q, k, v = (rearrange(x, "clip (n pos) head d_head -> (clip n) pos head d_head", **by_window) for x in (q, k, v))
+        mask = window_mask(rearrange(mask, "clip a b (n pos) -> (clip n) a b pos", **by_window), self.window)
+        z = super().attend(q, k, v, mask)
+        return rearrange(z, "(clip n) pos head d_head -> clip (n pos) head d_head", n=n_windows)
+
+
+def window_mask(is_sound: Mask, window: int) -> Mask:
+    """True where a state may look: at the sound in its own window. States behind the sound look at themselves."""
+    positions = torch.arange(is_sound.shape[-1], device=is_sound.device)
+    which = positions // window
+    return ((which[:, None] == which) & is_sound) | (positions[:, None] == positions)
+
+
+class AxialAttention(Attention):
+    """Self-attention of a vision tower: queries and keys are rotated by row and column, every allowed key is seen."""
+
+    is_causal = False
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, d_head: int, bias: Projections):
+        super().__init__(d_model, n_heads, n_kv_heads, d_head, bias)
+        self.hook_rot_q = HookPoint()  # [frame, pos, head, d_head]
+        self.hook_rot_k = HookPoint()  # [frame, pos, head, d_head]
+
+    def forward(
+        self, x: Float[Tensor, "frame pos d_model"], mask: Mask | None, rotation: Rotation
+    ) -> Float[Tensor, "frame pos d_model"]:
+        q, k, v = self.project(x)
+        q, k = self.hook_rot_q(rotation(q).to(q.dtype)), self.hook_rot_k(rotation(k).to(k.dtype))
+        return self.output(self.attend(q, k, v, mask))
+
+
 class RotaryAttention(Attention):
     """Causal self-attention of a decoder: queries and keys are rotated by their positions.
 

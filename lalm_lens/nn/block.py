@@ -7,12 +7,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from lalm_lens.config import DecoderConfig, EncoderConfig
-from lalm_lens.nn.attention import BidirectionalAttention, ByHead, Projections, RotaryAttention
+from lalm_lens.config import DecoderConfig, EncoderConfig, VisionConfig
+from lalm_lens.nn.attention import (
+    AxialAttention,
+    BidirectionalAttention,
+    ByHead,
+    Projections,
+    RotaryAttention,
+    WindowedAttention,
+)
 from lalm_lens.nn.mlp import MLP, GatedMLP
 from lalm_lens.nn.norm import LayerNorm, RMSNorm
 
 Where = Any  # what the attention of a kind of block needs beside the states: mask, rotation, memory
+VISION_EPS = 1e-6  # of the norms of a vision tower: written into HF's code, and in no config
 Fork = Callable[[Tensor], tuple[ByHead, ByHead, ByHead]]
 
 
@@ -76,15 +84,38 @@ class EncoderBlock(Block):
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
         self.ln1 = LayerNorm(cfg.d_model)
-        self.attn = BidirectionalAttention(
+        sizes = (cfg.d_model, cfg.n_heads, cfg.n_heads, cfg.d_model // cfg.n_heads)
+        bias = Projections(q=True, k=False, v=True, o=True)
+        self.attn = (
+            BidirectionalAttention(*sizes, bias)
+            if cfg.window is None
+            else WindowedAttention(*sizes, bias, window=cfg.window)
+        )
+        self.ln2 = LayerNorm(cfg.d_model)
+        self.mlp = MLP(cfg.d_model, cfg.d_mlp)
+
+    def read(self, resid_pre: Float[Tensor, "batch pos d_model"], *where: Where) -> Float[Tensor, "batch pos d_model"]:
+        return self.attn(self.ln1(resid_pre), *where)
+
+    def think(self, resid_mid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.mlp(self.ln2(resid_mid))
+
+
+class VisionBlock(Block):
+    """Qwen2.5-VL's: RMSNorm, bidirectional attention rotated by row and column, gated MLP, biases everywhere."""
+
+    def __init__(self, cfg: VisionConfig):
+        super().__init__()
+        self.ln1 = RMSNorm(cfg.d_model, VISION_EPS)
+        self.attn = AxialAttention(
             cfg.d_model,
             cfg.n_heads,
             cfg.n_heads,
             cfg.d_model // cfg.n_heads,
-            Projections(q=True, k=False, v=True, o=True),
+            Projections(q=True, k=True, v=True, o=True),
         )
-        self.ln2 = LayerNorm(cfg.d_model)
-        self.mlp = MLP(cfg.d_model, cfg.d_mlp)
+        self.ln2 = RMSNorm(cfg.d_model, VISION_EPS)
+        self.mlp = GatedMLP(cfg.d_model, cfg.d_mlp, bias=True)
 
     def read(self, resid_pre: Float[Tensor, "batch pos d_model"], *where: Where) -> Float[Tensor, "batch pos d_model"]:
         return self.attn(self.ln1(resid_pre), *where)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Keys = Float[Tensor, "batch key_pos kv_head d_head"]
@@ -30,6 +30,8 @@ class KeyValueCache:
         self.blocks: dict[int, KeysValues] = {}
         self.is_token: Bool[Tensor, "batch pos"] | None = None
         self.begun: Bool[Tensor, "batch pos"] | None = None
+        self.shift: Int[Tensor, "batch 1"] | int = 0  # how far positions are ahead of the number of tokens
+        self.begun_shift: Int[Tensor, "batch 1"] | int = 0
 
     @property
     def n_pos(self) -> int:
@@ -38,12 +40,18 @@ class KeyValueCache:
 
     def with_tokens(self, is_token: Bool[Tensor, "batch new_pos"]) -> Bool[Tensor, "batch pos"]:
         """The old positions and these, which count once the forward has come to its end."""
+        self.begun_shift = self.shift
         self.begun = is_token if self.is_token is None else torch.cat([self.is_token, is_token], dim=1)
         return self.begun
 
+    def with_positions(self, positions: Int[Tensor, "axis batch new_pos"], is_token: Bool[Tensor, "batch pos"]) -> None:
+        """What comes next goes on after the largest of these positions, once the forward has come to its end."""
+        is_new = is_token[:, -positions.shape[-1] :]
+        self.begun_shift = positions.amax(0).masked_fill(~is_new, -1).amax(-1, True) + 1 - is_token.sum(-1, True)
+
     def commit(self) -> None:
         """The forward has come to its end."""
-        self.is_token = self.begun
+        self.is_token, self.shift = self.begun, self.begun_shift
 
     def extend(self, layer: int, new: KeysValues) -> KeysValues:
         """The keys and values of a block, the new ones behind the old."""

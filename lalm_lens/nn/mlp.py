@@ -9,19 +9,20 @@ from lalm_lens.nn.views import BiasView, Viewed, WeightView
 
 
 class GatedMLP(Viewed):
-    """W_out(silu(W_gate x) * W_in x): SwiGLU (arXiv 2002.05202)."""
+    """W_out(silu(W_gate x) * W_in x): SwiGLU (arXiv 2002.05202). Decoders have no biases in it, vision towers have."""
 
     W_gate = WeightView("gate_proj", "d_mlp d_model -> d_model d_mlp")
     W_in = WeightView("in_proj", "d_mlp d_model -> d_model d_mlp")
     W_out = WeightView("out_proj", "d_model d_mlp -> d_mlp d_model")
+    b_gate = BiasView("gate_proj", "d_mlp -> d_mlp")
     b_in = BiasView("in_proj", "d_mlp -> d_mlp")
     b_out = BiasView("out_proj", "d_model -> d_model")
 
-    def __init__(self, d_model: int, d_mlp: int):
+    def __init__(self, d_model: int, d_mlp: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_mlp, bias=False)
-        self.in_proj = nn.Linear(d_model, d_mlp, bias=False)
-        self.out_proj = nn.Linear(d_mlp, d_model, bias=False)
+        self.gate_proj = nn.Linear(d_model, d_mlp, bias=bias)
+        self.in_proj = nn.Linear(d_model, d_mlp, bias=bias)
+        self.out_proj = nn.Linear(d_mlp, d_model, bias=bias)
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp], the gate before its silu
         self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]

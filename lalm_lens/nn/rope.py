@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lalm_lens.config import Rope
+from lalm_lens.config import MRope, Rope
 
 
 @dataclass(frozen=True)
@@ -48,4 +48,44 @@ class Rotary(nn.Module):
         return Rotation(angle.cos().to(dtype), angle.sin().to(dtype))
 
 
-ROTARY = {Rope: Rotary}
+class MRotary(nn.Module):
+    """Rotary embedding by time, height and width. Where the three are one, it is the plain one."""
+
+    def __init__(self, rope: MRope, d_head: int):
+        super().__init__()
+        self.plain = Rotary(Rope(rope.theta), d_head)
+        self.sections = rope.sections
+
+    def forward(
+        self, positions: Int[Tensor, "batch pos"] | Int[Tensor, "axis batch pos"], dtype: torch.dtype
+    ) -> Rotation:
+        if positions.ndim == 2:
+            return self.plain(positions, dtype)
+        by_axis = [self.plain(its, dtype) for its in positions]
+        return Rotation(self.mixed([its.cos for its in by_axis]), self.mixed([its.sin for its in by_axis]))
+
+    def mixed(self, by_axis: list[Float[Tensor, "batch pos 1 d_head"]]) -> Float[Tensor, "batch pos 1 d_head"]:
+        """Each section of both halves from the axis that it turns by."""
+        parts = [its.split(self.sections * 2, dim=-1) for its in by_axis]
+        n_sections = len(self.sections)
+        return torch.cat([parts[n % n_sections % 3][n] for n in range(2 * n_sections)], dim=-1)
+
+
+class AxialRotary(nn.Module):
+    """Of patches: the first half of the pairs of a head turns by the row, the second by the column. In float32, as HF's
+    vision towers do it."""
+
+    def __init__(self, theta: float, d_head: int):
+        super().__init__()
+        self.plain = Rotary(Rope(theta), d_head // 2)
+
+    def forward(self, rows: Int[Tensor, "frame pos"], columns: Int[Tensor, "frame pos"]) -> Rotation:
+        by_axis = [self.plain(its, torch.float32) for its in (rows, columns)]
+        cos, sin = (
+            torch.cat([x.chunk(2, dim=-1)[0] for x in its] * 2, dim=-1)
+            for its in ([r.cos for r in by_axis], [r.sin for r in by_axis])
+        )
+        return Rotation(cos, sin)
+
+
+ROTARY = {Rope: Rotary, MRope: MRotary}

@@ -1,20 +1,25 @@
 """A question about a clip as a model's own tokens and features, with a label for every position."""
 
-from lalm_lens.prompts.hearing import Chunks, Hearing, OneWindow, Windows
+from lalm_lens.prompts.hearing import Chunks, Hearing, OneWindow, WholeClip, Windows
 from lalm_lens.prompts.mistral import MistralTemplate
 from lalm_lens.prompts.processor import Processor
 from lalm_lens.prompts.prompt import Position, Prompt
-from lalm_lens.prompts.templates import ChatTemplate, Template
+from lalm_lens.prompts.seeing import EarsAndEyes, seeing_processor
+from lalm_lens.prompts.templates import ChatTemplate, Mark, Template
 
 __all__ = [
     "ChatTemplate",
     "Chunks",
+    "EarsAndEyes",
     "Hearing",
+    "Mark",
     "MistralTemplate",
     "OneWindow",
     "Position",
     "Processor",
     "Prompt",
     "Template",
+    "WholeClip",
     "Windows",
+    "seeing_processor",
 ]

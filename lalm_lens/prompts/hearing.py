@@ -36,12 +36,16 @@ class Hearing(ABC):
                 f"A {type(hf).__name__} is no processor with a tokenizer and a feature extractor. Put the model's own "
                 "processor files beside its weights."
             )
-        made, taken = (extractor.feature_size, extractor.nb_max_frames), (cfg.n_mels, cfg.n_frames)
+        made, taken = (extractor.feature_size, extractor.nb_max_frames), self.taken(extractor, cfg)
         if made != taken:
             raise ConversionError(
                 f"This {type(hf).__name__} belongs to another model: it makes {made[0]} mel bins x {made[1]} frames, "
                 f"and the encoder takes {taken[0]} x {taken[1]}."
             )
+
+    def taken(self, extractor: Any, cfg: EncoderConfig) -> tuple[int, int]:
+        """The mel bins and frames that the encoder takes at once."""
+        return cfg.n_mels, cfg.n_frames
 
 
 class OneWindow(Hearing):
@@ -61,6 +65,28 @@ class OneWindow(Hearing):
             return_tensors="pt",
         )
         return batch["input_features"], batch["attention_mask"].sum(-1)
+
+
+class WholeClip(OneWindow):
+    """The encoder takes a clip of any length, and hears as much as the extractor does (Qwen2.5-Omni: 5 minutes). A
+    batch is padded to its longest clip only."""
+
+    def taken(self, extractor: Any, cfg: EncoderConfig) -> tuple[int, int]:
+        return cfg.n_mels, extractor.nb_max_frames
+
+    def features(self, extractor: Any, waveforms: Waveforms) -> Features:
+        hop = extractor.hop_length
+        n_frames = torch.tensor([-(-len(waveform) // hop) for waveform in waveforms])
+        # As in a clip padded to the end: no frame of the sound may see the end of the silence behind it.
+        n_samples = min(hop * int(n_frames.max()) + extractor.n_fft, extractor.n_samples)
+        batch = extractor(
+            [waveform.numpy() for waveform in waveforms],
+            sampling_rate=extractor.sampling_rate,
+            padding="max_length",
+            max_length=-(-n_samples // hop) * hop,
+            return_tensors="pt",
+        )
+        return batch["input_features"][..., : int(n_frames.max())], n_frames
 
 
 class Windows(OneWindow):

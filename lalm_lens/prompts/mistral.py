@@ -45,7 +45,8 @@ class MistralTemplate(Template):
                 f"model hears {n_audio} times token {audio_token}."
             )
 
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str) -> Prompt:
+    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, n_images: int = 0) -> Prompt:
+        assert not n_images, "no model of Mistral's here sees"
         words = "".join(piece.text for piece in asked)
         refuse_marks(words + prefix, hf.tokenizer.all_special_tokens)
         tokens = self.one_placeholder(hf, encode(hf, words, prefix))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.audio import Waveform, Waveforms, check_audible
-from lalm_lens.config import LALMConfig
-from lalm_lens.errors import InputError, PromptError
-from lalm_lens.inputs import Inputs
+from lalm_lens.config import LALMConfig, VisionConfig
+from lalm_lens.errors import ConversionError, InputError, PromptError
+from lalm_lens.inputs import Images, Inputs
 from lalm_lens.pieces import user_pieces
 from lalm_lens.prompts.hearing import Hearing
 from lalm_lens.prompts.prompt import Position, Prompt
@@ -34,6 +34,9 @@ class Processor:
         """Raise `ConversionError` for the processor of another model."""
         self.hearing.check(self.hf, self.cfg.encoder)
         self.template.check(self.hf, self.cfg.audio_token, self.n_audio(self.cfg.encoder.n_frames))
+        if self.cfg.vision is not None:
+            check_sight(self.hf, self.cfg.vision)
+            self.template.check_sight(self.hf, self.cfg.vision.image_token, self.cfg.vision.video_token)
 
     @property
     def tokenizer(self) -> Any:
@@ -46,29 +49,45 @@ class Processor:
         form: Form = "P3",
         labels: Sequence[str] | None = None,
         answer: str | None = None,
+        images: Images | None = None,
     ) -> Prompt:
         """AudioLens' P1 (no text), P2 (question) or P3 (question, options), up to the end of the forced answer prefix.
 
         The clip has `n_frames` mel frames (10 ms). `labels` are the options, the attribute's own by default; tokens of
-        the option `answer` are marked as correct. Raises `PromptError` if what the form needs is empty, or if the
-        model's chat template does more than to put the texts in their places.
+        the option `answer` are marked as correct. `images`, from `see`, come before the clip. Raises `PromptError` if
+        what the form needs is empty, or if the model's chat template does more than to put the texts in their places.
         """
         asked = user_pieces(attribute, form, labels or attribute.labels)
-        written = self.template.write(self.hf, asked, attribute.prefix)
-        prompt = self.expand(written, self.n_audio(n_frames))
+        n_patches = [] if images is None else images.grid.prod(-1).tolist()
+        if n_patches and self.cfg.vision is None:
+            raise PromptError(f"A {self.cfg.model_type} model hears and does not see: leave out the images.")
+        written = self.template.write(self.hf, asked, attribute.prefix, len(n_patches))
+        prompt = self.expand(written, self.n_audio(n_frames), n_patches)
         marked = (replace(p, is_correct=p.label is not None and p.label == answer) for p in prompt.positions)
         return replace(prompt, positions=tuple(marked))
 
-    def expand(self, prompt: Prompt, n_audio: int) -> Prompt:
-        """The one placeholder, `n_audio` times."""
+    def see(self, images: Sequence[Any]) -> Images:
+        """Images, of PIL or as arrays, as patches of pixels."""
+        if self.cfg.vision is None:
+            raise PromptError(f"A {self.cfg.model_type} model hears and does not see: leave out the images.")
+        batch = self.hf.image_processor(images=list(images), return_tensors="pt")
+        return Images(batch["pixel_values"], batch["image_grid_thw"])
+
+    def expand(self, prompt: Prompt, n_audio: int, n_patches: Sequence[int] = ()) -> Prompt:
+        """The one placeholder of the clip, `n_audio` times, and those of images, once for each square of patches."""
         n_clips = prompt.tokens.count(self.cfg.audio_token)
         if n_clips != 1:
             raise PromptError(
                 f"Token {self.cfg.audio_token}, which stands for the clip, is in the prompt {n_clips} times, not once. "
                 "The tokenizer belongs to another model, or the prompt contains the placeholder."
             )
-        at = prompt.tokens.index(self.cfg.audio_token)
-        times = [n_audio if pos == at else 1 for pos in range(len(prompt))]
+        vision, times = self.cfg.vision, [n_audio if token == self.cfg.audio_token else 1 for token in prompt.tokens]
+        if vision is not None:
+            seen = [pos for pos, token in enumerate(prompt.tokens) if token == vision.image_token]
+            if len(seen) != len(n_patches):
+                raise PromptError(f"The chat template has {len(seen)} placeholders for {len(n_patches)} images.")
+            for pos, n in zip(seen, n_patches, strict=True):
+                times[pos] = n // vision.merge**2
         return Prompt(
             tuple(token for token, n in zip(prompt.tokens, times, strict=True) for _ in range(n)),
             tuple(position for position, n in zip(prompt.positions, times, strict=True) for _ in range(n)),
@@ -79,8 +98,8 @@ class Processor:
         answer = (Position(self.tokenizer.decode([token]), "answer") for token in tokens)
         return Prompt((*prompt.tokens, *tokens), (*prompt.positions, *answer))
 
-    def inputs(self, prompts: Sequence[Prompt], waveforms: Waveforms) -> Inputs:
-        """One left-padded batch; each prompt holds one clip.
+    def inputs(self, prompts: Sequence[Prompt], waveforms: Waveforms, images: Images | None = None) -> Inputs:
+        """One left-padded batch; each prompt holds one clip. `images` are those of all prompts.
 
         Raises `AudioError` for a clip that is too short to make a token, or longer than the model hears.
         """
@@ -88,7 +107,7 @@ class Processor:
             self.check_audible(waveform, "A clip")
         padded = self.pad(prompts)
         mel, n_frames = self.hearing.features(self.hf.feature_extractor, waveforms)
-        return Inputs(*padded, mel=mel, n_frames=n_frames)
+        return Inputs(*padded, mel=mel, n_frames=n_frames, images=images)
 
     def pad(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Bool[Tensor, "batch pos"]]:
         n_pos = max(len(prompt) for prompt in prompts)
@@ -140,3 +159,20 @@ class Processor:
         if not label.strip() or not tokens:
             raise PromptError(f"The label {label!r} has no tokens. Leave out empty labels.")
         return tuple(tokens)
+
+
+def check_sight(hf: Any, vision: VisionConfig) -> None:
+    """Raise `ConversionError` for an image processor that was made for another vision tower."""
+    images = getattr(hf, "image_processor", None)
+    if images is None:
+        raise ConversionError(
+            f"A {type(hf).__name__} has no image processor, and this model sees. Put the model's own processor files "
+            "beside its weights."
+        )
+    made = images.patch_size, images.temporal_patch_size, images.merge_size
+    if made != (vision.patch, vision.n_frames, vision.merge):
+        raise ConversionError(
+            f"This {type(hf).__name__} belongs to another model: it makes patches of {made[0]} pixels and {made[1]} "
+            f"frames in squares of {made[2]}, and the vision tower takes {vision.patch}, {vision.n_frames} and "
+            f"{vision.merge}."
+        )

@@ -26,9 +26,14 @@ class Template(ABC):
         """Raise `ConversionError` for the processor of another model: `audio_token` is the model's placeholder, and a
         window of its encoder makes `n_audio` of them."""
 
+    def check_sight(self, hf: Any, image_token: int, video_token: int) -> None:
+        """The same for the placeholders of images and videos, where a model sees them."""
+        raise NotImplementedError
+
     @abstractmethod
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str) -> Prompt:
-        """The prompt up to the end of the forced answer prefix, with one placeholder for the clip.
+    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, n_images: int = 0) -> Prompt:
+        """The prompt up to the end of the forced answer prefix, with one placeholder for the clip and one for each of
+        the images, which come before it where a model sees any.
 
         `asked` is what the user says beside the clip; it may be nothing. Raises `PromptError` for words that the
         template would change, or take for its own marks.
@@ -36,32 +41,43 @@ class Template(ABC):
 
 
 @dataclass(frozen=True)
+class Mark:
+    """The texts that stand for something seen, and around it."""
+
+    placeholder: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class ChatTemplate(Template):
-    """The chat template of the tokenizer, in which these texts stand for a clip."""
+    """The chat template of the tokenizer, in which these texts stand for a clip, and for an image or a video."""
 
     placeholder: str
     before: str = ""
     after: str = ""
+    image: Mark | None = None
+    video: Mark | None = None
 
     def check(self, hf: Any, audio_token: int, n_audio: int) -> None:
-        token = hf.tokenizer.get_vocab().get(self.placeholder)
-        if token != audio_token:
-            is_what = "no token" if token is None else f"token {token}"
-            raise ConversionError(
-                f"This {type(hf).__name__} belongs to another model: {self.placeholder} is {is_what} of its tokenizer, "
-                f"and the model hears where token {audio_token} is."
-            )
+        same_token(hf, self.placeholder, audio_token, "hears")
 
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str) -> Prompt:
-        return self.tokenize(hf, self.pieces(hf, asked, prefix))
+    def check_sight(self, hf: Any, image_token: int, video_token: int) -> None:
+        assert self.image is not None
+        assert self.video is not None
+        same_token(hf, self.image.placeholder, image_token, "sees images")
+        same_token(hf, self.video.placeholder, video_token, "sees videos")
 
-    def pieces(self, hf: Any, asked: Sequence[Piece], prefix: str) -> list[Piece]:
+    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, n_images: int = 0) -> Prompt:
+        return self.tokenize(hf, self.pieces(hf, asked, prefix, n_images))
+
+    def pieces(self, hf: Any, asked: Sequence[Piece], prefix: str, n_images: int = 0) -> list[Piece]:
         """The rendered prompt, cut where the region changes."""
         words = "".join(piece.text for piece in asked)
         refuse_marks(words + prefix, (*hf.tokenizer.all_special_tokens, _USER, _ANSWER))
-        head, _, rest = render(hf, _USER if asked else None, _ANSWER).removesuffix(_ANSWER).partition(_USER)
+        head, _, rest = render(hf, _USER if asked else None, _ANSWER, n_images).removesuffix(_ANSWER).partition(_USER)
         pieces = [*self.clip_pieces(head), *asked, Piece(rest, "template"), *prefix_pieces(prefix)]
-        rendered = render(hf, words or None, prefix)
+        rendered = render(hf, words or None, prefix, n_images)
         if rendered != "".join(piece.text for piece in pieces):
             raise PromptError(
                 f"This chat template does more than to put question and answer prefix in their places, so the parts of "
@@ -74,11 +90,24 @@ class ChatTemplate(Template):
         if not placeholder or self.placeholder in after:
             raise PromptError(f"The chat template must hold {self.placeholder} once before the question: {head!r}")
         return [
-            Piece(before.removesuffix(self.before), "text_before"),
+            *self.image_pieces(before.removesuffix(self.before)),
             Piece(self.before, "audio_tag"),
             Piece(placeholder, "audio"),
             Piece(self.after, "audio_tag"),
             Piece(after.removeprefix(self.after), "template"),
+        ]
+
+    def image_pieces(self, text: str) -> list[Piece]:
+        """What comes before the clip, cut at the images in it."""
+        if self.image is None or self.image.placeholder not in text:
+            return [Piece(text, "text_before")]
+        before, _, after = text.partition(self.image.placeholder)
+        return [
+            Piece(before.removesuffix(self.image.before), "text_before"),
+            Piece(self.image.before, "image_tag"),
+            Piece(self.image.placeholder, "image"),
+            Piece(self.image.after, "image_tag"),
+            *self.image_pieces(after.removeprefix(self.image.after)),
         ]
 
     def tokenize(self, hf: Any, pieces: Sequence[Piece]) -> Prompt:
@@ -91,6 +120,16 @@ class ChatTemplate(Template):
         return Prompt.of(encoding["input_ids"], owners, hf.tokenizer.decode)
 
 
+def same_token(hf: Any, placeholder: str, wanted: int, does: str) -> None:
+    token = hf.tokenizer.get_vocab().get(placeholder)
+    if token != wanted:
+        is_what = "no token" if token is None else f"token {token}"
+        raise ConversionError(
+            f"This {type(hf).__name__} belongs to another model: {placeholder} is {is_what} of its tokenizer, and the "
+            f"model {does} where token {wanted} is."
+        )
+
+
 def refuse_marks(words: str, marks: Sequence[str]) -> None:
     """Words that mean something to the template would end a turn, or begin one."""
     for mark in marks:
@@ -98,11 +137,12 @@ def refuse_marks(words: str, marks: Sequence[str]) -> None:
             raise PromptError(f"{mark!r} is a mark of the chat template and no word. Leave it out of the prompt.")
 
 
-def render(hf: Any, user: str | None, answer: str) -> str:
-    """The chat template's text; with no user text, the clip alone is the user's turn."""
+def render(hf: Any, user: str | None, answer: str, n_images: int = 0) -> str:
+    """The chat template's text; with no user text, the clip alone is the user's turn, and images before it."""
+    images = [{"type": "image", "image": "image"}] * n_images
     text = [] if user is None else [{"type": "text", "text": user}]
     messages = [
-        {"role": "user", "content": [{"type": "audio", "audio_url": "clip"}, *text]},
+        {"role": "user", "content": [*images, {"type": "audio", "audio_url": "clip"}, *text]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
     try:
