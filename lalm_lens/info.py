@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.axes import axes_of
-from lalm_lens.config import DecoderConfig, EncoderConfig, LALMConfig
+from lalm_lens.config import DecoderConfig, EncoderConfig, LALMConfig, VisionConfig
 from lalm_lens.loading import conversion_for, local_folder, model_name, read_config, skeleton
 from lalm_lens.model import HookedLALM
 from lalm_lens.placement import Placement
@@ -50,6 +50,7 @@ class ModelInfo:
             f"{self.model_name}: {self.cfg.model_type}",
             f"parameters     {n_parameters / 1e6:.1f} M: {of_stages}",
             f"audio encoder  {sizes(self.cfg.encoder)}",
+            *([] if self.cfg.vision is None else [f"vision encoder {sizes(self.cfg.vision)}"]),
             f"decoder        {sizes(self.cfg.decoder)}{windows(self.cfg.decoder)}",
             f"hears          {self.heard_s:g} s: {self.n_audio} audio tokens, {self.n_audio / self.heard_s:g} a second",
             f"               {self.longer}",
@@ -138,7 +139,7 @@ def collapsed(names: Iterable[str]) -> dict[str, str]:
     }
 
 
-def sizes(cfg: EncoderConfig | DecoderConfig) -> str:
+def sizes(cfg: EncoderConfig | DecoderConfig | VisionConfig) -> str:
     return ", ".join(f"{name} {value}" for name, value in vars(cfg).items() if type(value) in (int, float))
 
 

@@ -38,6 +38,7 @@ from transformers import WhisperFeatureExtractor
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.engine.plan import Plan
 from lalm_lens.errors import AudioError, ConversionError, HookError, InputError, PromptError
+from lalm_lens.info import info
 from lalm_lens.inputs import Embedded, Images, Inputs, Videos
 from lalm_lens.interventions import Knockout, Patch, Scale
 from lalm_lens.loading import from_hf, from_pretrained, our_conversions
@@ -462,6 +463,17 @@ def test_the_thinker_is_taken_out_of_the_whole_model(ours, whole):
     save_file({name: tensor.clone() for name, tensor in as_in_transformers_5.items()}, whole / "model.safetensors")
     for (name, a), b in zip(from_pretrained(whole).named_parameters(), ours.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_info_says_what_it_sees_with(ours, whole):
+    described = info(whole)
+    assert described.n_parameters["vision encoder"] == sum(p.numel() for p in ours.vision_encoder.parameters())
+    assert described.n_parameters["vision adapter"] == sum(p.numel() for p in ours.vision_adapter.parameters())
+    assert sum(described.n_parameters.values()) == sum(p.numel() for p in ours.parameters())
+    assert described.hooks["vision_encoder.blocks.{0..2}.attn.hook_pattern"] == "frame, head, query_pos, key_pos"
+    assert described.hooks["hook_vision_embed"] == "vision_pos, d_model"
+    assert "vision encoder n_layers 3, d_model 32" in repr(described)
+    assert "longer clips as far as the feature extractor goes" in repr(described)
 
 
 def test_one_tensor_more_or_less_in_the_whole_model_is_refused(whole):

@@ -71,6 +71,8 @@ class WholeClip(OneWindow):
     """The encoder takes a clip of any length, and hears as much as the extractor does (Qwen2.5-Omni: 5 minutes). A
     batch is padded to its longest clip only."""
 
+    longer = "longer clips as far as the feature extractor goes"
+
     def taken(self, extractor: Any, cfg: EncoderConfig) -> tuple[int, int]:
         return cfg.n_mels, extractor.nb_max_frames
 
