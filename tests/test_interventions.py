@@ -455,6 +455,12 @@ def test_a_score_has_a_row_for_each_branch(runs, engine):
             run_branches(model_of("grouped"), its, Score(wrong), engine=engine)
 
 
+def test_a_knockout_of_padding_alone_changes_nothing():
+    padded = heard((0.5, 0.25), row=1)
+    its = branches(padded, Knockout((1,), (-1,), (0, 2)), Knockout((0,), (1,), (0, padded.n_pad + 1)))
+    assert assert_same(model_of("grouped"), its).n_skipped == 2
+
+
 def test_padding_can_be_read_by_hooks_alone():
     model, padded = model_of("grouped"), heard((0.5, 0.25), row=1)
     its = branches(padded, Scale("resid_post", 1, (-1,), factor=0.5))

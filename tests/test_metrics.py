@@ -60,18 +60,18 @@ def direct(metric: str, logits: torch.Tensor, label: list[int], others: list[int
 
 
 @pytest.mark.parametrize(
-    ("metric", "site", "direction", "form", "space"),
+    ("metric", "site", "direction", "form", "space", "corruption"),
     [
-        ("probability", "resid_mid", "noise", "P2", True),
-        ("log_probability", "resid_pre", "denoise", "P1", False),
-        ("logit_difference", "resid_post", "noise", "P3", True),
-        ("logit_difference", "attn_out", "denoise", "P2", False),
-        ("label_probability", "mlp_out", "denoise", "P3", True),
-        ("label_score", "resid_post", "denoise", "P3", True),
-        ("label_score", "attn_out", "noise", "P1", False),
+        ("probability", "resid_mid", "noise", "P2", True, Silence()),
+        ("log_probability", "resid_pre", "denoise", "P1", False, OtherClip(seed=1)),
+        ("logit_difference", "resid_post", "noise", "P3", True, OtherClip(seed=1)),
+        ("logit_difference", "attn_out", "denoise", "P2", False, Silence()),
+        ("label_probability", "mlp_out", "denoise", "P3", True, OtherClip(seed=1)),
+        ("label_score", "resid_post", "denoise", "P3", True, Silence()),
+        ("label_score", "attn_out", "noise", "P1", False, OtherClip(seed=1)),
     ],
+    ids=str,
 )
-@pytest.mark.parametrize("corruption", [Silence(), OtherClip(seed=1)], ids=str)
 def test_traces_match_plain_hf(tiny_lalm, hf, processor, metric, site, direction, form, space, corruption):
     frame = causal_trace(
         tiny_lalm,

@@ -512,6 +512,7 @@ def growth(checkpoint: Path, where: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.stress
 def test_what_is_on_disk_takes_no_memory(tmp_path):
     folder = checkpoint_of(tmp_path, n_layers=2, vocab_size=1000)  # bfloat16 in files, float32 when loaded
     n_bytes = 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))

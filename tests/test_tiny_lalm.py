@@ -89,9 +89,19 @@ def clips() -> dict[str, list[Heard]]:
     return {"gender": speech, "language": speech, "emotion": speech, "animal": held_out(0, HELD_OUT.n_held_out_animal)}
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
+@pytest.mark.parametrize("name", ["language", "animal"])
 def test_it_hears_unseen_speakers_as_well_as_its_card_says(model, card, clips, name):
     """The likeliest word of the whole vocabulary is the true label."""
+    hears_as_stated(model, card, clips, name)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", ["gender", "emotion"])
+def test_it_hears_the_rest_as_well_as_its_card_says(model, card, clips, name):
+    hears_as_stated(model, card, clips, name)
+
+
+def hears_as_stated(model: HookedLALM, card: str, clips: dict[str, list[Heard]], name: str) -> None:
     tokens = model.processor.label_tokens(ATTRIBUTES[name].labels)
     truth = torch.tensor([tokens[labels[name]] for chunk in clips[name] for labels in chunk.labels])
     logits = answers(model, name, clips[name])

@@ -51,8 +51,9 @@ def unpadded_keys(edit: Edit, n_pad: int) -> list[Edit]:
     return [replace(edit, **changes)] if kept else []
 
 
-def unpadded_knockout(knockout: Knockout, n_pad: int) -> Knockout:
+def unpadded_knockout(knockout: Knockout, n_pad: int) -> list[Knockout]:
     def shifted(positions: Sequence[int]) -> tuple[int, ...]:
         return tuple(position - n_pad for position in positions if position >= n_pad)
 
-    return replace(knockout, queries=shifted(knockout.queries_at), keys=shifted(knockout.keys_at))
+    queries, keys = shifted(knockout.queries_at), shifted(knockout.keys_at)
+    return [replace(knockout, queries=queries, keys=keys)] if queries and keys else []

@@ -89,7 +89,7 @@ class Sweep:
         knockouts = []
         for change in branch.changes:
             if isinstance(change, Knockout):
-                knockouts.append(unpadded_knockout(change, base.n_pad))
+                knockouts += unpadded_knockout(change, base.n_pad)
             elif isinstance(change, Edit) and not change.is_heard:
                 edits += unpadded(change, base.n_pad)
         edits = [edit for edit in edits if edit.layer < self.n_run]
