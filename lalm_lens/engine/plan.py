@@ -27,7 +27,7 @@ IN_CACHE = (
     3_000_000  # activations of an MLP: more of them leave a CPU's cache, and each pass over them takes 5x as long
 )
 ON_A_GPU = 32_768  # tokens
-FRONT_END = ("audio_encoder", "adapter")  # runs whole in both engines, hooks and all
+FRONT_END = ("audio_encoder", "adapter", "vision_")  # runs whole in both engines, hooks and all
 
 
 @dataclass(frozen=True)
