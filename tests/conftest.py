@@ -9,6 +9,7 @@ os.environ["PIP_NO_INDEX"] = "1"  # nor install anything, as TransformerLens' br
 
 import pytest
 import torch
+from filelock import FileLock
 from reference import tiny_hf
 from transformers import Qwen2AudioForConditionalGeneration
 
@@ -69,8 +70,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def traces(tiny_lalm: HookedLALM, folders: dict[str, Path]) -> dict[str, CausalTrace]:
-    return {
-        name: causal_trace(tiny_lalm, read_folder(folder), attribute=name, progress=False)
-        for name, folder in folders.items()
-    }
+def traces(
+    tiny_lalm: HookedLALM, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> dict[str, CausalTrace]:
+    """Made once, by the worker that asks first."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    with FileLock(root / "traces.lock"):
+        paths = {name: root / f"{name}.parquet" for name in folders}
+        for name, path in paths.items():
+            if not path.exists():
+                causal_trace(tiny_lalm, read_folder(folders[name]), attribute=name, progress=False).save(path)
+    return {name: CausalTrace.load(path) for name, path in paths.items()}

@@ -53,7 +53,9 @@ def searched(tiny_lalm):
     return search(tiny_lalm, "noise")
 
 
-@pytest.mark.parametrize(("direction", "at_least"), [("noise", 0.7), ("denoise", 0.6)])
+@pytest.mark.parametrize(
+    ("direction", "at_least"), [("noise", 0.7), pytest.param("denoise", 0.6, marks=pytest.mark.stress)]
+)
 def test_the_moment_is_found_where_the_cue_is(tiny_lalm, searched, direction, at_least):
     starts = {sample.name: start_s for sample, start_s in clips()}
     moments = (searched if direction == "noise" else search(tiny_lalm, direction, 24)).moments()
