@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lalm_lens.encoders.whisper import n_states
 from lalm_lens.errors import InputError
 from lalm_lens.model import HookedLALM
 from lalm_lens.runs import Run
@@ -38,5 +39,4 @@ def encoder_windows(model: HookedLALM, run: Run, window_s: float) -> list[Window
     cfg, n_frames = model.lalm_cfg.encoder, getattr(run.inputs, "n_frames", None)
     if n_frames is None or len(n_frames) != 1:
         raise InputError("The encoder is patched in a run that hears one clip: give `Inputs` with its audio.")
-    n_states = -(-int(n_frames[0]) * cfg.n_ctx // cfg.n_frames)
-    return windows(range(n_states), 0.01 * cfg.n_frames / cfg.n_ctx, window_s)
+    return windows(range(n_states(int(n_frames[0]))), 0.01 * cfg.n_frames / cfg.n_ctx, window_s)

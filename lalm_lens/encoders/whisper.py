@@ -30,6 +30,12 @@ def n_pooled_states(n_frames: Frames) -> Frames:
     return (n_states(n_frames) - 2) // 2 + 1  # AvgPool1d(2, stride=2) drops an odd last state
 
 
+def in_pairs(states: Float[Tensor, "clip pos d_model"]) -> Float[Tensor, "clip audio_pos d_model"]:
+    """The mean of each two states; an odd last one is dropped."""
+    pooled = F.avg_pool1d(rearrange(states, "clip pos d_model -> clip d_model pos"), 2, stride=2)
+    return rearrange(pooled, "clip d_model audio_pos -> clip audio_pos d_model")
+
+
 def sinusoids(n_pos: int, d_model: int) -> Float[Tensor, "pos d_model"]:
     """Whisper's positions: sines, then cosines, at wavelengths from 2 pi to 10000 * 2 pi."""
     rate = torch.exp(-math.log(10_000) * torch.arange(d_model // 2) / (d_model // 2 - 1))
@@ -83,8 +89,7 @@ class PooledWhisperEncoder(WhisperEncoder):
         """States of the whole padded clip; `n_pooled_states(n_frames)` of them belong to the sound."""
         is_sound = torch.arange(self.cfg.n_ctx, device=mel.device) < n_states(n_frames)[:, None]
         resid = self.run_blocks(mel, is_sound[:, None, None, :])
-        pooled = F.avg_pool1d(rearrange(resid, "clip pos d_model -> clip d_model pos"), 2, stride=2)
-        return self.hook_out(self.ln_post(rearrange(pooled, "clip d_model pos -> clip pos d_model")))
+        return self.hook_out(self.ln_post(in_pairs(resid)))
 
 
 class WholeWhisperEncoder(WhisperEncoder):

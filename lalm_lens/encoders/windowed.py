@@ -9,7 +9,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.config import EncoderConfig
 from lalm_lens.encoders.base import AudioEncoder, Frames
-from lalm_lens.encoders.whisper import n_pooled_states, n_states, sinusoids
+from lalm_lens.encoders.whisper import in_pairs, n_pooled_states, n_states, sinusoids
 from lalm_lens.errors import InputError
 from lalm_lens.nn.block import EncoderBlock
 from lalm_lens.nn.norm import LayerNorm
@@ -44,8 +44,7 @@ class WindowedWhisperEncoder(AudioEncoder):
         is_sound = torch.arange(resid.shape[1], device=mel.device) < n_states(n_frames)[:, None]
         for block in self.blocks:
             resid = block(resid, is_sound[:, None, None, :])
-        pooled = F.avg_pool1d(rearrange(resid, "clip pos d_model -> clip d_model pos"), 2, stride=2)
-        return self.hook_out(self.ln_post(rearrange(pooled, "clip d_model pos -> clip pos d_model")))
+        return self.hook_out(self.ln_post(in_pairs(resid)))
 
     def embed(
         self, mel: Float[Tensor, "clip mel frames"], n_frames: Int[Tensor, " clip"]

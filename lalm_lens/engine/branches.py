@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from lalm_lens.encoders.whisper import n_states
 from lalm_lens.engine.recorded import States
 from lalm_lens.errors import InputError
 from lalm_lens.interventions import ADAPTER, BY_HEAD, HOOKS, Change, Edit, Knockout, NamedHook, Valued, hook_name
@@ -71,7 +72,8 @@ def encoder_of(model: HookedTransformer):
 
 def n_heard(change: Edit, run: Run, model: HookedTransformer) -> int:
     """States of the encoder, or of the adapter, that belong to the run's clip."""
-    cfg, n_frames = encoder_of(model), getattr(run.inputs, "n_frames", None)
+    encoder_of(model)  # or there is nothing to hear with
+    n_frames = getattr(run.inputs, "n_frames", None)
     if n_frames is None or len(n_frames) != 1:
         n_clips = 0 if n_frames is None else len(n_frames)
         raise InputError(
@@ -82,7 +84,7 @@ def n_heard(change: Edit, run: Run, model: HookedTransformer) -> int:
         check((change.layer,), 1, "layers of the adapter")
         assert isinstance(model, HookedLALM)
         return int(model.audio_encoder.n_audio(n_frames)[0])
-    return -(-int(n_frames[0]) * cfg.n_ctx // cfg.n_frames)
+    return n_states(int(n_frames[0]))
 
 
 def heard_positions(change: Edit) -> tuple[int, ...]:
