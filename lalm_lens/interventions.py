@@ -22,9 +22,10 @@ BlockSite = Literal[
     "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "post"
 ]
 Site = Literal[BlockSite, "adapter_in", "adapter_out"]
-Stack = Literal["decoder", "audio_encoder"]
+Stack = Literal["decoder", "audio_encoder", "vision_encoder"]
 NamedHook = tuple[str, Callable[[Any, HookPoint], Any]]
 
+FRONT_END = ("audio_encoder", "adapter", "vision_")  # what hears and sees: its rows are no prompts
 BY_HEAD = ("q", "k", "v", "z", "pattern")
 ADAPTER = {"adapter_in": "adapter.hook_in", "adapter_out": "adapter.hook_out"}
 HOOKS = {
@@ -35,8 +36,9 @@ HOOKS = {
 
 
 def hook_name(site: str, layer: int, stack: Stack = "decoder") -> str:
-    prefix = "" if stack == "decoder" else "audio_encoder."
-    return ADAPTER.get(site) or f"{prefix}blocks.{layer}.{HOOKS[site]}"
+    if site in ADAPTER:
+        return f"{'vision_' if stack == 'vision_encoder' else ''}{ADAPTER[site]}"
+    return f"{'' if stack == 'decoder' else f'{stack}.'}blocks.{layer}.{HOOKS[site]}"
 
 
 def some(name: str, chosen: Iterable[int]) -> tuple[int, ...]:
@@ -52,8 +54,9 @@ class Edit:
 
     `resid_*`, `attn_out`, `mlp_out` are [pos, d_model]; `q k v z` [pos, head, d_head], of which `heads` are changed;
     `pattern` [query_pos, head, key_pos], of which `heads` and `keys`; `post` [pos, d_mlp], of which `neurons`; None is
-    all of them. In the `audio_encoder`, positions are its states (20 ms in Qwen2-Audio); `adapter_in` and `adapter_out`
-    have those of the adapter, and layer 0.
+    all of them. In the `audio_encoder`, positions are its states (20 ms in Qwen2-Audio), in the `vision_encoder` its
+    patches; `adapter_in` and `adapter_out` have those of the adapter, and layer 0. A clip of several windows has a row
+    of states for each, and what is seen has one for each frame: `row` is the one that is changed, None is all.
 
     As a `.hook()`, positions are absolute: counted from the first of the prompt, padding included, and on through what
     is generated. In generation the change acts in the step that computes a position, and in no other. A position that
@@ -68,6 +71,7 @@ class Edit:
     neurons: tuple[int, ...] | None = None
     keys: tuple[int, ...] | None = None
     stack: Stack = "decoder"
+    row: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in {"site": (*HOOKS, *ADAPTER), "stack": get_args(Stack)}.items():
@@ -88,6 +92,8 @@ class Edit:
             if self.site not in sites:
                 raise InputError(f"{name} are of {' '.join(sites)}, and not of {self.site}.")
             object.__setattr__(self, name, some(name, chosen))
+        if self.row is not None and (not self.is_perceived or not hasattr(self.row, "__index__")):
+            raise InputError(f"A row is a whole number, of the states of an encoder or adapter; got {self.row!r}.")
 
     @property
     def name(self) -> str:
@@ -100,9 +106,9 @@ class Edit:
         return tuple(self.positions)
 
     @property
-    def is_heard(self) -> bool:
-        """Whether it is made before the decoder, in the encoder or the adapter."""
-        return self.stack == "audio_encoder" or self.site in ADAPTER
+    def is_perceived(self) -> bool:
+        """Whether it is made before the decoder, in an encoder or adapter."""
+        return self.stack != "decoder" or self.site in ADAPTER
 
     def hook(self) -> NamedHook:
         """The change as a hook: `model.run_with_hooks(inputs, fwd_hooks=[patch.hook()])`."""
@@ -111,8 +117,17 @@ class Edit:
         return self.name, self.apply
 
     def apply(self, state: Float[Tensor, "batch _ *_"], hook: HookPoint) -> Float[Tensor, "batch _ *_"]:
+        if self.row is None:
+            return self.applied(state, hook)
+        if not 0 <= self.row < len(state):
+            raise HookError(f"There is no row {self.row} of {hook.name}: this run has {len(state)}.")
+        changed = state.clone()
+        changed[self.row] = self.applied(state[[self.row]], hook)[0]
+        return changed
+
+    def applied(self, state: Float[Tensor, "batch _ *_"], hook: HookPoint) -> Float[Tensor, "batch _ *_"]:
         by_position = state.transpose(1, 2) if self.site == "pattern" else state
-        here, where = self.reached(by_position.shape[1], {} if self.is_heard else hook.ctx)
+        here, where = self.reached(by_position.shape[1], {} if self.is_perceived else hook.ctx)
         if not here:
             return state
         changed = by_position.clone()

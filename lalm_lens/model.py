@@ -10,6 +10,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
+from lalm_lens.encoders.whisper import n_states
 from lalm_lens.errors import HookError, InputError
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.nn.kv_cache import KeyValueCache
@@ -103,12 +104,22 @@ class HookedLALM(HookedTransformer):
             raise InputError(f"A {self.lalm_cfg.model_type} model hears and does not see: leave out images and videos.")
         return embed
 
-    def is_placeholder(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    def is_placeholder(self, tokens: Int[Tensor, "*batch pos"]) -> Bool[Tensor, "*batch pos"]:
         """Where something is heard or seen."""
         return tokens == self.lalm_cfg.audio_token
 
     def positions_of(self, inputs: Any) -> Int[Tensor, "3 batch pos"] | None:
         return inputs.positions if isinstance(inputs, Inputs | Embedded) else None
+
+    def perceived(self, inputs: Inputs, stack: str) -> list[tuple[int, int]]:
+        """Of each row of an encoder's states, a window of a clip: how many belong to it, and the tokens they make."""
+        if stack == "vision_encoder" or inputs.n_frames is None:
+            return []
+        return [(n_states(n), self.audio_encoder.n_audio(n)) for n in inputs.n_frames.tolist()]
+
+    def fed(self, tokens: Int[Tensor, "*batch pos"], stack: str) -> Bool[Tensor, "*batch pos"]:
+        """Where these tokens stand for what an encoder makes."""
+        return tokens == self.lalm_cfg.audio_token
 
     def refuse_hooks(self, names: set[str]) -> None:
         """Raise `HookError` for a hook on one of these points, which this run does not pass."""

@@ -159,7 +159,7 @@ def check_length(patch: Patch, run: Run) -> None:
         if (clean.n_pos, clean.n_pad) != (run.n_pos, run.n_pad):
             raise unequal(f"{clean.n_pos - clean.n_pad} positions and {clean.n_pad} of padding", run)
     elif not isinstance(clean, Own):
-        if patch.is_heard:  # the encoder's states are as many for every clip: the embedding tells, where it is kept
+        if patch.is_perceived:  # the encoder's states are as many for every clip: the embedding tells, where it is kept
             n_clean = clean["hook_embed"].shape[-2] if "hook_embed" in clean else run.n_pos
         else:
             n_clean = unbatched(clean, patch.name, patch).shape[-1 if patch.site == "pattern" else 0]
@@ -274,12 +274,12 @@ def get_act_patch_encoder(
 
     Windows follow each other, of `window_s` seconds rounded to whole states of the encoder (20 ms in Qwen2-Audio), one
     at least; the last one ends with the clip. For each patch, encoder and adapter run again, and all positions from the
-    audio on. Raises `InputError` where no audio is heard, or more than one clip.
+    audio on. Raises `InputError` where no audio is heard.
     """
     run, n_layers, source = as_run(corrupted_tokens), model.lalm_cfg.encoder.n_layers, source_of(clean_cache)
     windows = encoder_windows(model, run, float(window_s))
     patches = [
-        Patch(site, layer, window.positions, source, stack="audio_encoder")
+        Patch(site, layer, window.positions, source, stack="audio_encoder", row=window.row)
         for layer, window in product(range(n_layers), windows)
     ]
     return patched_metric(model, run, patching_metric, patches, **options).reshape(n_layers, len(windows))

@@ -95,13 +95,14 @@ class Source:
     """States of another run, or of the branch itself, to be put somewhere.
 
     `run` is a `Run`, a cache of a run of one prompt, or `OWN`: what the branch itself has at an earlier point. `layer`,
-    `positions` and `site` are by default those of the change that uses it.
+    `positions`, `site` and `row` are by default those of the change that uses it.
     """
 
     run: Run | Cache | Own = field(repr=False)
     layer: int | None = None
     positions: Positions | None = None
     site: str | None = None
+    row: int | None = None
 
     @property
     def at(self) -> tuple[int, ...]:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lalm_lens.encoders.whisper import n_states
 from lalm_lens.errors import InputError
+from lalm_lens.inputs import Inputs
 from lalm_lens.model import HookedLALM
 from lalm_lens.runs import Run
 
@@ -12,6 +12,7 @@ from lalm_lens.runs import Run
 class Window(NamedTuple):
     positions: tuple[int, ...]
     span_s: tuple[float, float]  # from the beginning of the clip
+    row: int | None = None  # of the encoder's states, where a clip has several
 
 
 def windows(positions: Sequence[int], each_s: float, window_s: float) -> list[Window]:
@@ -35,8 +36,14 @@ def position_s(model: HookedLALM) -> float:
 
 
 def encoder_windows(model: HookedLALM, run: Run, window_s: float) -> list[Window]:
-    """Windows of the states that the audio encoder makes of the run's clip."""
-    cfg, n_frames = model.lalm_cfg.encoder, getattr(run.inputs, "n_frames", None)
-    if n_frames is None or len(n_frames) != 1:
-        raise InputError("The encoder is patched in a run that hears one clip: give `Inputs` with its audio.")
-    return windows(range(n_states(int(n_frames[0]))), 0.01 * cfg.n_frames / cfg.n_ctx, window_s)
+    """Windows of the states that the audio encoder makes of the run's clip, each in one row of them."""
+    rows = model.perceived(run.inputs, "audio_encoder") if isinstance(run.inputs, Inputs) else []
+    if not rows:
+        raise InputError("The encoder is patched in a run that hears a clip: give `Inputs` with its audio.")
+    cfg = model.lalm_cfg.encoder
+    each_s, row_s = 0.01 * cfg.n_frames / cfg.n_ctx, 0.01 * cfg.n_frames
+    return [
+        Window(positions, (start_s + row * row_s, end_s + row * row_s), row)
+        for row, (n, _) in enumerate(rows)
+        for positions, (start_s, end_s), _ in windows(range(n), each_s, window_s)
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import assert_same, branches
+from engine_cases import LOGITS_AND_LOG_PROBS, assert_same, branches
 from families import FAMILIES, PARTS, QUESTION, REAL, Family, as_theirs
 from reference import chirps, hf_states
 from safetensors.torch import load_file, save_file
@@ -402,18 +402,36 @@ def test_all_states_of_an_encoder_block_bring_all_back(opened):
     assert len(found.values) == 3
 
 
-def test_a_clip_of_several_windows_is_not_patched_in_the_encoder(opened):
+def test_each_window_of_a_long_clip_is_patched_by_itself(opened):
     if opened.family.longest_s <= 2:
         with pytest.raises(AudioError, match="is too long: this model hears 2"):
             heard(opened, chirps([3.1])[0])
         return
-    run = heard(opened, chirps([3.1])[0])
-    scale = Scale("resid_post", 0, (3,), factor=0.0, stack="audio_encoder")
-    with pytest.raises(InputError, match="one window of the encoder; this one has 2"):
-        Plan(opened.ours, branches(run, scale), Logits()).run()
-    assert_same(
-        opened.ours, branches(run, Patch("resid_post", 1, "audio", torch.zeros(sum(run.prompt.is_region("audio")), 64)))
-    )
+    clip = chirps([3.1])[0]
+    clean, silent = heard(opened, clip), heard(opened, torch.zeros_like(clip))
+    rows = opened.ours.perceived(clean.inputs, "audio_encoder")
+    n_rows = 1 if opened.name == "qwen2_5_omni" else 2
+    assert len(rows) == n_rows
+    every = [
+        Patch("resid_post", 1, range(n), Source(clean), stack="audio_encoder", row=row)
+        for row, (n, _) in enumerate(rows)
+    ]
+    out = [Patch("adapter_out", 0, range(n), Source(clean), row=row) for row, (_, n) in enumerate(rows)]
+    scale = Scale("attn_out", 0, (3,), factor=0.0, stack="audio_encoder", row=n_rows - 1)
+    its = branches(silent, tuple(every), tuple(out), *every, scale)
+    found = assert_same(opened.ours, its).values
+    theirs = Plan(opened.ours, [Branch(clean)], LOGITS_AND_LOG_PROBS).run().values[0]
+    assert_close(found[0], theirs)
+    assert_close(found[1], theirs)
+    assert n_rows == 1 or all((each - theirs).abs().max() > 1e-3 for each in found[2:])
+    with pytest.raises(InputError, match=f"There are {n_rows} rows of audio_encoder.blocks.0.hook_attn_out"):
+        Plan(opened.ours, branches(silent, replace(scale, row=n_rows)), Logits()).run()
+    if n_rows == 2:
+        with pytest.raises(InputError, match="has 2 rows in this run: say which one is changed, as row=0"):
+            Plan(opened.ours, branches(silent, replace(scale, row=None)), Logits()).run()
+        taken = branches(heard(opened, chirps([1.37])[0]), replace(every[0], row=None, positions=(0,)))
+        with pytest.raises(InputError, match="has 2 rows in the run that it is taken from"):
+            Plan(opened.ours, taken, Logits())
 
 
 def test_a_clip_over_the_limit_is_refused(opened):

@@ -299,6 +299,7 @@ REFUSED = {
     "indices from 0 on, got (-1,)": Scale("resid_post", 1, (-1,), factor=0.0, stack="audio_encoder"),
     "There are 2 layers in the audio_encoder": Scale("resid_post", 2, (1,), factor=0.0, stack="audio_encoder"),
     "4 heads, counted from 0; got [4]": Scale("k", 1, (1,), factor=0.0, heads=(4,), stack="audio_encoder"),
+    "This model has no vision_encoder": Scale("resid_post", 0, (1,), factor=0.0, stack="vision_encoder"),
     "A site is one of resid_pre,": Patch("resid_post", 1, (3,), Source(CLEAN, site="attn")),
     "layers in the decoder, counted from 0; got [7]": Patch("resid_post", 1, (3,), Source(CLEAN, layer=7)),
     "z cannot become pattern": Patch("pattern", 1, (3,), Source(CLEAN, site="z")),

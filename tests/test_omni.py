@@ -280,6 +280,41 @@ def test_a_change_of_the_encoder_is_heard_in_both_engines(ours):
     assert all((value - base[0]).abs().max() > 1e-3 for value in found.values[:3])
 
 
+def test_a_change_of_the_vision_tower_is_seen_in_both_engines(ours):
+    """An image and a clip; then two videos and an image, whose row is the first."""
+    image, many = Run(alone("pictures", 0)), Run(alone("pictures", 1))
+    assert ours.perceived(many.inputs, "vision_encoder") == [(80, 20)] + [(16, 4)] * 3 + [(12, 3)] * 2
+    other = replace(image, inputs=replace(image.inputs, images=noisy(image.inputs.images)))
+    every = Patch("resid_post", LAYERS["vision"] - 1, range(24), Source(other), stack="vision_encoder")
+    its = branches(
+        image,
+        every,
+        Patch("adapter_out", 0, range(6), Source(other), stack="vision_encoder"),
+        Scale("z", 0, (3, 4), factor=0.0, heads=(1,), stack="vision_encoder"),
+        (Scale("mlp_out", 1, (5,), factor=2.0, stack="vision_encoder"), Scale("adapter_in", 0, (2,), factor=0.0)),
+    )
+    rows = [Scale("resid_post", 0, (2,), factor=0.0, stack="vision_encoder", row=row) for row in range(6)]
+    found = assert_same(ours, its + branches(many, *rows))
+    seen = Plan(ours, branches(other, every), LOGITS_AND_LOG_PROBS).run().values[0]
+    assert_close(found.values[:2], torch.stack([seen, seen]))
+    assert all((moved - base).abs().max() > 1e-4 for moved, base in zip(found.values, found.base, strict=True))
+    for says, change in {
+        "has 6 rows in this run": replace(rows[0], row=None),
+        "There are 6 rows": replace(rows[0], row=6),
+        "There are 12 positions of vision_encoder": replace(rows[5], positions=(12,)),
+        f"There are {LAYERS['vision']} layers in the vision": replace(rows[0], layer=LAYERS["vision"]),
+    }.items():
+        with pytest.raises(InputError, match=says):
+            Plan(ours, branches(many, change))
+    with pytest.raises(InputError, match="sees its images again, and this one holds none"):
+        Plan(ours, branches(Run(alone("sounds", 0)), rows[0]))
+
+
+def noisy(images: Images | None) -> Images:
+    assert images is not None
+    return replace(images, patches=images.patches + torch.randn_like(images.patches))
+
+
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_the_residual_stream_adds_up(ours, kind):
     inputs = alone(kind, 1)

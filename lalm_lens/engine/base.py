@@ -39,7 +39,7 @@ def needed(n_run: int) -> set[str]:
 
 def compared(branch: Branch) -> set[str]:
     """The hook points of the base run whose states tell whether a change is one, or are taken by the branch itself."""
-    edits = [change for change in branch.changes if isinstance(change, Edit) and not change.is_heard]
+    edits = [change for change in branch.changes if isinstance(change, Edit) and not change.is_perceived]
     taken = [(edit, edit.value) for edit in edits if isinstance(edit, Valued) and isinstance(edit.value, Source)]
     own = {source_name(source, edit) for edit, source in taken if source.run is OWN}
     return {edit.name for edit in edits if edit.site != "pattern"} | own

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lalm_lens.encoders.whisper import n_states
+from lalm_lens.config import DecoderConfig, EncoderConfig, VisionConfig
 from lalm_lens.engine.recorded import States
 from lalm_lens.errors import InputError
+from lalm_lens.inputs import Inputs
 from lalm_lens.interventions import ADAPTER, BY_HEAD, HOOKS, Change, Edit, Knockout, NamedHook, Valued, hook_name
 from lalm_lens.model import HookedLALM
 from lalm_lens.runs import OWN, Cache, Run, Source, indices, rows
@@ -43,15 +44,16 @@ def indexed(change: Change | NamedHook, run: Run, model: HookedTransformer) -> C
         check(change.layers, model.decoder_cfg.n_layers, "layers")
         check(change.heads or (), model.decoder_cfg.n_heads, "heads")
         return replace(change, queries=run.indices(change.queries), keys=run.indices(change.keys))
-    cfg = model.decoder_cfg if change.stack == "decoder" else encoder_of(model)
-    n_kv_heads = model.decoder_cfg.n_kv_heads if change.stack == "decoder" else cfg.n_heads
+    cfg = model.decoder_cfg if not change.is_perceived else encoder_of(model, change)
+    n_kv_heads = cfg.n_kv_heads if isinstance(cfg, DecoderConfig) else cfg.n_heads
     check((change.layer,), cfg.n_layers, f"layers in the {change.stack}")
     check(change.heads or (), n_kv_heads if change.site in ("k", "v") else cfg.n_heads, "heads")
     check(change.neurons or (), cfg.d_mlp, "neurons")
-    check(change.keys or (), run.n_pos, "keys")
-    positions = heard_positions(change) if change.is_heard else run.indices(change.positions)
-    if change.is_heard:
-        check(positions, n_heard(change, run, model), f"positions of {change.name}")
+    positions = perceived_positions(change) if change.is_perceived else run.indices(change.positions)
+    n_pos = n_perceived(change, run, model) if change.is_perceived else run.n_pos
+    check(change.keys or (), n_pos, "keys")
+    if change.is_perceived:
+        check(positions, n_pos, f"positions of {change.name}")
     elif len(set(positions)) < len(positions):
         raise InputError(f"A change needs different positions; got {change.positions}, of {run.n_pos}.")
     if not isinstance(change, Valued):
@@ -64,30 +66,34 @@ def indexed(change: Change | NamedHook, run: Run, model: HookedTransformer) -> C
     return replace(change, positions=positions, value=value)
 
 
-def encoder_of(model: HookedTransformer):
-    if not isinstance(model, HookedLALM):
-        raise InputError("This model has no audio encoder to change anything in.")
-    return model.lalm_cfg.encoder
+def encoder_of(model: HookedTransformer, change: Edit) -> EncoderConfig | VisionConfig:
+    cfg = model.lalm_cfg if isinstance(model, HookedLALM) else None
+    encoder = cfg and (cfg.vision if change.stack == "vision_encoder" else cfg.encoder)
+    if encoder is None:
+        raise InputError(f"This model has no {change.name.split('.')[0]} to change anything in.")
+    return encoder
 
 
-def n_heard(change: Edit, run: Run, model: HookedTransformer) -> int:
-    """States of the encoder, or of the adapter, that belong to the run's clip."""
-    encoder_of(model)  # or there is nothing to hear with
-    n_frames = getattr(run.inputs, "n_frames", None)
-    if n_frames is None or len(n_frames) != 1:
-        n_clips = 0 if n_frames is None else len(n_frames)
+def n_perceived(change: Edit, run: Run, model: HookedTransformer) -> int:
+    """States of the encoder, or of the adapter, that belong to what is heard or seen, in the row that is changed."""
+    assert isinstance(model, HookedLALM)
+    rows = model.perceived(run.inputs, change.stack) if isinstance(run.inputs, Inputs) else ()
+    if not rows:
         raise InputError(
-            "A change of the encoder or adapter needs a run of `Inputs`, which hears its audio again, with one clip, "
-            f"of one window of the encoder; this one has {n_clips}."
+            f"A change of {change.name} needs a run of `Inputs`, which hears its audio and sees its images again, and "
+            "this one holds none."
         )
+    if change.row is None and len(rows) > 1:
+        raise InputError(f"{change.name} has {len(rows)} rows in this run: say which one is changed, as row=0.")
+    check((change.row or 0,), len(rows), f"rows of {change.name}")
+    n_states, n_tokens = rows[change.row or 0]
     if change.site in ADAPTER:
         check((change.layer,), 1, "layers of the adapter")
-        assert isinstance(model, HookedLALM)
-        return int(model.audio_encoder.n_audio(n_frames)[0])
-    return n_states(int(n_frames[0]))
+        return n_tokens
+    return n_states
 
 
-def heard_positions(change: Edit) -> tuple[int, ...]:
+def perceived_positions(change: Edit) -> tuple[int, ...]:
     if isinstance(change.positions, str) or min(change.positions) < 0:
         raise InputError(f"Positions of the {change.name} are indices from 0 on, got {change.positions!r}.")
     return tuple(change.positions)
@@ -108,8 +114,8 @@ def pointed(source: Source, change: Edit, positions: tuple[int, ...], run: Run) 
     if (site == "pattern") != (change.site == "pattern"):
         raise InputError(f"A pattern goes where a pattern is: {site} cannot become {change.site}.")
     at = positions if source.positions is None else source.positions
-    if change.is_heard:
-        at = heard_positions(replace(change, positions=at))
+    if change.is_perceived:
+        at = perceived_positions(replace(change, positions=at))
     elif isinstance(source.run, Run):
         at = source.run.indices(change.positions if source.positions is None else at)
     elif source.run is OWN:
@@ -124,12 +130,12 @@ def pointed(source: Source, change: Edit, positions: tuple[int, ...], run: Run) 
         raise InputError(
             f"A branch can take its own {', '.join(EARLIER)} from before the change, not {site} of block {layer}."
         )
-    return Source(source.run, layer, tuple(at), site)
+    return Source(source.run, layer, tuple(at), site, change.row if source.row is None else source.row)
 
 
 def earlier(site: str, layer: int, change: Edit) -> bool:
     order = ("resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "post", "mlp_out", "resid_post")
-    return not change.is_heard and (layer, order.index(site)) < (change.layer, order.index(change.site))
+    return not change.is_perceived and (layer, order.index(site)) < (change.layer, order.index(change.site))
 
 
 def n_pos_of(cache: Cache, name: str, change: Edit) -> int:
@@ -159,17 +165,31 @@ def resolved(change: Change | NamedHook, states: Mapping[Run, States]) -> Change
     source, name = change.value, source_name(change.value, change)
     run = source.run
     assert run is not OWN
-    state = states[run][name] if isinstance(run, Run) else unbatched(run, name, change)
+    if isinstance(run, Run):
+        state = states[run][name]
+        state = row_of(state, source, name) if change.is_perceived else state
+    else:
+        state = unbatched(run, name, change, source)
     return replace(change, value=value_of(state, change, source.at))
 
 
-def unbatched(cache: Cache, name: str, change: Edit) -> Tensor:
+def row_of(state: Tensor, source: Source, name: str) -> Tensor:
+    """What one window of a clip, or one frame, has of a state."""
+    if source.row is None and len(state) > 1:
+        raise InputError(f"{name} has {len(state)} rows in the run that it is taken from: say which, as row=0.")
+    check((source.row or 0,), len(state), f"rows of {name}")
+    return state[source.row or 0]
+
+
+def unbatched(cache: Cache, name: str, change: Edit, source: Source | None = None) -> Tensor:
     """The state of the only prompt of a cache, which may have lost the axis of the batch."""
     try:
         state = cache[name]
     except KeyError:
         raise InputError(f"This cache does not hold {name}: name it when you make the cache.") from None
     if state.ndim == 3 + (change.site in BY_HEAD):
+        if source is not None and change.is_perceived:
+            return row_of(state, source, name)
         if len(state) != 1:
             raise InputError(f"A source is a run of one prompt, and this cache holds {len(state)}.")
         return state[0]

@@ -59,7 +59,7 @@ class Prices(NamedTuple):
 
 
 def cost_of(model: HookedTransformer, branches: Sequence[Branch], readout: Readout, sweep: Sweep | None) -> Cost:
-    n_heard = sum(any(isinstance(change, Edit) and change.is_heard for change in its.changes) for its in branches)
+    n_heard = sum(any(isinstance(change, Edit) and change.is_perceived for change in its.changes) for its in branches)
     whole = {run: forward_flops(model, run, readout) for run in dict.fromkeys(branch.run for branch in branches)}
     if sweep is None:
         flops = sum(whole[branch.run] for branch in branches)

@@ -36,17 +36,17 @@ def go_through(sweep: Sweep, members: Sequence[Planned]) -> dict[int, Tensor]:
 
 def born(model: HookedTransformer, member: Planned) -> Planned:
     """With what the front-end makes of the branch's changes there."""
-    if not member.heard:
+    if not member.perceived:
         return member
     first, *rest = member.edits
-    embed = heard_again(model, member)[list(first.at)]
+    embed = perceived_again(model, member)[list(first.at)]
     return replace(member, edits=(Patch("resid_pre", 0, first.at, embed), *rest))
 
 
-def heard_again(model: HookedTransformer, member: Planned) -> Float[Tensor, "pos d_model"]:
-    """The embeddings of a run whose encoder or adapter is changed, without padding."""
+def perceived_again(model: HookedTransformer, member: Planned) -> Float[Tensor, "pos d_model"]:
+    """The embeddings of a run in which an encoder or adapter is changed, without padding."""
     assert isinstance(model, HookedLALM)
-    hooks = [change.hook() for change in member.heard]
+    hooks = [change.hook() for change in member.perceived]
     with model.hooks(fwd_hooks=[*hooks]):
         embedded = model.embed_inputs(member.run.inputs.to(model.device))  # pyright: ignore[reportArgumentType]
     return embedded.embed[0, member.run.n_pad :]

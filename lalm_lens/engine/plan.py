@@ -17,6 +17,7 @@ from lalm_lens.engine.passing import go_through
 from lalm_lens.engine.recorded import Record, Recorded, States
 from lalm_lens.engine.sweep import Sweep
 from lalm_lens.errors import HookError, InputError
+from lalm_lens.interventions import FRONT_END
 from lalm_lens.offload import is_ours
 from lalm_lens.readouts import Logits, LogProbs, Readout, Resid, n_blocks
 from lalm_lens.runs import Run
@@ -27,7 +28,6 @@ IN_CACHE = (
     3_000_000  # activations of an MLP: more of them leave a CPU's cache, and each pass over them takes 5x as long
 )
 ON_A_GPU = 32_768  # tokens
-FRONT_END = ("audio_encoder", "adapter", "vision_")  # runs whole in both engines, hooks and all
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from lalm_lens.errors import InputError
+from lalm_lens.interventions import FRONT_END
 from lalm_lens.readouts import Readout
 from lalm_lens.runs import Run
 from lalm_lens.transformer import HookedTransformer
 
-States = Mapping[str, Tensor]  # of one run, without the axis of the batch
+States = Mapping[str, Tensor]  # of one run, without the axis of the batch; what is heard and seen keeps its rows
 Record = tuple[Tensor, States]  # logits at what is read, and states by hook point
 
 
@@ -52,4 +53,4 @@ def record(model: HookedTransformer, run: Run, names: Iterable[str], readout: Re
         narrow = logits.dtype == torch.float16
         advice = "Load the model as bfloat16 or float32." if narrow else "The weights of this checkpoint are broken."
         raise InputError(f"The logits are not finite in {logits.dtype}. {advice}")
-    return logits, {name: cache[name][0] for name in names}
+    return logits, {name: cache[name] if name.startswith(FRONT_END) else cache[name][0] for name in names}

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lalm_lens.engine.attention import View
@@ -44,9 +45,9 @@ class Planned:
         return self.branch.run
 
     @property
-    def heard(self) -> tuple[Edit, ...]:
-        """Its changes of the encoder and adapter."""
-        return tuple(change for change in self.branch.changes if isinstance(change, Edit) and change.is_heard)
+    def perceived(self) -> tuple[Edit, ...]:
+        """Its changes of encoders and adapters."""
+        return tuple(change for change in self.branch.changes if isinstance(change, Edit) and change.is_perceived)
 
     def edits_at(self, layer: int, *sites: str) -> Iterator[Edit]:
         return (edit for edit in self.edits if edit.layer == layer and edit.site in sites)
@@ -84,13 +85,12 @@ class Sweep:
 
     def plan(self, number: int, branch: Branch) -> Planned:
         base = self.bases[branch.run]
-        heard = [change for change in branch.changes if isinstance(change, Edit) and change.is_heard]
-        edits = [self.heard(branch)] if heard else []
+        edits = self.perceived(branch)
         knockouts = []
         for change in branch.changes:
             if isinstance(change, Knockout):
                 knockouts += unpadded_knockout(change, base.n_pad)
-            elif isinstance(change, Edit) and not change.is_heard:
+            elif isinstance(change, Edit) and not change.is_perceived:
                 edits += unpadded(change, base.n_pad)
         edits = [edit for edit in edits if edit.layer < self.n_run]
         touches = [self.touch(edit, base) for edit in edits]
@@ -111,13 +111,16 @@ class Sweep:
             )
         return tuple(positions)
 
-    def heard(self, branch: Branch) -> Edit:
-        """A change of the encoder or adapter as one of the embeddings: not yet known, so every audio position."""
-        if not isinstance(self.model, HookedLALM) or not isinstance(branch.run.inputs, Inputs):
-            raise InputError("A change of the encoder or adapter needs a run of `Inputs`, which hears its audio again.")
-        is_audio = branch.run.inputs.tokens[0] == self.model.lalm_cfg.audio_token
-        positions = tuple((is_audio.nonzero()[:, 0] - branch.run.n_pad).tolist())
-        return Recompute("resid_pre", 0, positions)
+    def perceived(self, branch: Branch) -> list[Edit]:
+        """Changes of encoders and adapters as one of the embeddings: not yet known, so of all that these make."""
+        stacks = {its.stack for its in branch.changes if isinstance(its, Edit) and its.is_perceived}
+        if not stacks:
+            return []
+        assert isinstance(self.model, HookedLALM)
+        assert isinstance(branch.run.inputs, Inputs)
+        tokens = branch.run.inputs.tokens[0]
+        is_fed = torch.stack([self.model.fed(tokens, stack) for stack in stacks]).any(0)
+        return [Recompute("resid_pre", 0, tuple((is_fed.nonzero()[:, 0] - branch.run.n_pad).tolist()))]
 
     def touch(self, edit: Edit, base: Base) -> Touch:
         point = edit.site if edit.site in ("resid_pre", "resid_post") else "inside"

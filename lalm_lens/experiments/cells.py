@@ -27,11 +27,12 @@ class Cell:
     neurons: tuple[int, ...] | None = None
     stack: Stack = "decoder"
     span_s: tuple[float, float] | None = None
+    row: int | None = None  # of the encoder's states
 
     def patch(self, source: Run) -> Patch:
         site, layer = ("resid_pre", 0) if self.layer == EMBED_LAYER else (self.site, self.layer)
         of = {"heads": self.heads, "neurons": self.neurons}
-        return Patch(site, layer, self.positions, Source(source), **of, stack=self.stack)
+        return Patch(site, layer, self.positions, Source(source), **of, stack=self.stack, row=self.row)
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,16 @@ def cells(model: HookedLALM, grid: Grid, run: Run) -> list[Cell]:
     first = EMBED_LAYER if grid.site.startswith("resid") else 0
     n_heads = decoder.n_kv_heads if grid.site in ("k", "v") else decoder.n_heads
     found = [
-        Cell(kind, grid.site, layer, where, stack="decoder", span_s=span, **units)
+        Cell(kind, grid.site, layer, where, stack="decoder", span_s=span, row=None, **units)
         for layer in range(first, decoder.n_layers)
         for kind, where, span in places
         for units in units_of(grid, n_heads, decoder.d_mlp)
     ]
     if "encoder_window" in grid.chosen:
         found += [
-            Cell("encoder_window", grid.site, layer, where, stack="audio_encoder", span_s=span, **units)
+            Cell("encoder_window", grid.site, layer, where, stack="audio_encoder", span_s=span, row=row, **units)
             for layer in range(encoder.n_layers)
-            for where, span in encoder_windows(model, run, grid.window_s)
+            for where, span, row in encoder_windows(model, run, grid.window_s)
             for units in units_of(grid, encoder.n_heads, encoder.d_mlp)
         ]
     return found
@@ -111,7 +112,7 @@ def decoder_places(model: HookedLALM, grid: Grid, run: Run) -> Iterator[Place]:
         for pos in range(audio[-1] + 1, text[-1] + 1):
             yield "token", (pos,), None
     if "audio_window" in kinds:
-        for where, span in audio_windows(model, run, grid.window_s):
+        for where, span, _ in audio_windows(model, run, grid.window_s):
             yield "audio_window", where, span
 
 

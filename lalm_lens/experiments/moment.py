@@ -47,7 +47,7 @@ def coarse(model: HookedLALM, run: Run, search: Search) -> list[Cell]:
     """The windows that a search begins with."""
     return [
         Cell("moment", "resid_post", EMBED_LAYER, where, span_s=span)
-        for where, span in audio_windows(model, run, search.window_s)
+        for where, span, _ in audio_windows(model, run, search.window_s)
     ]
 
 
