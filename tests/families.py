@@ -185,7 +185,8 @@ SEEING_TEMPLATE = """{% for turn in messages %}{% if loop.first %}<|im_start|>sy
 You are a helpful assistant.<|im_end|>
 {% endif %}<|im_start|>{{ turn.role }}
 {% for part in turn.content %}{% if part.type == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>\
-{% elif part.type == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>{% else %}{{ part.text }}{% endif %}\
+{% elif part.type == 'image' %}<|vision_bos|><|IMAGE|><|vision_eos|>\
+{% elif part.type == 'video' %}<|vision_bos|><|VIDEO|><|vision_eos|>{% else %}{{ part.text }}{% endif %}\
 {% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""

@@ -610,6 +610,30 @@ def test_prompts_with_images_are_those_of_hf(seeing):
     assert [int(prompt.is_region("image").sum()) for prompt in prompts] == [int(n_tokens[:2].sum()), int(n_tokens[2])]
 
 
+def test_prompts_with_videos_know_where_they_are(seeing):
+    """HF's own video processor needs torchvision, so placeholders are counted by hand."""
+    hf, ours = seeing
+    theirs, processor, gender = FAMILIES["qwen2_5_omni_thinker"].processor(), ours.processor, ATTRIBUTES["gender"]
+    images, clip = processor.see(photos((16, 24))), chirps([0.6])[0]
+    grid = torch.tensor([[3, 4, 4], [2, 2, 6]])
+    videos = Videos(torch.randn(int(grid.prod(-1).sum()), 3 * 2 * PATCH**2), grid, torch.tensor([1.0, 0.5]))
+    prompt = processor.prompt(gender, processor.n_frames(clip), "P2", images=images, videos=videos)
+    inputs = processor.inputs([prompt], [clip], images, videos)
+    kinds = [{"type": "image"}, {"type": "video"}, {"type": "video"}, {"type": "audio"}]
+    turn = [{"role": "user", "content": [*kinds, {"type": "text", "text": gender.question}]}]
+    text = theirs.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) + gender.prefix
+    for mark, times in (("IMAGE", [6]), ("VIDEO", [12, 6]), ("AUDIO", [15])):
+        for n in times:
+            text = text.replace(f"<|{mark}|>", f"<{mark}>" * n, 1)
+        text = text.replace(f"<{mark}>", f"<|{mark}|>")
+    assert list(prompt.tokens) == theirs.tokenizer(text)["input_ids"]
+    before = "text_before image_tag image image_tag video_tag video video_tag video video_tag audio_tag"
+    regions = [region for region, _ in groupby(position.region for position in prompt.positions)]
+    assert regions[:10] == before.split()
+    with torch.no_grad():
+        assert_close(ours(inputs), hf(**inputs.to_hf(), use_cache=False).logits)
+
+
 def test_both_engines_trace_a_prompt_with_an_image(seeing):
     _, ours = seeing
     processor, clip, gender = ours.processor, chirps([0.9])[0], ATTRIBUTES["gender"]

@@ -14,7 +14,7 @@ from lalm_lens.audio import MIN_SAMPLES, RATE_HZ
 from lalm_lens.errors import ConversionError, PromptError
 from lalm_lens.pieces import Piece, prefix_pieces
 from lalm_lens.prompts.prompt import Prompt
-from lalm_lens.prompts.templates import Template, refuse_marks
+from lalm_lens.prompts.templates import Picture, Template, refuse_marks
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class MistralTemplate(Template):
                 f"model hears {n_audio} times token {audio_token}."
             )
 
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, n_images: int = 0) -> Prompt:
-        assert not n_images, "no model of Mistral's here sees"
+    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
+        assert not pictures, "no model of Mistral's here sees"
         words = "".join(piece.text for piece in asked)
         refuse_marks(words + prefix, hf.tokenizer.all_special_tokens)
         tokens = self.one_placeholder(hf, encode(hf, words, prefix))

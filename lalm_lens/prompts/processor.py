@@ -1,7 +1,7 @@
 """A question about a clip becomes what a model takes: tokens and features, by the model's own processor."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,11 +13,13 @@ from lalm_lens.attributes import Attribute, Form
 from lalm_lens.audio import Waveform, Waveforms, check_audible
 from lalm_lens.config import LALMConfig, VisionConfig
 from lalm_lens.errors import ConversionError, InputError, PromptError
-from lalm_lens.inputs import Images, Inputs
+from lalm_lens.inputs import Images, Inputs, Videos
 from lalm_lens.pieces import user_pieces
 from lalm_lens.prompts.hearing import Hearing
 from lalm_lens.prompts.prompt import Position, Prompt
-from lalm_lens.prompts.templates import Template
+from lalm_lens.prompts.templates import Picture, Template
+
+NOTHING: Mapping[Picture, Sequence[int]] = {}
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,24 @@ class Processor:
         labels: Sequence[str] | None = None,
         answer: str | None = None,
         images: Images | None = None,
+        videos: Videos | None = None,
     ) -> Prompt:
         """AudioLens' P1 (no text), P2 (question) or P3 (question, options), up to the end of the forced answer prefix.
 
         The clip has `n_frames` mel frames (10 ms). `labels` are the options, the attribute's own by default; tokens of
-        the option `answer` are marked as correct. `images`, from `see`, come before the clip. Raises `PromptError` if
-        what the form needs is empty, or if the model's chat template does more than to put the texts in their places.
+        the option `answer` are marked as correct. `images`, from `see`, and then `videos`, which are silent, come
+        before the clip. Raises `PromptError` if what the form needs is empty, or if the model's chat template does more
+        than to put the texts in their places.
         """
         asked = user_pieces(attribute, form, labels or attribute.labels)
-        n_patches = [] if images is None else images.grid.prod(-1).tolist()
+        pictures: dict[Picture, Images | None] = {"image": images, "video": videos}
+        n_patches: dict[Picture, list[int]] = {
+            kind: its.grid.prod(-1).tolist() for kind, its in pictures.items() if its is not None
+        }
         if n_patches and self.cfg.vision is None:
-            raise PromptError(f"A {self.cfg.model_type} model hears and does not see: leave out the images.")
-        written = self.template.write(self.hf, asked, attribute.prefix, len(n_patches))
+            raise PromptError(f"A {self.cfg.model_type} model hears and does not see: leave out images and videos.")
+        kinds: list[Picture] = [kind for kind, its in n_patches.items() for _ in its]
+        written = self.template.write(self.hf, asked, attribute.prefix, kinds)
         prompt = self.expand(written, self.n_audio(n_frames), n_patches)
         marked = (replace(p, is_correct=p.label is not None and p.label == answer) for p in prompt.positions)
         return replace(prompt, positions=tuple(marked))
@@ -73,8 +81,8 @@ class Processor:
         batch = self.hf.image_processor(images=list(images), return_tensors="pt")
         return Images(batch["pixel_values"], batch["image_grid_thw"])
 
-    def expand(self, prompt: Prompt, n_audio: int, n_patches: Sequence[int] = ()) -> Prompt:
-        """The one placeholder of the clip, `n_audio` times, and those of images, once for each square of patches."""
+    def expand(self, prompt: Prompt, n_audio: int, n_patches: Mapping[Picture, Sequence[int]] = NOTHING) -> Prompt:
+        """The one placeholder of the clip, `n_audio` times, and those of pictures, once for each square of patches."""
         n_clips = prompt.tokens.count(self.cfg.audio_token)
         if n_clips != 1:
             raise PromptError(
@@ -82,11 +90,13 @@ class Processor:
                 "The tokenizer belongs to another model, or the prompt contains the placeholder."
             )
         vision, times = self.cfg.vision, [n_audio if token == self.cfg.audio_token else 1 for token in prompt.tokens]
-        if vision is not None:
-            seen = [pos for pos, token in enumerate(prompt.tokens) if token == vision.image_token]
-            if len(seen) != len(n_patches):
-                raise PromptError(f"The chat template has {len(seen)} placeholders for {len(n_patches)} images.")
-            for pos, n in zip(seen, n_patches, strict=True):
+        for kind, its in n_patches.items():
+            assert vision is not None, "a model that does not see was given nothing"
+            placeholder = {"image": vision.image_token, "video": vision.video_token}[kind]
+            seen = [pos for pos, token in enumerate(prompt.tokens) if token == placeholder]
+            if len(seen) != len(its):
+                raise PromptError(f"The chat template has {len(seen)} placeholders for {len(its)} {kind}s.")
+            for pos, n in zip(seen, its, strict=True):
                 times[pos] = n // vision.merge**2
         return Prompt(
             tuple(token for token, n in zip(prompt.tokens, times, strict=True) for _ in range(n)),
@@ -98,8 +108,14 @@ class Processor:
         answer = (Position(self.tokenizer.decode([token]), "answer") for token in tokens)
         return Prompt((*prompt.tokens, *tokens), (*prompt.positions, *answer))
 
-    def inputs(self, prompts: Sequence[Prompt], waveforms: Waveforms, images: Images | None = None) -> Inputs:
-        """One left-padded batch; each prompt holds one clip. `images` are those of all prompts.
+    def inputs(
+        self,
+        prompts: Sequence[Prompt],
+        waveforms: Waveforms,
+        images: Images | None = None,
+        videos: Videos | None = None,
+    ) -> Inputs:
+        """One left-padded batch; each prompt holds one clip. `images` and `videos` are those of all prompts.
 
         Raises `AudioError` for a clip that is too short to make a token, or longer than the model hears.
         """
@@ -107,7 +123,7 @@ class Processor:
             self.check_audible(waveform, "A clip")
         padded = self.pad(prompts)
         mel, n_frames = self.hearing.features(self.hf.feature_extractor, waveforms)
-        return Inputs(*padded, mel=mel, n_frames=n_frames, images=images)
+        return Inputs(*padded, mel=mel, n_frames=n_frames, images=images, videos=videos)
 
     def pad(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Bool[Tensor, "batch pos"]]:
         n_pos = max(len(prompt) for prompt in prompts)

@@ -7,14 +7,15 @@ character, and then every token, knows which part of the prompt it comes from.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
 from lalm_lens.errors import ConversionError, PromptError
-from lalm_lens.pieces import Piece, prefix_pieces
+from lalm_lens.pieces import Piece, Region, prefix_pieces
 from lalm_lens.prompts.prompt import Prompt
 
+Picture = Literal["image", "video"]
 _USER, _ANSWER = "\ue000", "\ue001"  # private-use characters that no template and no prompt contains
 
 
@@ -31,9 +32,9 @@ class Template(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, n_images: int = 0) -> Prompt:
+    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
         """The prompt up to the end of the forced answer prefix, with one placeholder for the clip and one for each of
-        the images, which come before it where a model sees any.
+        the pictures, which come before it where a model sees any.
 
         `asked` is what the user says beside the clip; it may be nothing. Raises `PromptError` for words that the
         template would change, or take for its own marks.
@@ -68,16 +69,16 @@ class ChatTemplate(Template):
         same_token(hf, self.image.placeholder, image_token, "sees images")
         same_token(hf, self.video.placeholder, video_token, "sees videos")
 
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, n_images: int = 0) -> Prompt:
-        return self.tokenize(hf, self.pieces(hf, asked, prefix, n_images))
+    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
+        return self.tokenize(hf, self.pieces(hf, asked, prefix, pictures))
 
-    def pieces(self, hf: Any, asked: Sequence[Piece], prefix: str, n_images: int = 0) -> list[Piece]:
+    def pieces(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> list[Piece]:
         """The rendered prompt, cut where the region changes."""
         words = "".join(piece.text for piece in asked)
         refuse_marks(words + prefix, (*hf.tokenizer.all_special_tokens, _USER, _ANSWER))
-        head, _, rest = render(hf, _USER if asked else None, _ANSWER, n_images).removesuffix(_ANSWER).partition(_USER)
+        head, _, rest = render(hf, _USER if asked else None, _ANSWER, pictures).removesuffix(_ANSWER).partition(_USER)
         pieces = [*self.clip_pieces(head), *asked, Piece(rest, "template"), *prefix_pieces(prefix)]
-        rendered = render(hf, words or None, prefix, n_images)
+        rendered = render(hf, words or None, prefix, pictures)
         if rendered != "".join(piece.text for piece in pieces):
             raise PromptError(
                 f"This chat template does more than to put question and answer prefix in their places, so the parts of "
@@ -90,24 +91,30 @@ class ChatTemplate(Template):
         if not placeholder or self.placeholder in after:
             raise PromptError(f"The chat template must hold {self.placeholder} once before the question: {head!r}")
         return [
-            *self.image_pieces(before.removesuffix(self.before)),
+            *self.picture_pieces(before.removesuffix(self.before)),
             Piece(self.before, "audio_tag"),
             Piece(placeholder, "audio"),
             Piece(self.after, "audio_tag"),
             Piece(after.removeprefix(self.after), "template"),
         ]
 
-    def image_pieces(self, text: str) -> list[Piece]:
-        """What comes before the clip, cut at the images in it."""
-        if self.image is None or self.image.placeholder not in text:
+    def picture_pieces(self, text: str) -> list[Piece]:
+        """What comes before the clip, cut at the images and videos in it."""
+        marks: list[tuple[Mark, Region, Region]] = []
+        if self.image is not None and self.image.placeholder in text:
+            marks.append((self.image, "image", "image_tag"))
+        if self.video is not None and self.video.placeholder in text:
+            marks.append((self.video, "video", "video_tag"))
+        if not marks:
             return [Piece(text, "text_before")]
-        before, _, after = text.partition(self.image.placeholder)
+        mark, picture, tag = min(marks, key=lambda its: text.index(its[0].placeholder))
+        before, _, after = text.partition(mark.placeholder)
         return [
-            Piece(before.removesuffix(self.image.before), "text_before"),
-            Piece(self.image.before, "image_tag"),
-            Piece(self.image.placeholder, "image"),
-            Piece(self.image.after, "image_tag"),
-            *self.image_pieces(after.removeprefix(self.image.after)),
+            Piece(before.removesuffix(mark.before), "text_before"),
+            Piece(mark.before, tag),
+            Piece(mark.placeholder, picture),
+            Piece(mark.after, tag),
+            *self.picture_pieces(after.removeprefix(mark.after)),
         ]
 
     def tokenize(self, hf: Any, pieces: Sequence[Piece]) -> Prompt:
@@ -137,12 +144,12 @@ def refuse_marks(words: str, marks: Sequence[str]) -> None:
             raise PromptError(f"{mark!r} is a mark of the chat template and no word. Leave it out of the prompt.")
 
 
-def render(hf: Any, user: str | None, answer: str, n_images: int = 0) -> str:
-    """The chat template's text; with no user text, the clip alone is the user's turn, and images before it."""
-    images = [{"type": "image", "image": "image"}] * n_images
+def render(hf: Any, user: str | None, answer: str, pictures: Sequence[Picture] = ()) -> str:
+    """The chat template's text; with no user text, the clip alone is the user's turn, and pictures before it."""
+    seen = [{"type": picture, picture: picture} for picture in pictures]
     text = [] if user is None else [{"type": "text", "text": user}]
     messages = [
-        {"role": "user", "content": [*images, {"type": "audio", "audio_url": "clip"}, *text]},
+        {"role": "user", "content": [*seen, {"type": "audio", "audio_url": "clip"}, *text]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
     try:
