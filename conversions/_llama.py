@@ -58,6 +58,7 @@ def llama_config(read: ConfigReader) -> DecoderConfig:
     read.expect("hidden_act", "silu")
     read.expect("attention_bias", False)
     read.expect("mlp_bias", False)
+    read.expect("sliding_window", None)  # of Mistral's class, which Voxtral's published text_config was written by
     read.expect("tie_word_embeddings", False)
     read.ignore("pretraining_tp")
     n_heads = read.size("num_attention_heads", 32)

@@ -38,7 +38,7 @@ def whisper_config(read: ConfigReader, model_type: str) -> EncoderConfig:
     read.expect("model_type", model_type)
     read.expect("activation_function", "gelu")
     read.expect("scale_embedding", False)
-    read.ignore("encoder_layerdrop", "layerdrop", "activation_dropout", "vocab_size")
+    read.ignore("encoder_layerdrop", "layerdrop", "activation_dropout", "vocab_size", "tie_word_embeddings")
     cfg = EncoderConfig(
         n_layers=read.one_of(("encoder_layers", "num_hidden_layers"), 32),
         d_model=read.one_of(("d_model", "hidden_size"), 1280),

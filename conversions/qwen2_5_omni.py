@@ -118,7 +118,8 @@ def vision_config(read: ConfigReader, thinker: ConfigReader, d_model: int) -> Vi
     read.expect("model_type", "qwen2_5_omni_vision_encoder")
     read.expect("hidden_act", "silu")
     read.expect("out_hidden_size", d_model)
-    read.ignore("embed_dim", "tokens_per_second")  # of Qwen2-VL's class, which made the published file
+    # Of Qwen2-VL's class, which made the published file, and of a config of any kind.
+    read.ignore("embed_dim", "tokens_per_second", "tie_word_embeddings")
     rope = read.inner("rope_parameters")
     rope.expect("rope_type", "axial", "default")
     patch, merge = read.size("patch_size", 14), read.size("spatial_merge_size", 2)
@@ -175,6 +176,7 @@ def whole(hf: Mapping[str, Any]) -> LALMConfig:
     read.expect("model_type", "qwen2_5_omni")
     read.ignore("talker_config", "token2wav_config", "enable_audio_output", "enable_talker", "tie_word_embeddings")
     thinker = thinker_config(read.inner("thinker_config"))
+    read.expect("hidden_size", thinker.decoder.d_model)
     read.finish()
     return replace(thinker, model_type="qwen2_5_omni")
 

@@ -65,6 +65,10 @@ def check_samples(samples: np.ndarray, name: str) -> None:
 
 def check_audible(waveform: Waveform, n_samples: int, name: str) -> None:
     """Refuse a clip that a model cannot hear, or not to its end; it hears `n_samples` at 16 kHz."""
+    if not isinstance(waveform, Tensor) or waveform.ndim != 1 or not waveform.is_floating_point():
+        raise AudioError(
+            f"{name} is a tensor of floating-point samples of one channel, at 16 kHz; got {described(waveform)}."
+        )
     check_samples(waveform.numpy(), name)
     duration_s = len(waveform) / RATE_HZ
     if len(waveform) < MIN_SAMPLES:
@@ -74,3 +78,9 @@ def check_audible(waveform: Waveform, n_samples: int, name: str) -> None:
             f"{name} of {duration_s:.2f} s ({len(waveform)} samples) is too long: this model hears "
             f"{n_samples / RATE_HZ:.1f} s ({n_samples} samples). Cut it."
         )
+
+
+def described(waveform: object) -> str:
+    if isinstance(waveform, Tensor):
+        return f"one of shape {tuple(waveform.shape)} and {waveform.dtype}"
+    return f"a {type(waveform).__name__}"

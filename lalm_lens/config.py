@@ -131,6 +131,7 @@ class LALMConfig:
 
 # What a config.json may say that does not change a forward pass at inference: training, bookkeeping, generation.
 _IRRELEVANT = frozenset(
+    "add_cross_attention cross_attention_hidden_size pruned_heads tie_encoder_decoder "
     "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
     "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id length_penalty "
     "max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix "

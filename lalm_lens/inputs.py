@@ -27,6 +27,8 @@ class Images:
     grid: Int[Tensor, "item 3"]  # patches of each in time, which is 1, in height and in width
 
     def __post_init__(self) -> None:
+        if self.grid.is_floating_point() or not len(self.grid):
+            raise InputError(f"A grid has three whole numbers for each picture; got {self.grid.tolist()}.")
         if self.grid.min() < 1 or len(self.patches) != self.grid.prod(-1).sum():
             raise InputError(
                 f"Grids of {self.grid.tolist()} patches do not hold {len(self.patches)} patches: give the pixels and "
@@ -90,7 +92,9 @@ class Inputs:
         tokens = batch["input_ids"]
         mel, masks = batch.get("input_features"), [batch[name] for name in _FRAME_MASKS & set(batch)]
         if mel is not None and not masks:
-            masks = [torch.ones_like(mel[:, 0])]
+            masks = [torch.ones_like(mel[:, 0], dtype=torch.long)]
+        if masks and not (masks[0].bool() == from_the_first(masks[0].sum(-1), masks[0].shape[-1])).all():
+            raise InputError("Features are padded on the right: set the feature extractor's padding_side to 'right'.")
         return cls(
             tokens=tokens,
             attention_mask=batch.get("attention_mask", torch.ones_like(tokens)).bool(),
@@ -101,15 +105,16 @@ class Inputs:
             positions=batch.get("position_ids"),
         )
 
-    def to_hf(self, frame_mask: str | None = "feature_attention_mask") -> dict[str, Tensor]:
-        """What an HF model takes that has this name for the mask of frames, or none: `from_hf` undone."""
+    def to_hf(self, frame_mask: str | None) -> dict[str, Tensor]:
+        """What an HF model takes that has this name for the mask of frames, or none: `from_hf` undone. Conversions know
+        it as `frame_mask`; Qwen2-Audio's and Omni's is "feature_attention_mask"."""
         batch = {"input_ids": self.tokens, "attention_mask": self.attention_mask.long()}
         batch |= {} if self.positions is None else {"position_ids": self.positions}
         batch |= {} if self.images is None else dict(zip(_IMAGES, vars(self.images).values(), strict=True))
         batch |= {} if self.videos is None else dict(zip((*_VIDEOS, _SECONDS), vars(self.videos).values(), strict=True))
         if self.mel is None or self.n_frames is None:
             return batch
-        is_frame = torch.arange(self.mel.shape[-1], device=self.mel.device) < self.n_frames[:, None]
+        is_frame = from_the_first(self.n_frames, self.mel.shape[-1])
         masks = {} if frame_mask is None else {frame_mask: is_frame.long()}
         return {**batch, "input_features": self.mel, **masks}
 
@@ -119,6 +124,11 @@ class Inputs:
             name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items() if value is not None
         }
         return replace(self, **moved)
+
+
+def from_the_first(n: Int[Tensor, " row"], n_all: int) -> Bool[Tensor, "row all"]:
+    """True for the first so many of each row."""
+    return torch.arange(n_all, device=n.device) < n[:, None]
 
 
 def together(batch: Mapping[str, Any], *names: str) -> list[Tensor]:

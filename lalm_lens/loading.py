@@ -28,6 +28,7 @@ from lalm_lens.weights import (
     FLOATS,
     Checkpoint,
     Conversion,
+    Drop,
     Place,
     StateDict,
     Table,
@@ -190,11 +191,12 @@ def plain_state(hf: nn.Module) -> StateDict:
 
 
 def one_dtype(state: StateDict, conversion: Conversion, cfg: LALMConfig) -> Tensor:
-    """A tensor that is as all are, but for those that HF keeps in float32."""
+    """A tensor that is as all are that we take."""
     table = Table(conversion.rows(cfg))
     layout = choose_layout(state.shapes, table, conversion.layouts)
     hits = {name: table.find(layout.to_table(name)) for name in state.tensors}
-    wide = {name for name, hit in hits.items() if hit is not None and hit[1] in conversion.wide}
+    # HF keeps some in float32, and what is dropped may be as it likes.
+    wide = {name for name, hit in hits.items() if hit and (isinstance(hit[0], Drop) or hit[1] in conversion.wide)}
     one = next(tensor for name, tensor in state.tensors.items() if name not in wide)
     other = [name for name, tensor in state.tensors.items() if tensor.dtype != one.dtype and name not in wide]
     refuse(state, "mixes dtypes: bring it to one, as `model.float()` does", other)

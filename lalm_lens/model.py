@@ -101,7 +101,9 @@ class HookedLALM(HookedTransformer):
     def see(self, inputs: Inputs, embed: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """With pictures where their placeholders are: none here."""
         if inputs.images is not None or inputs.videos is not None:
-            raise InputError(f"A {self.lalm_cfg.model_type} model hears and does not see: leave out images and videos.")
+            raise InputError(
+                f"This {self.lalm_cfg.model_type} model hears and does not see: leave out images and videos."
+            )
         return embed
 
     def is_placeholder(self, tokens: Int[Tensor, "*batch pos"]) -> Bool[Tensor, "*batch pos"]:

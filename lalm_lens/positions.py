@@ -77,10 +77,16 @@ class Walk:
 
     def apart(self, tokens: list[int], at: int) -> Local:
         """A picture, or words and sounds up to the next one."""
-        if tokens[at] == self.vision.image_token:
-            return next(self.images)
-        if tokens[at] == self.vision.video_token:
-            return next(self.videos)
+        its = {self.vision.image_token: self.images, self.vision.video_token: self.videos}
+        if tokens[at] in its:
+            n = sum(1 for _ in takewhile(tokens[at].__eq__, tokens[at:]))
+            picture = next(its[tokens[at]], one_by_one(0))
+            if not picture.shape[1] or picture.shape[1] > n:
+                raise InputError(
+                    f"A picture of {picture.shape[1]} tokens has {n} placeholders: give pictures in the order in which "
+                    "the prompts were made for them."
+                )
+            return picture
         pictures = (self.vision.image_token, self.vision.video_token)
         ends = (n for n in range(at, len(tokens)) if tokens[n] in pictures or self.begins_heard(tokens, n))
         return one_by_one(next(ends, len(tokens)) - at)
@@ -95,7 +101,9 @@ class Walk:
     def mixed(self, tokens: list[int]) -> Stretch:
         """A video and its sound, in turn. What follows begins behind what comes last, as in HF, even where the other
         of the two has come further."""
-        is_video = torch.tensor(tokens) == self.vision.video_token
+        is_video = torch.tensor(tokens, dtype=torch.long) == self.vision.video_token
+        if not tokens:
+            raise InputError("The prompt has the marks of a video that is heard, and no placeholders between them.")
         video = next(self.videos, one_by_one(0))
         if video.shape[1] != is_video.sum():
             raise InputError(

@@ -8,6 +8,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -16,13 +17,14 @@ from transformers import PreTrainedModel
 
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.audio import RATE_HZ, Waveform, Waveforms
-from lalm_lens.config import LALMConfig
+from lalm_lens.config import LALMConfig, VisionConfig
 from lalm_lens.errors import ConversionError
 from lalm_lens.inputs import Inputs
 from lalm_lens.loading import Readable, from_pretrained, local_folder, our_conversions
 from lalm_lens.model import HookedLALM
 from lalm_lens.placement import usable_device
 from lalm_lens.prompts import Processor
+from lalm_lens.seeing import SeeingLALM
 from lalm_lens.shapes import typed
 from lalm_lens.weights import Conversion, Rule, Table, choose_layout
 
@@ -77,10 +79,11 @@ def verify(
     """Run a checkpoint as ours and as transformers' own class, and compare logits and the output of every block.
 
     Both hear `waveforms` (16 kHz; by default three sounds made here) with the attributes' prompts, in one left-padded
-    batch; padding is not compared. Two places agree if the root mean square of their difference is at most four times
-    that of HF with itself (eager attention against sdpa) and the largest difference at most six; in float32 also if
-    `torch.testing.assert_close` says so, which is too strict where a residual stream has a few huge channels, as those
-    of trained models do. One model at a time is in memory. The conversion is the built-in one, unless one is given.
+    batch, and a model that sees has an image before each; padding is not compared. Two places agree if the root mean
+    square of their difference is at most four times that of HF with itself (eager attention against sdpa) and the
+    largest difference at most six; in float32 also if `torch.testing.assert_close` says so, which is too strict where a
+    residual stream has a few huge channels, as those of trained models do. One model at a time is in memory. The
+    conversion is the built-in one, unless one is given.
     Raises `ConversionError` for a checkpoint that cannot be opened or has no processor.
     """
     device = usable_device(device)
@@ -107,8 +110,10 @@ def verify(
     eager = hf_states(hf, modules, batch)
 
     def real(run: States, what: str) -> Tensor:
-        """Voxtral's adapter returns its clips one after the other, Omni's tower and adapter the sound of them alone."""
-        if run[what].numel() != mine[what].numel():
+        """Voxtral's adapter returns its clips one after the other, Omni's towers and adapters what is heard and seen
+        alone."""
+        is_flat = what.startswith("vision_") or run[what].numel() != mine[what].numel()
+        if is_flat and run is not mine:
             return run[what]
         return run[what].reshape(mine[what].shape)[is_real[what.split(".")[0]]]
 
@@ -129,8 +134,23 @@ def sounds(processor: Processor) -> list[Waveform]:
 
 def questions(processor: Processor, waveforms: Waveforms) -> Inputs:
     """The attributes' prompts in turn, each about the next clip."""
-    asked = zip(cycle(ATTRIBUTES.values()), waveforms, strict=False)
-    return processor.inputs([processor.prompt(which, processor.n_frames(clip)) for which, clip in asked], waveforms)
+    asked = list(zip(cycle(ATTRIBUTES.values()), waveforms, strict=False))
+    if processor.cfg.vision is None:
+        prompts = [processor.prompt(which, processor.n_frames(clip)) for which, clip in asked]
+        return processor.inputs(prompts, waveforms)
+    seen = photos(processor.cfg.vision, len(asked))
+    prompts = [
+        processor.prompt(which, processor.n_frames(clip), images=processor.see([photo]))
+        for (which, clip), photo in zip(asked, seen, strict=True)
+    ]
+    return processor.inputs(prompts, waveforms, processor.see(seen))
+
+
+def photos(cfg: VisionConfig, n: int) -> list[np.ndarray]:
+    """Noise in colour, each of several windows of the vision tower, and of a size of its own."""
+    random, side = np.random.default_rng(0), cfg.patch * cfg.merge
+    sizes = [(side * (cfg.window + 3 + which % 3), side * (2 * cfg.window + 1 + which)) for which in range(n)]
+    return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
 def real_positions(model: HookedLALM, inputs: Inputs, states: States) -> dict[str, Any]:
@@ -139,7 +159,11 @@ def real_positions(model: HookedLALM, inputs: Inputs, states: States) -> dict[st
     assert inputs.n_frames is not None
     n_frames, is_token = inputs.n_frames.cpu(), inputs.attention_mask.cpu()
     is_sound = first(states["audio_encoder.blocks.0"], (n_frames + 1) // 2)
-    return {
+    seen = {}
+    if isinstance(model, SeeingLALM) and inputs.images is not None:
+        frames = model.vision_encoder.frames(inputs.images.grid.cpu())
+        seen = {"vision_encoder": frames.by_window, "vision_adapter": frames.tokens_by_window}
+    return seen | {
         "audio_encoder": slice(None) if model.lalm_cfg.encoder.window is None else is_sound,
         "adapter": first(states["adapter"], model.audio_encoder.n_audio(n_frames)),
         **dict.fromkeys(("hook_embed", "blocks", "logits"), is_token),
@@ -153,11 +177,15 @@ def first(states: Tensor, n: Tensor) -> Tensor:
 
 @torch.no_grad()
 def our_states(model: HookedLALM, inputs: Inputs) -> States:
-    """In the order of the computation: encoder blocks, adapter, merged embeddings, decoder blocks, logits."""
+    """In the order of the computation: blocks of encoders, adapters, merged embeddings, decoder blocks, logits."""
     encoder, decoder = model.lalm_cfg.encoder, model.lalm_cfg.decoder
     blocks = [f"audio_encoder.blocks.{n}" for n in range(encoder.n_layers)]
     hooks = {what: f"{what}.hook_resid_post" for what in blocks}
-    hooks |= {"adapter": "adapter.hook_out", "hook_embed": "hook_embed"}
+    hooks |= {"adapter": "adapter.hook_out"}
+    if inputs.images is not None and model.lalm_cfg.vision is not None:
+        seen = [f"vision_encoder.blocks.{n}" for n in range(model.lalm_cfg.vision.n_layers)]
+        hooks |= {what: f"{what}.hook_resid_post" for what in seen} | {"vision_adapter": "vision_adapter.hook_out"}
+    hooks |= {"hook_embed": "hook_embed"}
     hooks |= {f"blocks.{n}": f"blocks.{n}.hook_resid_post" for n in range(decoder.n_layers)}
     logits, cache = model.run_with_cache(inputs, names_filter=list(hooks.values()), device="cpu")
     return {**{what: cache[hook] for what, hook in hooks.items()}, "logits": logits.cpu()}

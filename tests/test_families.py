@@ -252,6 +252,52 @@ def test_the_real_architecture_converts(name):
         assert {name: tensor.shape for name, tensor in exported} == {name: tensors[name].shape for name in stays}
 
 
+# What transformers 4 wrote into each section of a config.json, whatever the model.
+WRITTEN_BY_4 = {
+    **dict.fromkeys(("architectures", "bad_words_ids", "bos_token_id", "eos_token_id", "finetuning_task", "prefix")),
+    **dict.fromkeys(("cross_attention_hidden_size", "decoder_start_token_id", "pad_token_id", "sep_token_id")),
+    **dict.fromkeys(("forced_bos_token_id", "suppress_tokens", "begin_suppress_tokens", "task_specific_params")),
+    **dict.fromkeys(("add_cross_attention", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder"), False),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "torchscript", "use_bfloat16"), False),
+    **dict.fromkeys(("length_penalty", "repetition_penalty", "temperature", "top_p", "typical_p"), 1.0),
+    "pruned_heads": {},
+    "id2label": {"0": "LABEL_0"},
+    "_name_or_path": "",
+    "torch_dtype": "bfloat16",
+    "top_k": 50,
+    "chunk_size_feed_forward": 0,
+    "max_length": 20,
+    "return_dict": True,
+    "initializer_range": 0.02,
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_config_that_says_everything_is_read_as_one_that_says_little(name):
+    """As transformers 5 writes it, and with all that transformers 4 wrote into every section."""
+    thin = REAL[name]
+    conversion = our_conversions()[thin["model_type"]]
+    full = json.loads(AutoConfig.for_model(**thin).to_json_string())
+    older = {
+        key: {**WRITTEN_BY_4, **value} if key.endswith("_config") else value
+        for key, value in {**WRITTEN_BY_4, **full}.items()
+    }
+    for section in {"audio_config", "vision_config"} & set(older):
+        older[section]["tie_word_embeddings"] = True
+    if thin["model_type"] == "voxtral":  # HF's converter takes it over from Mistral's file
+        older["text_config"]["sliding_window"] = None
+    assert conversion.config(full) == conversion.config(thin)
+    assert conversion.config(older) == conversion.config(thin)
+    if thin["model_type"] == "qwen2_5_omni_thinker":
+        whole = {
+            "model_type": "qwen2_5_omni",
+            "thinker_config": older,
+            "hidden_size": older["text_config"]["hidden_size"],
+        }
+        read = our_conversions()["qwen2_5_omni"].config(whole)
+        assert replace(read, model_type=thin["model_type"]) == conversion.config(thin)
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_sizes_are_those_that_hf_reads_from_a_config(name):
     """Published configs leave out what is the default, and the defaults of HF's classes differ by model."""
@@ -345,6 +391,22 @@ def test_a_config_that_asks_for_other_arithmetic_is_refused(opened):
         except ConversionError:
             continue
         pytest.fail(f"{section}: {key} = {value} was taken")
+
+
+def test_features_that_are_padded_on_the_left_are_refused(opened):
+    batch = opened.batch()
+    mask = our_conversions()[opened.name].frame_mask
+    if mask is not None:
+        batch = {**batch, mask: batch[mask].flip(-1)}
+        with pytest.raises(InputError, match="Features are padded on the right"):
+            Inputs.from_hf(batch)
+    processor = opened.family.processor()
+    processor.feature_extractor.padding_side = "left"
+    try:
+        with pytest.raises(ConversionError, match="pads on the left, and encoders hear a clip from its first frame"):
+            from_hf(opened.hf, processor)
+    finally:
+        processor.feature_extractor.padding_side = "right"
 
 
 # --- what is done with a model -------------------------------------------------------------------------------
@@ -477,8 +539,9 @@ def test_a_bound_model_hears(opened):
 def test_verify_agrees(opened):
     verification = verify(opened.folder)
     assert verification.passed, verification
+    vision = opened.ours.lalm_cfg.vision
     n_blocks = opened.ours.cfg.n_layers + opened.ours.lalm_cfg.encoder.n_layers
-    assert len(verification.frame) == n_blocks + 3
+    assert len(verification.frame) == n_blocks + 3 + (0 if vision is None else vision.n_layers + 1)
     assert (verification.frame.difference < 1e-4).all()
 
 

@@ -31,23 +31,25 @@ from omni import (
 )
 from reference import chirps, randomise
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import WhisperFeatureExtractor
 
 from lalm_lens.attributes import ATTRIBUTES
+from lalm_lens.encoders.vision import Frames
 from lalm_lens.engine.plan import Plan
 from lalm_lens.errors import AudioError, ConversionError, HookError, InputError, PromptError
 from lalm_lens.info import info
 from lalm_lens.inputs import Embedded, Images, Inputs, Videos
 from lalm_lens.interventions import Knockout, Patch, Scale
-from lalm_lens.loading import from_hf, from_pretrained, our_conversions
+from lalm_lens.loading import from_hf, from_pretrained, one_dtype, our_conversions, plain_state
 from lalm_lens.nn.kv_cache import KeyValueCache
 from lalm_lens.positions import positions_of
 from lalm_lens.prompts import WholeClip
 from lalm_lens.readouts import Logits
 from lalm_lens.runs import OWN, Run, Source
 from lalm_lens.seeing import SeeingLALM
+from lalm_lens.verify import verify
 from lalm_lens.weights import export
 
 SOUNDS = [[Words(5), Clip(duration_s), Words(6)] for duration_s in (2.0, 0.3, 0.5, 1.37, 3.1)]
@@ -218,12 +220,12 @@ def test_inputs_go_to_hf_and_back(hf, ours, kind):
     prompts = Batch(PROMPTS[kind])
     batch = prompts.hf()
     inputs = Inputs.from_hf({**batch, **prompts.flags()})
-    there = inputs.to_hf()
+    there = inputs.to_hf("feature_attention_mask")
     assert there.keys() == batch.keys()
     for name, tensor in batch.items():
         assert torch.equal(there[name], tensor), name
     if kind != "sounds":
-        placed = replace(inputs, positions=ours.positions_of(inputs)).to_hf()
+        placed = replace(inputs, positions=ours.positions_of(inputs)).to_hf("feature_attention_mask")
         with torch.no_grad():
             assert_close(hf(**placed, use_cache=False).logits, hf(**batch, **prompts.flags(), use_cache=False).logits)
         assert torch.equal(Inputs.from_hf(placed).positions, placed["position_ids"])
@@ -422,7 +424,7 @@ def test_what_cannot_be_seen_or_heard_is_refused(ours, tiny_lalm):
         Images(images.patches / 0, images.grid)
     with pytest.raises(InputError, match=r"A patch of a video lasts some time, got \[0\.0\] s"):
         Videos(images.patches, images.grid, torch.zeros(1))
-    with pytest.raises(InputError, match="A qwen2_audio model hears and does not see"):
+    with pytest.raises(InputError, match="This qwen2_audio model hears and does not see"):
         tiny_lalm(Inputs(torch.full((1, 9), 30), torch.ones(1, 9).bool(), images=images))
     with pytest.raises(InputError, match="The encoder takes 16 mel bins, got 15"):
         ours(replace(seen, mel=seen.mel[:, 1:]))
@@ -631,7 +633,7 @@ def test_prompts_with_videos_know_where_they_are(seeing):
     regions = [region for region, _ in groupby(position.region for position in prompt.positions)]
     assert regions[:10] == before.split()
     with torch.no_grad():
-        assert_close(ours(inputs), hf(**inputs.to_hf(), use_cache=False).logits)
+        assert_close(ours(inputs), hf(**inputs.to_hf("feature_attention_mask"), use_cache=False).logits)
 
 
 def test_both_engines_trace_a_prompt_with_an_image(seeing):
@@ -649,6 +651,43 @@ def test_both_engines_trace_a_prompt_with_an_image(seeing):
     with torch.no_grad():
         back = Plan(ours, branches(silent, Patch("resid_pre", 1, range(len(prompt)), Source(clean))), Logits()).run()
         assert_close(back.values[0], ours(clean.inputs, logits_at=-1)[0])
+
+
+def test_verify_tells_a_tower_that_sees_wrongly(seeing, tmp_path, monkeypatch):
+    seeing[0].save_pretrained(tmp_path)
+    FAMILIES["qwen2_5_omni_thinker"].processor().save_pretrained(tmp_path)
+    monkeypatch.setattr(Frames, "windows", Frames.whole)
+    verification = verify(tmp_path)
+    assert "DIFFERS from transformers in torch.float32: first in vision_encoder.blocks.0" in verification.verdict
+    is_heard = verification.frame.what.str.startswith(("audio_encoder", "adapter"))
+    assert verification.frame.agrees[is_heard].all()
+
+
+def test_pictures_in_another_order_than_the_prompt_are_refused(seeing):
+    """There are as many placeholders as tokens, but not of each picture."""
+    _, ours = seeing
+    processor, clip, gender = ours.processor, chirps([0.5])[0], ATTRIBUTES["gender"]
+    there, back = processor.see(photos((16, 64), (40, 40))), processor.see(photos((40, 40), (16, 64)))
+    prompt = processor.prompt(gender, processor.n_frames(clip), images=there)
+    with pytest.raises(InputError, match="A picture of 25 tokens has 16 placeholders: give pictures in the order"):
+        ours(processor.inputs([prompt], [clip], back))
+    assert ours(processor.inputs([prompt], [clip], there)).isfinite().all()
+
+
+@pytest.mark.parametrize("images", [[], ["photo.png"], [np.zeros((9, 9))], [np.zeros((2, 900, 3), np.uint8)]])
+def test_images_that_cannot_be_read_are_refused_in_one_line(seeing, images):
+    with pytest.raises(InputError, match=r"cannot read these images \(.*\): give a list of PIL") as caught:
+        seeing[1].processor.see(images)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_speaks_may_be_in_another_dtype():
+    """HF keeps the part that makes sound in float32, whatever the Thinker is in."""
+    whole = nn.Module()
+    whole.thinker = tiny_omni().bfloat16()
+    whole.token2wav = nn.Linear(3, 3)
+    found = one_dtype(plain_state(whole), our_conversions()["qwen2_5_omni"], from_hf(whole.thinker).lalm_cfg)
+    assert found.dtype == torch.bfloat16
 
 
 def test_features_of_a_long_extractor_are_those_of_hf():
@@ -685,9 +724,9 @@ def test_processors_and_images_that_do_not_fit_are_refused(seeing, tiny_lalm):
     with pytest.raises(ConversionError, match="has no image processor, and this model sees"):
         from_hf(hf, blind)
     images, gender = ours.processor.see(photos((40, 40))), ATTRIBUTES["gender"]
-    with pytest.raises(PromptError, match="A qwen2_audio model hears and does not see"):
+    with pytest.raises(PromptError, match="This qwen2_audio model hears and does not see"):
         tiny_lalm.processor.see(photos((40, 40)))
-    with pytest.raises(PromptError, match="A qwen2_audio model hears and does not see"):
+    with pytest.raises(PromptError, match="This qwen2_audio model hears and does not see"):
         tiny_lalm.processor.prompt(gender, 100, images=images)
     prompt = ours.processor.prompt(gender, 100, images=images)
     clip = chirps([1.0])

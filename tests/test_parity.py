@@ -140,9 +140,9 @@ def test_a_wide_dtype_stays_wide(pair):
 
 def test_inputs_go_to_hf_and_back():
     batch = hf_batch(chirps(DURATIONS_S))
-    there = Inputs.from_hf(batch).to_hf()
+    there = Inputs.from_hf(batch).to_hf("feature_attention_mask")
     assert there.keys() == batch.keys()
     for name, tensor in batch.items():
         assert torch.equal(there[name], tensor), name
-    text = Inputs(batch["input_ids"], batch["attention_mask"].bool()).to_hf()
+    text = Inputs(batch["input_ids"], batch["attention_mask"].bool()).to_hf("feature_attention_mask")
     assert text.keys() == {"input_ids", "attention_mask"}

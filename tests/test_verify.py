@@ -124,7 +124,7 @@ def test_blocks_that_return_tuples_are_read_as_well():
 
     tokens = torch.ones(1, 3, dtype=torch.long)
     model = Model()
-    states = hf_states(model, {"blocks.0": model.block}, Inputs(tokens, tokens.bool()).to_hf())
+    states = hf_states(model, {"blocks.0": model.block}, Inputs(tokens, tokens.bool()).to_hf("feature_attention_mask"))
     assert {name: float(state.mean()) for name, state in states.items()} == {
         "hook_embed": 1,
         "blocks.0": 2,

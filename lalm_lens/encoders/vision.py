@@ -66,8 +66,29 @@ class Frames:
         which = self.places // (self.merge * self.window)
         return (which[:, None, :, None] == which[:, None, None]).all(-1) & self.whole
 
+    @cached_property
+    def by_window(self) -> tuple[Int[Tensor, " patch"], Int[Tensor, " patch"]]:
+        """Frame and position of each patch in HF's order: window after window in each frame."""
+        return in_order(self.is_patch, self.places // (self.merge * self.window))
+
+    @cached_property
+    def tokens_by_window(self) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
+        """The same of the squares that are one token each."""
+        return in_order(self.is_token, self.places[:, :: self.merge**2] // (self.merge * self.window))
+
     def padded(self, patches: Float[Tensor, "patch d_model"]) -> Float[Tensor, "frame pos d_model"]:
         return pad_sequence(list(patches.split([n_h * n_w for n_h, n_w in self.sizes])), batch_first=True)
+
+
+def in_order(
+    is_there: Bool[Tensor, "frame pos"], windows: Int[Tensor, "frame pos side"]
+) -> tuple[Int[Tensor, " there"], Int[Tensor, " there"]]:
+    """Frames and positions of what is there, by window."""
+    frame, pos = is_there.nonzero(as_tuple=True)
+    row, column = windows[frame, pos].unbind(-1)
+    each = (frame * (1 + row.max()) + row) * (1 + column.max()) + column
+    order = each.argsort(stable=True)
+    return frame[order], pos[order]
 
 
 class VisionEncoder(nn.Module):

@@ -36,6 +36,11 @@ class Hearing(ABC):
                 f"A {type(hf).__name__} is no processor with a tokenizer and a feature extractor. Put the model's own "
                 "processor files beside its weights."
             )
+        if extractor.padding_side != "right":
+            raise ConversionError(
+                f"The feature extractor of this {type(hf).__name__} pads on the {extractor.padding_side}, and encoders "
+                "hear a clip from its first frame: set its padding_side to 'right'."
+            )
         made, taken = (extractor.feature_size, extractor.nb_max_frames), self.taken(extractor, cfg)
         if made != taken:
             raise ConversionError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.audio import Waveform, Waveforms, check_audible
 from lalm_lens.config import LALMConfig, VisionConfig
-from lalm_lens.errors import ConversionError, InputError, PromptError
+from lalm_lens.errors import ConversionError, InputError, PromptError, reason
 from lalm_lens.inputs import Images, Inputs, Videos
 from lalm_lens.pieces import user_pieces
 from lalm_lens.prompts.hearing import Hearing
@@ -61,13 +61,15 @@ class Processor:
         before the clip. Raises `PromptError` if what the form needs is empty, or if the model's chat template does more
         than to put the texts in their places.
         """
+        if n_frames < 1 or self.n_audio(n_frames) < 1:
+            raise PromptError(f"A clip of {n_frames} mel frames (10 ms each) makes no audio token: give a longer one.")
         asked = user_pieces(attribute, form, labels or attribute.labels)
         pictures: dict[Picture, Images | None] = {"image": images, "video": videos}
         n_patches: dict[Picture, list[int]] = {
             kind: its.grid.prod(-1).tolist() for kind, its in pictures.items() if its is not None
         }
         if n_patches and self.cfg.vision is None:
-            raise PromptError(f"A {self.cfg.model_type} model hears and does not see: leave out images and videos.")
+            raise PromptError(f"This {self.cfg.model_type} model hears and does not see: leave out images and videos.")
         kinds: list[Picture] = [kind for kind, its in n_patches.items() for _ in its]
         written = self.template.write(self.hf, asked, attribute.prefix, kinds)
         prompt = self.expand(written, self.n_audio(n_frames), n_patches)
@@ -77,8 +79,14 @@ class Processor:
     def see(self, images: Sequence[Any]) -> Images:
         """Images, of PIL or as arrays, as patches of pixels."""
         if self.cfg.vision is None:
-            raise PromptError(f"A {self.cfg.model_type} model hears and does not see: leave out the images.")
-        batch = self.hf.image_processor(images=list(images), return_tensors="pt")
+            raise PromptError(f"This {self.cfg.model_type} model hears and does not see: leave out the images.")
+        try:
+            batch = self.hf.image_processor(images=list(images), return_tensors="pt")
+        except (ValueError, TypeError, AttributeError, IndexError, OSError) as error:
+            raise InputError(
+                f"The image processor cannot read these images ({reason(error)}): give a list of PIL images in RGB, or "
+                "of arrays [height, width, 3] from 0 to 255."
+            ) from error
         return Images(batch["pixel_values"], batch["image_grid_thw"])
 
     def expand(self, prompt: Prompt, n_audio: int, n_patches: Mapping[Picture, Sequence[int]] = NOTHING) -> Prompt:
@@ -119,6 +127,8 @@ class Processor:
 
         Raises `AudioError` for a clip that is too short to make a token, or longer than the model hears.
         """
+        if not len(prompts) == len(waveforms) > 0:
+            raise InputError(f"Each prompt is about one clip; got {len(prompts)} prompts and {len(waveforms)} clips.")
         for waveform in waveforms:
             self.check_audible(waveform, "A clip")
         padded = self.pad(prompts)
