@@ -17,7 +17,8 @@ from lalm_lens.inputs import Images, Inputs
 from lalm_lens.pieces import user_pieces
 from lalm_lens.prompts.hearing import Hearing
 from lalm_lens.prompts.prompt import Position, Prompt
-from lalm_lens.prompts.templates import Template
+from lalm_lens.prompts.templates import Template, Transcript
+from lalm_lens.transcribe import Transcriber
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Processor:
     hearing: Hearing
     cfg: LALMConfig
     n_audio: Callable[[int], int] = field(repr=False)  # audio tokens of so many mel frames
+    transcriber: Transcriber | None = None  # of a model that reads what the clip says
 
     def check(self) -> None:
         """Raise `ConversionError` for the processor of another model."""
@@ -50,18 +52,23 @@ class Processor:
         labels: Sequence[str] | None = None,
         answer: str | None = None,
         images: Images | None = None,
+        transcript: Transcript | None = None,
     ) -> Prompt:
         """AudioLens' P1 (no text), P2 (question) or P3 (question, options), up to the end of the forced answer prefix.
 
         The clip has `n_frames` mel frames (10 ms). `labels` are the options, the attribute's own by default; tokens of
-        the option `answer` are marked as correct. `images`, from `see`, come before the clip. Raises `PromptError` if
-        what the form needs is empty, or if the model's chat template does more than to put the texts in their places.
+        the option `answer` are marked as correct. `images`, from `see`, come before the clip. `transcript` is what the
+        clip says, for a model that reads it too (DeSTA): " " by default, as of a clip without speech. Raises
+        `PromptError` if what the form needs is empty, or if the model's chat template does more than to put the texts
+        in their places.
         """
         asked = user_pieces(attribute, form, labels or attribute.labels)
         n_patches = [] if images is None else images.grid.prod(-1).tolist()
         if n_patches and self.cfg.vision is None:
             raise PromptError(f"A {self.cfg.model_type} model hears and does not see: leave out the images.")
-        written = self.template.write(self.hf, asked, attribute.prefix, len(n_patches))
+        template = self.template.of(self.cfg.audio_token)
+        template = template if transcript is None else template.saying(transcript)
+        written = template.write(self.hf, asked, attribute.prefix, len(n_patches))
         prompt = self.expand(written, self.n_audio(n_frames), n_patches)
         marked = (replace(p, is_correct=p.label is not None and p.label == answer) for p in prompt.positions)
         return replace(prompt, positions=tuple(marked))
