@@ -10,7 +10,7 @@ from lalm_lens.encoders.whisper import TappedWhisperEncoder
 from lalm_lens.errors import ConversionError
 from lalm_lens.weights import Drop, Row, Rule
 
-from ._llama import DECODER, llama_config
+from ._llama import DECODER
 from ._whisper import BLOCKS, whisper_config
 
 CONNECTOR = (

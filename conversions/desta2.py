@@ -8,7 +8,7 @@ from typing import Any
 
 from lalm_lens.config import ConfigReader, LALMConfig
 from lalm_lens.errors import ConversionError
-from lalm_lens.prompts import ChatTemplate, OneWindow
+from lalm_lens.prompts import Desta2Template, PaddedWindow
 from lalm_lens.weights import Conversion, Layout, Part, Under
 
 from ._desta import adapter, encoder, lalm_config, own_config, rows, whisper_part
@@ -55,8 +55,8 @@ DESTA2 = Conversion(
     adapter=adapter,
     rows=lambda cfg: rows(cfg, ""),
     layouts=(Layout(),),
-    template=ChatTemplate(placeholder="<|reserved_special_token_250|>"),
-    hearing=OneWindow(),
+    template=Desta2Template(),
+    hearing=PaddedWindow(),
     hf_class=None,
     frame_mask=None,
     wide=Under(("audio_encoder", "adapter")),  # the code has Llama alone in bfloat16

@@ -25,8 +25,8 @@ TAPPED = {"audio_encoder.hook_out": "clip, pos, tap, d_model", "adapter.hook_in"
 
 def axes_of(name: str, has_taps: bool = False) -> str:
     """The axes of a hook point, such as "batch, pos, d_model"; where audio is heard, `batch` is `clip`, and where
-    pictures are seen, `frame`. `has_taps` says that the adapter is a Q-Former: its blocks have the taps of each clip one
-    after the other, and look at `state_pos` of the encoder."""
+    pictures are seen, `frame`. `has_taps` says that the adapter is a Q-Former: its blocks have the taps of each
+    clip one after the other, and look at `state_pos` of the encoder."""
     if has_taps and name in TAPPED:
         return TAPPED[name]
     batch = {"audio_encoder": "clip", "adapter": "clip", "vision_encoder": "frame", "vision_adapter": "frame"}

@@ -22,9 +22,10 @@ from lalm_lens.errors import ConversionError, InputError, reason
 from lalm_lens.model import HookedLALM
 from lalm_lens.offload import Store, attach
 from lalm_lens.placement import DeviceMap, MaxMemory, Placement, usable_device
-from lalm_lens.prompts import Processor
+from lalm_lens.prompts import Processor, processor_of_parts
 from lalm_lens.seeing import SeeingLALM
 from lalm_lens.shapes import typed
+from lalm_lens.transcribe import Transcriber
 from lalm_lens.weights import (
     FLOATS,
     Checkpoint,
@@ -48,7 +49,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportEr
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "qformer_connector.pth")
 UNWANTED = ("consolidated*", "original/*", "*.fp32*")  # the same weights again
 ABOUT = ("config.json", "tokenizer_config.json")  # what says how a model is made
-SPEAKER = "llm"  # the part that ends an answer
+SPEAKER, LISTENER = "llm", "whisper"  # the parts that answer, and that write down what is said
 
 
 class Readable(AbstractContextManager):
@@ -111,7 +112,7 @@ def from_pretrained(
             attach(model, model.placement, store)
     speaker = files.parts.get(SPEAKER, folder)
     model.stop_tokens = stop_tokens(read_optional(speaker / "generation_config.json"), read_config(speaker))
-    return with_processor(model, read_processor(folder, conversion), conversion)
+    return with_processor(model, read_processor(files), conversion, files.transcriber(device))
 
 
 @typed
@@ -182,6 +183,10 @@ class Files:
         parts: dict[str, Tensors] = {name: Checkpoint.open(its, stack) for name, its in self.parts.items()}
         return Parts(str(self.folder), own, parts)
 
+    def transcriber(self, device: torch.device) -> Transcriber | None:
+        """What writes down what a clip says, of a model that reads it."""
+        return Transcriber(self.parts[LISTENER], device) if LISTENER in self.parts else None
+
 
 def part_folder(part: Part, config: Mapping[str, Any], given: str | Path | None, wanted: Sequence[str]) -> Path:
     """Where a part's files are: where the user says, else on the Hub under the id that config.json names."""
@@ -222,10 +227,12 @@ def fill(model: HookedLALM, tensors: Tensors, conversion: Conversion, place: Pla
     model.eval()
 
 
-def with_processor(model: HookedLALM, hf: ProcessorMixin | None, conversion: Conversion) -> HookedLALM:
+def with_processor(
+    model: HookedLALM, hf: ProcessorMixin | None, conversion: Conversion, transcriber: Transcriber | None = None
+) -> HookedLALM:
     if hf is not None:
         ways = conversion.template, conversion.hearing
-        model.processor = Processor(hf, *ways, model.lalm_cfg, model.audio_encoder.n_audio)
+        model.processor = Processor(hf, *ways, model.lalm_cfg, model.audio_encoder.n_audio, transcriber)
         model.processor.check()
     return model
 
@@ -337,8 +344,9 @@ def our_conversions() -> dict[str, Conversion]:
     return conversions.available()
 
 
-def read_processor(folder: Path, conversion: Conversion) -> ProcessorMixin | None:
+def read_processor(files: Files) -> ProcessorMixin | None:
     """The model's own tokenizer and feature extractor; None for a checkpoint that ships without them."""
+    folder, conversion = files.parts.get(SPEAKER, files.folder), files.conversion
     has_tekken = (folder / "tekken.json").is_file()  # Mistral's own repositories have nothing else
     if not has_tekken and not (folder / "tokenizer_config.json").is_file():
         return None
@@ -351,6 +359,8 @@ def read_processor(folder: Path, conversion: Conversion) -> ProcessorMixin | Non
         f"The tokenizer or feature extractor in {folder} cannot be read",
         "Put the model's own processor files beside its weights.",
     ):
+        if files.parts:
+            return processor_of_parts(**files.parts)
         if conversion.sight is not None:
             return conversion.sight.processor(folder)
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)

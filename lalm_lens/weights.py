@@ -238,7 +238,7 @@ class Parts(Tensors):
 
 
 def plain_pickle(path: Path) -> StateDict:
-    """A pickle of nothing but tensors by name. What is in it is not executed: anything else raises `ConversionError`."""
+    """A pickle of nothing but tensors by name. Nothing in it is executed: anything else raises `ConversionError`."""
     if not path.is_file():
         raise ConversionError(f"{path.parent} has no {path.name}, which holds the weights of the model. Download it.")
     try:

@@ -32,7 +32,7 @@ class QFormerAdapter(Viewed):
         self.blocks = nn.ModuleList(QFormerBlock(d_encoder, cfg.n_heads, cfg.d_mlp) for _ in range(cfg.n_layers))
         self.ln = LayerNorm(d_encoder)
         self.linear = nn.Linear(d_encoder, d_model)
-        self.hook_in = HookPoint()  # [clip, pos, tap, d_encoder]
+        self.hook_in = HookPoint()  # [clip, state_pos, tap, d_encoder]
         self.hook_queries = HookPoint()  # [clip_tap, pos, d_encoder]
         self.hook_mixture = HookPoint()  # [clip, audio_pos, tap], which sums to 1 over the taps
         self.hook_mixed = HookPoint()  # [clip, audio_pos, d_encoder]
@@ -43,7 +43,7 @@ class QFormerAdapter(Viewed):
         """What each tap is asked, before it is looked at: a copy."""
         return torch.cat([getattr(self, f"queries_{tap}") for tap in range(self.mixture.shape[1])])
 
-    def forward(self, states: Float[Tensor, "clip pos tap d_encoder"]) -> Float[Tensor, "clip audio_pos d_model"]:
+    def forward(self, states: Float[Tensor, "clip state_pos tap d_encoder"]) -> Float[Tensor, "clip audio_pos d_model"]:
         n_clips, states = len(states), self.hook_in(states)
         states = rearrange(states, "clip pos tap d_encoder -> (clip tap) pos d_encoder")
         queries = repeat(self.queries, "tap pos d_encoder -> (clip tap) pos d_encoder", clip=n_clips)

@@ -162,7 +162,7 @@ class CrossAttention(Attention):
     is_causal = False
 
     def forward(
-        self, x: Float[Tensor, "batch query_pos d_model"], states: Float[Tensor, "batch key_pos d_model"]
+        self, x: Float[Tensor, "batch query_pos d_model"], states: Float[Tensor, "batch state_pos d_model"]
     ) -> Float[Tensor, "batch query_pos d_model"]:
         q, k, v = (
             rearrange(its, "batch pos (head d_head) -> batch pos head d_head", d_head=self.d_head)

@@ -37,10 +37,10 @@ class QFormerBlock(Block):
         self.hook_resid_cross = HookPoint()
         self.hook_normalized_resid_post = HookPoint()
 
-    def forward(
-        self, queries: Float[Tensor, "clip_tap pos d_model"], states: Float[Tensor, "clip_tap key_pos d_model"]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  it needs other states, and knows no mask
+        self, resid: Float[Tensor, "clip_tap pos d_model"], states: Float[Tensor, "clip_tap state_pos d_model"]
     ) -> Float[Tensor, "clip_tap pos d_model"]:
-        resid_pre = self.hook_resid_pre(queries)
+        resid_pre = self.hook_resid_pre(resid)
         resid_mid = self.ln1(self.hook_resid_mid(resid_pre + self.hook_attn_out(self.attn(resid_pre, None))))
         looked = self.hook_cross_attn_out(self.cross_attn(resid_mid, states))
         resid_cross = self.ln_cross(self.hook_resid_cross(resid_mid + looked))
