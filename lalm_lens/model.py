@@ -146,7 +146,19 @@ class HookedLALM(HookedTransformer):
             "kv_head": cfg.n_heads,
             "d_head": cfg.d_model // cfg.n_heads,
         }
-        return super().sizes(inputs) | dict.fromkeys(("audio_encoder.", "adapter."), heard)
+        adapter, qformer = heard, self.lalm_cfg.qformer
+        if qformer is not None:
+            n_clips, n_taps = len(inputs.mel), len(qformer.taps)
+            adapter = axis_sizes(cfg, n_clips, qformer.n_queries) | {
+                "tap": n_taps,
+                "clip_tap": n_clips * n_taps,
+                "state_pos": cfg.n_ctx,
+                "kv_head": cfg.n_heads,
+                "d_head": cfg.d_model // cfg.n_heads,
+                "d_mlp": qformer.d_mlp,
+            }
+            heard = heard | {"tap": n_taps}
+        return super().sizes(inputs) | {"audio_encoder.": heard, "adapter.": adapter}
 
     def shape_of(self, inputs: Any) -> tuple[int, int]:
         if isinstance(inputs, Inputs | Embedded):

@@ -83,7 +83,8 @@ def n_heard(change: Edit, run: Run, model: HookedTransformer) -> int:
     if change.site in ADAPTER:
         check((change.layer,), 1, "layers of the adapter")
         assert isinstance(model, HookedLALM)
-        return int(model.audio_encoder.n_audio(n_frames)[0])
+        ears = model.audio_encoder
+        return int((ears.n_audio if change.site == "adapter_out" else ears.n_entering)(n_frames)[0])
     return n_states(int(n_frames[0]))
 
 

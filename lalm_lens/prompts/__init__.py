@@ -1,7 +1,7 @@
 """A question about a clip as a model's own tokens and features, with a label for every position."""
 
 from lalm_lens.prompts.desta import Desta2Template, Desta25Template
-from lalm_lens.prompts.hearing import Chunks, Hearing, OneWindow, WholeClip, Windows
+from lalm_lens.prompts.hearing import Chunks, Hearing, OneWindow, PaddedWindow, WholeClip, Windows
 from lalm_lens.prompts.mistral import MistralTemplate
 from lalm_lens.prompts.parts import EarsAndWords, processor_of_parts
 from lalm_lens.prompts.processor import Processor
@@ -20,6 +20,7 @@ __all__ = [
     "Mark",
     "MistralTemplate",
     "OneWindow",
+    "PaddedWindow",
     "Position",
     "Processor",
     "Prompt",
