@@ -43,6 +43,10 @@ class Transcriber:
 
     @cached_property
     def parts(self) -> tuple[Any, WhisperForConditionalGeneration]:
+        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise ConversionError(
+                f"No transcript can be made: {self.folder} has no tokenizer to read what Whisper writes. {GIVE}"
+            )
         try:
             processor = WhisperProcessor.from_pretrained(self.folder)
             loaded: Any = WhisperForConditionalGeneration.from_pretrained(
@@ -63,10 +67,13 @@ class Transcriber:
 
 def has_speech(waveform: Waveform) -> bool:
     """Whether Silero's detector hears anybody speak, as DeSTA2.5 asks before it transcribes."""
+    n_threads = torch.get_num_threads()
     try:
         from silero_vad import get_speech_timestamps, load_silero_vad  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise AudioError(
             f"Who asks whether a clip holds speech needs silero-vad ({error}): pip install 'lalm_lens[speech]'."
         ) from None
+    finally:
+        torch.set_num_threads(n_threads)  # silero-vad 6.2 sets one thread, for all of the process, where it is imported
     return bool(get_speech_timestamps(waveform, load_silero_vad()))
