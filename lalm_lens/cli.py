@@ -44,6 +44,7 @@ CHOICES = {
     "direction": ("denoise", "noise"),
     "audio": ("whole", "windows", "coarse-to-fine"),
     "corrupt": ("silence", "noise", "clip"),
+    "transcript_is": ("audio", "text"),
     "engine": ("auto", "sweep", "hooks"),
 }
 OWN = "own"  # the name of a user's question, in tables and files
@@ -120,6 +121,12 @@ def trace(
     ] = None,
     audio: Annotated[str, choice("audio", "How finely the audio is looked at")] = "whole",
     window_s: Annotated[float, typer.Option(help="Seconds of a window of the audio.")] = 1.0,
+    transcript: Annotated[
+        str | None,
+        typer.Option(help="What DeSTA reads of the clip: filler (its length), clean, placeholder, own, or your words."),
+    ] = None,
+    transcript_is: Annotated[str | None, choice("transcript_is", "What a transcript counts as")] = None,
+    voice_activity: Annotated[bool, typer.Option("--voice-activity", help="No speech, no transcript.")] = False,
     engine: Annotated[str, choice("engine", "How patched runs are computed")] = "auto",
     token_budget: Annotated[
         int | None, typer.Option(min=1, help="Tokens that share a block: less needs less memory.")
@@ -139,6 +146,8 @@ def trace(
         "audio": one_of("audio", audio),
         "engine": one_of("engine", engine),
     }
+    settings |= {"transcript": transcript, "voice_activity": voice_activity}
+    settings["transcript_is"] = None if transcript_is is None else one_of("transcript_is", transcript_is)
     settings |= {"window_s": window_s, "token_budget": token_budget, "label_space": label_space}
     parts, samples = parts_named(part), read_samples(clips, asked, label)
     ready(out)
@@ -225,7 +234,7 @@ def asked_about(attribute: str | None, question: str | None, labels: str | None,
 def one_of(option: str, value: str) -> Any:
     """`value`, as the literal type that it is; raises `InputError` if it is no choice."""
     if value not in CHOICES[option]:
-        raise InputError(f"--{option} is {value!r}. Choose one of {', '.join(CHOICES[option])}.")
+        raise InputError(f"--{option.replace('_', '-')} is {value!r}. Choose one of {', '.join(CHOICES[option])}.")
     return value
 
 

@@ -26,10 +26,6 @@ class DestaTemplate(ChatTemplate):
     def saying(self, transcript: Transcript) -> "DestaTemplate":
         return replace(self, transcript=transcript)
 
-    def as_transcript(self, heard: str) -> str:
-        """What the ASR model returned, as the model reads it."""
-        return heard
-
     def expected(self, user: str, answer: str) -> tuple[str, ...]:
         """The texts that the chat template may make."""
         raise NotImplementedError

@@ -18,7 +18,7 @@ from lalm_lens.pieces import user_pieces
 from lalm_lens.prompts.hearing import Hearing
 from lalm_lens.prompts.prompt import Position, Prompt
 from lalm_lens.prompts.templates import Template, Transcript
-from lalm_lens.transcribe import Transcriber
+from lalm_lens.transcribe import GIVE, Transcriber
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,18 @@ class Processor:
         prompt = self.expand(written, self.n_audio(n_frames), n_patches)
         marked = (replace(p, is_correct=p.label is not None and p.label == answer) for p in prompt.positions)
         return replace(prompt, positions=tuple(marked))
+
+    def transcribe(self, waveform: Waveform) -> str:
+        """What the model reads of a clip. Raises `PromptError` where it reads nothing, or nobody can transcribe."""
+        if not self.template.has_transcript:
+            raise PromptError(f"The prompts of a {self.cfg.model_type} model hold no transcript: leave it out.")
+        if self.transcriber is None:
+            raise PromptError(f"There is no Whisper beside this model to transcribe a clip. {GIVE}")
+        return self.template.as_transcript(self.transcriber(waveform))
+
+    def transcript_tokens(self, transcript: Transcript) -> tuple[int, ...]:
+        """The tokens of what a clip says. Raises `PromptError` for more than one line, or marks of the template."""
+        return self.template.saying(transcript).transcript_tokens(self.hf)
 
     def see(self, images: Sequence[Any]) -> Images:
         """Images, of PIL or as arrays, as patches of pixels."""

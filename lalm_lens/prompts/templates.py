@@ -33,6 +33,14 @@ class Template(ABC):
         """The template of a clip that says this. Raises `PromptError` where no prompt holds what a clip says."""
         raise PromptError("The prompts of this model hold no transcript: leave it out.")
 
+    def as_transcript(self, heard: str) -> str:
+        """What the ASR model wrote, as the model reads it."""
+        return heard
+
+    def transcript_tokens(self, hf: Any) -> tuple[int, ...]:
+        """Of what the clip says."""
+        return ()
+
     @abstractmethod
     def check(self, hf: Any, audio_token: int, n_audio: int) -> None:
         """Raise `ConversionError` for the processor of another model: `audio_token` is the model's placeholder, and a
