@@ -60,6 +60,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its id on the Hub.")]
+Part = Annotated[
+    list[str] | None, typer.Option(help="Where a part of the model is, as llm=FOLDER; repeat it for another part.")
+]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")]
 
@@ -128,6 +131,7 @@ def trace(
     token_budget: Annotated[
         int | None, typer.Option(min=1, help="Tokens that share a block: less needs less memory.")
     ] = None,
+    part: Part = None,
 ) -> None:
     """Trace when and where a model fuses what it hears with what it reads."""
     asked = asked_about(attribute, question, labels, prefix)
@@ -145,18 +149,26 @@ def trace(
     settings |= {"transcript": transcript, "voice_activity": voice_activity}
     settings["transcript_is"] = None if transcript_is is None else one_of("transcript_is", transcript_is)
     settings |= {"window_s": window_s, "token_budget": token_budget, "label_space": label_space}
-    samples = read_samples(clips, asked, label)
+    parts, samples = parts_named(part), read_samples(clips, asked, label)
     ready(out)
     import torch
 
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.loading import from_pretrained
 
-    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype))
+    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype), parts=parts)
     if cut:
         samples = cut_to_hearing(lens, samples)
     traced = causal_trace(lens, samples, attribute=asked, **settings)
     show(traced, [], out)
+
+
+def parts_named(part: list[str] | None) -> dict[str, str]:
+    """The parts of a model, as they are given: name=path."""
+    parts = dict(each.partition("=")[::2] for each in part or [])
+    if not all(name and path for name, path in parts.items()) or len(parts) < len(part or []):
+        raise InputError(f"--part names each part once and where it is, as llm=FOLDER; got {', '.join(part or [])}.")
+    return parts
 
 
 def kinds_named(kinds: str) -> list[str]:
@@ -197,11 +209,11 @@ def verify_command(
 
 
 @app.command("info", epilog=EXAMPLES)
-def info_command(model: Model) -> None:
+def info_command(model: Model, part: Part = None) -> None:
     """Describe a checkpoint from its config.json: sizes, memory, what it hears, hook points. Reads no weights."""
     from lalm_lens.info import info
 
-    print(info(model))
+    print(info(model, parts=parts_named(part)))
 
 
 def asked_about(attribute: str | None, question: str | None, labels: str | None, prefix: str | None) -> Attribute:

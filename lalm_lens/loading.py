@@ -24,7 +24,7 @@ from lalm_lens.offload import Store, attach
 from lalm_lens.placement import DeviceMap, MaxMemory, Placement, usable_device
 from lalm_lens.prompts import Processor, processor_of_parts
 from lalm_lens.seeing import SeeingLALM
-from lalm_lens.shapes import typed
+from lalm_lens.shapes import typed, widened
 from lalm_lens.transcribe import Transcriber
 from lalm_lens.weights import (
     FLOATS,
@@ -36,6 +36,7 @@ from lalm_lens.weights import (
     StateDict,
     Table,
     Tensors,
+    assign,
     choose_layout,
     load,
     onto,
@@ -106,7 +107,7 @@ def from_pretrained(
         if device_map is None:
             fill(model, checkpoint, conversion, onto(device, dtype, conversion.wide))
         else:
-            model.placement = Placement.of(model.to(dtype), device_map, max_memory)
+            model.placement = Placement.of(in_dtype(model, dtype, conversion), device_map, max_memory)
             store = Store(model, model.placement, dtype, offload_folder, conversion.wide)
             fill(model, checkpoint, conversion, store.put)
             attach(model, model.placement, store)
@@ -195,7 +196,8 @@ def part_folder(part: Part, config: Mapping[str, Any], given: str | Path | None,
         return local_folder(where, wanted)
     except ConversionError as error:
         raise ConversionError(
-            f"The part {part.name!r} is missing: {error} Say parts={{{part.name!r}: FOLDER}}."
+            f"The part {part.name!r} is missing: {error} Say where it is: parts={{{part.name!r}: FOLDER}}, or --part "
+            f"{part.name}=FOLDER."
         ) from None
 
 
@@ -218,6 +220,15 @@ def skeleton(config: Mapping[str, Any], conversion: Conversion, name: str) -> Ho
         if conversion.sight is None:
             return HookedLALM(cfg, *hears, name)
         return SeeingLALM(cfg, *hears, conversion.sight.encoder(cfg), conversion.sight.adapter(cfg), name)
+
+
+def in_dtype(model: HookedLALM, dtype: torch.dtype, conversion: Conversion) -> HookedLALM:
+    """A skeleton whose parameters are as wide as they will be."""
+    model.to(dtype)
+    for name, parameter in list(model.named_parameters()):
+        if name in conversion.wide:
+            assign(model, name, parameter.data.to(widened(dtype)))
+    return model
 
 
 def fill(model: HookedLALM, tensors: Tensors, conversion: Conversion, place: Place) -> None:

@@ -243,7 +243,7 @@ def plain_pickle(path: Path) -> StateDict:
         raise ConversionError(f"{path.parent} has no {path.name}, which holds the weights of the model. Download it.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError) as error:
         raise ConversionError(
             f"{path} is no pickle of plain tensors, and what else is in one could run code, so it is not read: "
             f"{reason(error)}"

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
-from desta import NAMES, golden, model_of, needs_vocabularies, said, vocabulary
+from desta_golden import NAMES, golden, model_of, needs_vocabularies, said, vocabulary
 from torch.testing import assert_close
 
 from lalm_lens.attributes import ATTRIBUTES, Attribute, Form

@@ -153,7 +153,9 @@ class GoldenSet:
         where = ("audio" if its else "late" for its in is_audio)
         prompt = Prompt(tuple(tokens), tuple(Position("", region) for region in where))
         clean, corrupted = (Run(self.alone(name, row), prompt) for name in RUNS)
-        after = tuple(range(len(tokens) - len(self.text_after), len(tokens)))  # DeSTA2 has a token of text between audio
+        after = tuple(
+            range(len(tokens) - len(self.text_after), len(tokens))
+        )  # DeSTA2 has a token of text between audio
         patched = [
             replace(cell, positions=after) if cell.kind == "layer" else cell
             for cell in cells(self.model, Grid(), clean)

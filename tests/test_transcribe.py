@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from desta import model_of
+from desta_golden import model_of
 from reference import RATE_HZ, chirps, extractor, randomise
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from desta import NAMES, golden, model_of, said
+from desta_golden import NAMES, golden, model_of, said
 from reference import chirps
 from torch import Tensor
 from torch.testing import assert_close

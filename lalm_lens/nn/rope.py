@@ -62,9 +62,9 @@ class Llama3Rotary(Rotary):
 
     def rates(self, device: torch.device) -> Float[Tensor, " pair"]:
         rates, rope = super().rates(device), self.rope
-        n_turns = rope.n_ctx * rates / (2 * math.pi)
+        n_turns = rope.n_ctx / (2 * math.pi / rates)  # in HF's order, to the bit
         kept = ((n_turns - rope.low) / (rope.high - rope.low)).clamp(0, 1)
-        return kept * rates + (1 - kept) * rates / rope.factor
+        return (1 - kept) * rates / rope.factor + kept * rates
 
 
 class MRotary(nn.Module):
