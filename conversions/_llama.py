@@ -1,6 +1,6 @@
 """The decoder that Llama, Mistral and Qwen2 share: its tensors, and the Qwen2 and Llama parts of a config.json."""
 
-from lalm_lens.config import ConfigReader, DecoderConfig, Rope
+from lalm_lens.config import ConfigReader, DecoderConfig, Llama3Rope, Rope
 from lalm_lens.errors import ConversionError
 from lalm_lens.weights import Rule
 
@@ -82,12 +82,30 @@ def llama_config(read: ConfigReader) -> DecoderConfig:
     return cfg
 
 
-def rope(read: ConfigReader) -> Rope:
-    """transformers 5 keeps the base in `rope_parameters`, older files in `rope_theta`."""
-    read.expect("rope_scaling", None)
-    parameters = read.inner("rope_parameters")
-    parameters.expect("rope_type", "default")
-    rotary = Rope(theta=parameters("rope_theta", read("rope_theta", 10_000.0)))
+def rope(read: ConfigReader) -> Rope | Llama3Rope:
+    """transformers 5 keeps all in `rope_parameters`, older files in `rope_theta` and `rope_scaling`."""
+    read.ignore("rope_theta")  # it is read here
+    old = {key: read.section[key] for key in ("rope_theta",) if key in read.section} | read.inner(
+        "rope_scaling"
+    ).section
+    parameters = read.inner("rope_parameters", old)
+    if other := [key for key, value in old.items() if parameters.section[key] != value]:
+        raise ConversionError(
+            f"{read.where}: rope_parameters and older keys contradict each other in {', '.join(other)}."
+        )
+    theta = parameters("rope_theta", 10_000.0)
+    parameters.expect("type", "default", "llama3")
+    parameters.expect("rope_type", parameters("type", "default"), "default", "llama3")
+    if parameters("rope_type", parameters("type", "default")) == "llama3":
+        rotary: Rope | Llama3Rope = Llama3Rope(
+            theta,
+            factor=parameters.number("factor"),
+            low=parameters.number("low_freq_factor"),
+            high=parameters.number("high_freq_factor"),
+            n_ctx=parameters.required("original_max_position_embeddings"),
+        )
+    else:
+        rotary = Rope(theta)
     parameters.finish()
     return rotary
 

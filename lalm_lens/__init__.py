@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lalm_lens import patching
+    from lalm_lens import patching, transcripts
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
@@ -68,6 +68,7 @@ _HOME = {
     "read_sample": "datasets",
     "run_branches": "engine.plan",
     "silence": "corrupt",
+    "transcripts": "transcripts",
 }
 
 __all__ = [
@@ -110,6 +111,7 @@ __all__ = [
     "read_sample",
     "run_branches",
     "silence",
+    "transcripts",
 ]
 
 

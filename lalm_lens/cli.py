@@ -44,6 +44,7 @@ CHOICES = {
     "direction": ("denoise", "noise"),
     "audio": ("whole", "windows", "coarse-to-fine"),
     "corrupt": ("silence", "noise", "clip"),
+    "transcript_is": ("audio", "text"),
     "engine": ("auto", "sweep", "hooks"),
 }
 OWN = "own"  # the name of a user's question, in tables and files
@@ -59,6 +60,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its id on the Hub.")]
+Part = Annotated[
+    list[str] | None, typer.Option(help="Where a part of the model is, as llm=FOLDER; repeat it for another part.")
+]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")]
 
@@ -117,10 +121,17 @@ def trace(
     ] = None,
     audio: Annotated[str, choice("audio", "How finely the audio is looked at")] = "whole",
     window_s: Annotated[float, typer.Option(help="Seconds of a window of the audio.")] = 1.0,
+    transcript: Annotated[
+        str | None,
+        typer.Option(help="What DeSTA reads of the clip: filler (its length), clean, placeholder, own, or your words."),
+    ] = None,
+    transcript_is: Annotated[str | None, choice("transcript_is", "What a transcript counts as")] = None,
+    voice_activity: Annotated[bool, typer.Option("--voice-activity", help="No speech, no transcript.")] = False,
     engine: Annotated[str, choice("engine", "How patched runs are computed")] = "auto",
     token_budget: Annotated[
         int | None, typer.Option(min=1, help="Tokens that share a block: less needs less memory.")
     ] = None,
+    part: Part = None,
 ) -> None:
     """Trace when and where a model fuses what it hears with what it reads."""
     asked = asked_about(attribute, question, labels, prefix)
@@ -135,19 +146,29 @@ def trace(
         "audio": one_of("audio", audio),
         "engine": one_of("engine", engine),
     }
+    settings |= {"transcript": transcript, "voice_activity": voice_activity}
+    settings["transcript_is"] = None if transcript_is is None else one_of("transcript_is", transcript_is)
     settings |= {"window_s": window_s, "token_budget": token_budget, "label_space": label_space}
-    samples = read_samples(clips, asked, label)
+    parts, samples = parts_named(part), read_samples(clips, asked, label)
     ready(out)
     import torch
 
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.loading import from_pretrained
 
-    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype))
+    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype), parts=parts)
     if cut:
         samples = cut_to_hearing(lens, samples)
     traced = causal_trace(lens, samples, attribute=asked, **settings)
     show(traced, [], out)
+
+
+def parts_named(part: list[str] | None) -> dict[str, str]:
+    """The parts of a model, as they are given: name=path."""
+    parts = dict(each.partition("=")[::2] for each in part or [])
+    if not all(name and path for name, path in parts.items()) or len(parts) < len(part or []):
+        raise InputError(f"--part names each part once and where it is, as llm=FOLDER; got {', '.join(part or [])}.")
+    return parts
 
 
 def kinds_named(kinds: str) -> list[str]:
@@ -188,11 +209,11 @@ def verify_command(
 
 
 @app.command("info", epilog=EXAMPLES)
-def info_command(model: Model) -> None:
+def info_command(model: Model, part: Part = None) -> None:
     """Describe a checkpoint from its config.json: sizes, memory, what it hears, hook points. Reads no weights."""
     from lalm_lens.info import info
 
-    print(info(model))
+    print(info(model, parts=parts_named(part)))
 
 
 def asked_about(attribute: str | None, question: str | None, labels: str | None, prefix: str | None) -> Attribute:
@@ -213,7 +234,7 @@ def asked_about(attribute: str | None, question: str | None, labels: str | None,
 def one_of(option: str, value: str) -> Any:
     """`value`, as the literal type that it is; raises `InputError` if it is no choice."""
     if value not in CHOICES[option]:
-        raise InputError(f"--{option} is {value!r}. Choose one of {', '.join(CHOICES[option])}.")
+        raise InputError(f"--{option.replace('_', '-')} is {value!r}. Choose one of {', '.join(CHOICES[option])}.")
     return value
 
 

@@ -20,6 +20,25 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1's rotary embedding (arXiv 2407.21783): pairs that turn slowly turn `factor` times more slowly still.
+
+    A pair that comes round fewer than `low` times in the `n_ctx` positions of the first training is one of those; one
+    that comes round more than `high` times stays as it is; between them, it is something between.
+    """
+
+    theta: float
+    factor: float
+    low: float
+    high: float
+    n_ctx: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high:
+            raise ConversionError(f"llama3 rope: {self.low} and {self.high} turns should be above 0 and in this order.")
+
+
+@dataclass(frozen=True)
 class MRope:
     """Rotary embedding by time, height and width (arXiv 2409.12191): the first `sections[0]` pairs of a head turn by
     the position in time, the next `sections[1]` by that in height, and so on in turn."""
@@ -39,7 +58,7 @@ class DecoderConfig:
     d_vocab: int
     n_ctx: int
     eps: float
-    rope: Rope | MRope  # another rotary scheme is another config class with its own module in nn/rope.py
+    rope: Rope | Llama3Rope | MRope  # another rotary scheme is another config class with its own module in nn/rope.py
     qkv_bias: bool
     windows: tuple[int | None, ...]  # per block: positions a query looks back on, itself included; None = all
     tied: bool = False  # the unembedding is the embedding
@@ -80,6 +99,27 @@ class EncoderConfig:
     def n_frames(self) -> int:
         """Mel frames (10 ms) of the padded clip that the encoder takes."""
         return 2 * self.n_ctx
+
+
+@dataclass(frozen=True, kw_only=True)
+class QFormerConfig:
+    """DeSTA's connector: learned queries that look at several states of the audio encoder in turn."""
+
+    n_layers: int
+    n_heads: int
+    d_mlp: int
+    n_queries: int  # audio tokens, however long the clip
+    taps: tuple[int, ...]  # how many blocks of the encoder each of these states has passed, in ascending order
+    n_unheard: int  # blocks of the published encoder behind the last of them: nothing of theirs is heard
+
+    def __post_init__(self) -> None:
+        if not self.taps or list(self.taps) != sorted(set(self.taps)):
+            raise ConversionError(f"The states of the encoder that are looked at should be different: {self.taps}.")
+        if self.n_unheard < 0:
+            raise ConversionError(
+                f"The states after {self.taps} blocks are looked at, and this Whisper has "
+                f"{self.taps[-1] + self.n_unheard} blocks: it belongs to another model."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +167,7 @@ class LALMConfig:
     encoder: EncoderConfig
     audio_token: int  # id of the placeholder that audio embeddings replace
     vision: VisionConfig | None = None  # of a model that also sees
+    qformer: QFormerConfig | None = None  # of a model whose adapter is one
 
 
 # What a config.json may say that does not change a forward pass at inference: training, bookkeeping, generation.
@@ -177,6 +218,15 @@ class ConfigReader:
         value = self.section.get(key)
         if type(value) is not int:
             raise ConversionError(f"{self.where}: {key} = {value!r} should be a whole number, and has no default.")
+        return value
+
+    def number(self, key: str) -> float:
+        """A number above 0 that has no default."""
+        if key not in self.section:
+            raise ConversionError(f"{self.where} says no {key}, which has no default.")
+        value = self(key, 0.0)
+        if not value > 0:
+            raise ConversionError(f"{self.where}: {key} = {value} should be above 0.")
         return value
 
     def one_of(self, keys: tuple[str, ...], default: int) -> int:

@@ -12,19 +12,21 @@ from lalm_lens.errors import DataError
 
 @dataclass(frozen=True)
 class Sample:
-    """A clip and the label that is true of it."""
+    """A clip and the label that is true of it; what it says too, where that is known and a model reads it."""
 
     name: str
     label: str
     waveform: Waveform = field(repr=False)
+    transcript: str | None = None
 
 
-def read_sample(path: str | Path, label: str) -> Sample:
-    return Sample(name=Path(path).name, label=label, waveform=read_audio(path))
+def read_sample(path: str | Path, label: str, transcript: str | None = None) -> Sample:
+    return Sample(name=Path(path).name, label=label, waveform=read_audio(path), transcript=transcript)
 
 
 def read_folder(folder: str | Path) -> list[Sample]:
-    """The clips of `metadata.jsonl`: one JSON object a line, with `file_name` (relative to the folder) and `label`.
+    """The clips of `metadata.jsonl`: one JSON object a line, with `file_name` (relative to the folder), `label` and,
+    where it is known, `transcript`.
 
     Raises `DataError` for a line that is not that or a clip that is listed twice, `AudioError` for a clip that cannot
     be read.
@@ -46,8 +48,14 @@ def read_folder(folder: str | Path) -> list[Sample]:
 
 
 def cut_to(samples: Sequence[Sample], n_samples: int) -> list[Sample]:
-    """The clips without what is behind their first `n_samples` (16 kHz) samples; shorter ones are as they were."""
-    return [replace(sample, waveform=sample.waveform[:n_samples]) for sample in samples]
+    """The clips without what is behind their first `n_samples` (16 kHz) samples, and then without the transcript of the
+    whole; shorter ones are as they were."""
+    return [
+        replace(sample, waveform=sample.waveform[:n_samples], transcript=None)
+        if len(sample.waveform) > n_samples
+        else sample
+        for sample in samples
+    ]
 
 
 def refuse_repeated(samples: Sequence[Sample]) -> None:
@@ -70,7 +78,10 @@ def read_row(folder: Path, number: int, line: str) -> Sample:
         raise DataError(f"{where} needs the keys file_name and label, got: {line[:80]}")
     if not isinstance(row["file_name"], str) or not isinstance(row["label"], str):
         raise DataError(f"{where}: file_name and label must be text, got: {line[:80]}")
+    if not isinstance(row.get("transcript"), str | None):
+        raise DataError(f"{where}: transcript must be text, got: {line[:80]}")
     file_name = Path(row["file_name"])
     if file_name.is_absolute() or ".." in file_name.parts:
         raise DataError(f"{where}: file_name must be a path inside the folder, got {row['file_name']}")
-    return Sample(name=file_name.as_posix(), label=row["label"], waveform=read_audio(folder / row["file_name"]))
+    clip = read_audio(folder / row["file_name"])
+    return Sample(file_name.as_posix(), row["label"], clip, row.get("transcript"))

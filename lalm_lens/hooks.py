@@ -100,11 +100,15 @@ class StrictHooks(HookedRootModule):
 
     def cache_bytes(self, names: set[str], *args: Any) -> int:
         """Memory of the states that a run with these arguments would leave at these hook points."""
-        itemsize = next(self.parameters()).element_size()
         return sum(
-            n_bytes([name for name in names if name.startswith(prefix)], sizes, itemsize)
+            n_bytes([name for name in names if name.startswith(prefix)], sizes, self.itemsize(prefix))
             for prefix, sizes in self.sizes(*args).items()
         )
+
+    def itemsize(self, prefix: str) -> int:
+        """Bytes of a number of the states in a part of the model: a few weights may be wider."""
+        part = getattr(self, prefix.removesuffix("."), self)
+        return min(parameter.element_size() for parameter in part.parameters())
 
     def refuse_too_much(self, names: set[str], device: torch.device, *args: Any) -> None:
         """Raise `InputError` where a cache of these hook points would not fit into the memory that is free."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.axes import axes_of
-from lalm_lens.config import DecoderConfig, EncoderConfig, LALMConfig, VisionConfig
-from lalm_lens.loading import conversion_for, local_folder, model_name, read_config, skeleton
+from lalm_lens.config import DecoderConfig, EncoderConfig, LALMConfig, QFormerConfig, VisionConfig
+from lalm_lens.loading import ABOUT, Files, in_dtype, model_name, skeleton
 from lalm_lens.model import HookedLALM
 from lalm_lens.placement import Placement
 from lalm_lens.seeing import SeeingLALM
@@ -33,6 +33,7 @@ class ModelInfo:
     model_name: str
     cfg: LALMConfig
     n_parameters: dict[str, int]  # by stage
+    weight_bytes: dict[str, int]  # by dtype
     heard_s: float  # a window of the encoder
     n_audio: int  # audio tokens of a clip of that length
     longer: str  # what becomes of a longer clip
@@ -44,13 +45,18 @@ class ModelInfo:
     def __repr__(self) -> str:
         n_parameters = sum(self.n_parameters.values())
         of_stages = ", ".join(f"{stage} {n / 1e6:.1f} M" for stage, n in self.n_parameters.items())
-        memory = {"weights": {"float32": 4 * n_parameters, "bfloat16": 2 * n_parameters}, **self.cache_bytes}
+        memory = {"weights": self.weight_bytes, **self.cache_bytes}
         width = max(map(len, self.hooks))
         lines = [
             f"{self.model_name}: {self.cfg.model_type}",
             f"parameters     {n_parameters / 1e6:.1f} M: {of_stages}",
             f"audio encoder  {sizes(self.cfg.encoder)}",
             *([] if self.cfg.vision is None else [f"vision encoder {sizes(self.cfg.vision)}"]),
+            *(
+                []
+                if self.cfg.qformer is None
+                else [f"adapter        {sizes(self.cfg.qformer)}, taps {self.cfg.qformer.taps}"]
+            ),
             f"decoder        {sizes(self.cfg.decoder)}{windows(self.cfg.decoder)}",
             f"hears          {self.heard_s:g} s: {self.n_audio} audio tokens, {self.n_audio / self.heard_s:g} a second",
             f"               {self.longer}",
@@ -66,31 +72,42 @@ class ModelInfo:
 
 
 @typed
-def info(path_or_hub_id: str | Path, *, n_text: int = 60, conversion: Conversion | None = None) -> ModelInfo:
-    """Describe a checkpoint whose config.json is there; its weights are neither read nor needed.
+def info(
+    path_or_hub_id: str | Path,
+    *,
+    n_text: int = 60,
+    conversion: Conversion | None = None,
+    parts: Mapping[str, str | Path] | None = None,
+) -> ModelInfo:
+    """Describe a checkpoint whose config.json is there, and those of its `parts`; its weights are neither read nor
+    needed.
 
     Bytes of a cache are those of its tensors' memory; where two hook points see the same tensor, it counts once.
     Raises `ConversionError` for a config that cannot be converted.
     """
-    config = read_config(local_folder(path_or_hub_id, ["config.json"]))
-    conversion = conversion or conversion_for(config)
-    model = skeleton(config, conversion, model_name(path_or_hub_id))
+    files = Files.find(path_or_hub_id, conversion, parts, ABOUT)
+    model = skeleton(files.config, files.conversion, model_name(path_or_hub_id))
     n_frames = model.lalm_cfg.encoder.n_frames
-    passed = {name: states_passed(model.to(dtype), n_text) for name, dtype in DTYPES.items()}
+    passed, weights, spread = {}, {}, {}
+    for name, dtype in DTYPES.items():
+        in_dtype(model, dtype, files.conversion)
+        passed[name], spread[name] = states_passed(model, n_text), Placement.of(model, "auto")
+        weights[name] = sum(parameter.nbytes for parameter in model.parameters())
     return ModelInfo(
         model_name=model.cfg.model_name,
         cfg=model.lalm_cfg,
         n_parameters=n_parameters(model),
+        weight_bytes=weights,
         heard_s=n_frames / 100,
         n_audio=model.audio_encoder.n_audio(n_frames),
-        longer=conversion.hearing.longer,
+        longer=files.conversion.hearing.longer,
         n_text=n_text,
         cache_bytes={
             what: {dtype: n_bytes(states, chosen) for dtype, states in passed.items()}
             for what, chosen in CACHED.items()
         },
-        spread={name: Placement.of(model.to(dtype), "auto") for name, dtype in DTYPES.items()},
-        hooks=collapsed(model.hook_dict),
+        spread=spread,
+        hooks=collapsed(model.hook_dict, model.lalm_cfg.qformer is not None),
     )
 
 
@@ -128,18 +145,18 @@ def n_bytes(states: Mapping[str, Tensor], chosen: Callable[[str], bool]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def collapsed(names: Iterable[str]) -> dict[str, str]:
+def collapsed(names: Iterable[str], has_taps: bool = False) -> dict[str, str]:
     """Axes by hook name, with the numbers of blocks as a range: `blocks.{0..7}.hook_resid_post`."""
     layers: dict[str, list[str]] = {}
     for name in names:
         layers.setdefault(re.sub(r"\.\d+\.", ".{}.", name), []).extend(re.findall(r"\.(\d+)\.", name))
     return {
-        pattern.replace("{}", f"{{{numbers[0]}..{numbers[-1]}}}" if numbers else ""): axes_of(pattern)
+        pattern.replace("{}", f"{{{numbers[0]}..{numbers[-1]}}}" if numbers else ""): axes_of(pattern, has_taps)
         for pattern, numbers in layers.items()
     }
 
 
-def sizes(cfg: EncoderConfig | DecoderConfig | VisionConfig) -> str:
+def sizes(cfg: EncoderConfig | QFormerConfig | DecoderConfig | VisionConfig) -> str:
     return ", ".join(f"{name} {value}" for name, value in vars(cfg).items() if type(value) in (int, float))
 
 

@@ -6,6 +6,7 @@ Nothing that was downloaded is executed.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,27 +22,36 @@ from lalm_lens.errors import ConversionError, InputError, reason
 from lalm_lens.model import HookedLALM
 from lalm_lens.offload import Store, attach
 from lalm_lens.placement import DeviceMap, MaxMemory, Placement, usable_device
-from lalm_lens.prompts import Processor
+from lalm_lens.prompts import Processor, processor_of_parts
 from lalm_lens.seeing import SeeingLALM
-from lalm_lens.shapes import typed
+from lalm_lens.shapes import typed, widened
+from lalm_lens.transcribe import Transcriber
 from lalm_lens.weights import (
     FLOATS,
     Checkpoint,
     Conversion,
     Drop,
+    Part,
+    Parts,
     Place,
     StateDict,
     Table,
     Tensors,
+    assign,
     choose_layout,
     load,
     onto,
+    plain_pickle,
     read_json,
 )
 
 # What transformers raises for a tokenizer, feature extractor, config or weight file that it cannot use.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # no code, no pickles
+# No code, and no pickle but this one, whose tensors exist nowhere else.
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "qformer_connector.pth")
+UNWANTED = ("consolidated*", "original/*", "*.fp32*")  # the same weights again
+ABOUT = ("config.json", "tokenizer_config.json")  # what says how a model is made
+SPEAKER, LISTENER = "llm", "whisper"  # the parts that answer, and that write down what is said
 
 
 class Readable(AbstractContextManager):
@@ -66,6 +76,7 @@ def from_pretrained(
     device_map: DeviceMap | None = None,
     max_memory: MaxMemory | None = None,
     offload_folder: str | Path | None = None,
+    parts: Mapping[str, str | Path] | None = None,
 ) -> HookedLALM:
     """Load a published checkpoint as a hooked model in eval mode, with its processor beside it.
 
@@ -80,28 +91,30 @@ def from_pretrained(
     inputs may be given on any device, logits come back on that one. What goes to disk lies in a new folder inside
     `offload_folder`, by default the system's temporary one, as long as the model lives. Raises `InputError` for a map
     or folder that cannot be used.
+
+    `parts` says where the parts of a model are that its checkpoint leaves to others, by name, as folders or Hub ids:
+    {"whisper": ..., "llm": ...} of a DeSTA. By default they are those that config.json names.
     """
     device = usable_device(device)
     if device_map is None and (max_memory, offload_folder) != (None, None):
         raise InputError("max_memory and offload_folder belong to a device_map: give device_map='auto' with them.")
     if device_map is not None and device.type != "cpu":
         raise InputError(f"device = {str(device)!r} and a device_map contradict each other: give one of them.")
-    folder = local_folder(path_or_hub_id)
-    config = read_config(folder)
-    conversion = conversion or conversion_for(config)
+    files = Files.find(path_or_hub_id, conversion, parts)
+    folder, config, conversion = files.folder, files.config, files.conversion
     model = skeleton(config, conversion, model_name(path_or_hub_id))
     with ExitStack() as stack:
-        checkpoint = Checkpoint.open(folder, stack)
+        checkpoint = files.open(stack)
         if device_map is None:
             fill(model, checkpoint, conversion, onto(device, dtype, conversion.wide))
         else:
-            model.placement = Placement.of(model.to(dtype), device_map, max_memory)
+            model.placement = Placement.of(in_dtype(model, dtype, conversion), device_map, max_memory)
             store = Store(model, model.placement, dtype, offload_folder, conversion.wide)
             fill(model, checkpoint, conversion, store.put)
             attach(model, model.placement, store)
-    generation = folder / "generation_config.json"
-    model.stop_tokens = stop_tokens(read_json(generation) if generation.is_file() else {}, config)
-    return with_processor(model, read_processor(folder, conversion), conversion)
+    speaker = files.parts.get(SPEAKER, folder)
+    model.stop_tokens = stop_tokens(read_optional(speaker / "generation_config.json"), read_config(speaker))
+    return with_processor(model, read_processor(files), conversion, files.transcriber(device))
 
 
 @typed
@@ -120,12 +133,73 @@ def from_hf(
         raise ConversionError(f"{state.name} is no transformers model: it has no config to convert it by.")
     config = json.loads(model.config.to_json_string())  # what config.json would say, had it been saved
     conversion = conversion or conversion_for(config)
+    if conversion.parts:
+        raise ConversionError(f"A {conversion.model_type} is made of several checkpoints: open it by from_pretrained.")
     ours = skeleton(config, conversion, model_name(model.name_or_path or state.name))
     one = one_dtype(state, conversion, ours.lalm_cfg)
     fill(ours, state, conversion, onto(one.device, one.dtype, conversion.wide))
     generation = model.generation_config
     ours.stop_tokens = stop_tokens({} if generation is None else generation.to_dict(), config)
     return with_processor(ours, processor, conversion)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the files of a checkpoint are, those of its parts too, and what they say of the model."""
+
+    folder: Path
+    parts: dict[str, Path]
+    config: Mapping[str, Any]  # with what the parts' files say under "parts"
+    conversion: Conversion
+
+    @classmethod
+    def find(
+        cls,
+        path_or_hub_id: str | Path,
+        conversion: Conversion | None,
+        parts: Mapping[str, str | Path] | None,
+        wanted: Sequence[str] = WANTED,
+    ) -> "Files":
+        folder, given = local_folder(path_or_hub_id, wanted), dict(parts or {})
+        config = read_config(folder)
+        conversion = conversion or conversion_for(config)
+        names = [part.name for part in conversion.parts]
+        if unknown := sorted(set(given) - set(names)):
+            its = f"its parts are {' and '.join(names)}" if names else "it has none"
+            raise ConversionError(f"A {conversion.model_type} has no part {unknown[0]!r}: {its}.")
+        folders = {part.name: part_folder(part, config, given.get(part.name), wanted) for part in conversion.parts}
+        if not folders:
+            return cls(folder, {}, config, conversion)
+        about = {
+            name: {"config": read_config(its), "tokenizer_config": read_optional(its / "tokenizer_config.json")}
+            for name, its in folders.items()
+        }
+        return cls(folder, folders, {**config, "parts": about}, conversion)
+
+    def open(self, stack: ExitStack) -> Tensors:
+        """All tensors, read when they are asked for."""
+        pickle = self.conversion.pickle
+        own = Checkpoint.open(self.folder, stack) if pickle is None else plain_pickle(self.folder / pickle)
+        if not self.parts:
+            return own
+        parts: dict[str, Tensors] = {name: Checkpoint.open(its, stack) for name, its in self.parts.items()}
+        return Parts(str(self.folder), own, parts)
+
+    def transcriber(self, device: torch.device) -> Transcriber | None:
+        """What writes down what a clip says, of a model that reads it."""
+        return Transcriber(self.parts[LISTENER], device) if LISTENER in self.parts else None
+
+
+def part_folder(part: Part, config: Mapping[str, Any], given: str | Path | None, wanted: Sequence[str]) -> Path:
+    """Where a part's files are: where the user says, else on the Hub under the id that config.json names."""
+    where = config.get(part.id_key) or part.published if given is None else given
+    try:
+        return local_folder(where, wanted)
+    except ConversionError as error:
+        raise ConversionError(
+            f"The part {part.name!r} is missing: {error} Say where it is: parts={{{part.name!r}: FOLDER}}, or --part "
+            f"{part.name}=FOLDER."
+        ) from None
 
 
 def stop_tokens(*configs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -149,6 +223,15 @@ def skeleton(config: Mapping[str, Any], conversion: Conversion, name: str) -> Ho
         return SeeingLALM(cfg, *hears, conversion.sight.encoder(cfg), conversion.sight.adapter(cfg), name)
 
 
+def in_dtype(model: HookedLALM, dtype: torch.dtype, conversion: Conversion) -> HookedLALM:
+    """A skeleton whose parameters are as wide as they will be."""
+    model.to(dtype)
+    for name, parameter in list(model.named_parameters()):
+        if name in conversion.wide:
+            assign(model, name, parameter.data.to(widened(dtype)))
+    return model
+
+
 def fill(model: HookedLALM, tensors: Tensors, conversion: Conversion, place: Place) -> None:
     load(model, tensors, conversion.rows(model.lalm_cfg), conversion.layouts, place)
     model.tie()
@@ -156,10 +239,12 @@ def fill(model: HookedLALM, tensors: Tensors, conversion: Conversion, place: Pla
     model.eval()
 
 
-def with_processor(model: HookedLALM, hf: ProcessorMixin | None, conversion: Conversion) -> HookedLALM:
+def with_processor(
+    model: HookedLALM, hf: ProcessorMixin | None, conversion: Conversion, transcriber: Transcriber | None = None
+) -> HookedLALM:
     if hf is not None:
         ways = conversion.template, conversion.hearing
-        model.processor = Processor(hf, *ways, model.lalm_cfg, model.audio_encoder.n_audio)
+        model.processor = Processor(hf, *ways, model.lalm_cfg, model.audio_encoder.n_audio, transcriber)
         model.processor.check()
     return model
 
@@ -226,9 +311,7 @@ def local_folder(path_or_hub_id: str | Path, wanted: Sequence[str] = WANTED) -> 
             "id such as Qwen/Qwen2-Audio-7B-Instruct."
         )
     try:
-        return Path(
-            snapshot_download(str(path_or_hub_id), allow_patterns=list(wanted), ignore_patterns=["consolidated*"])
-        )
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConversionError(
             f"{path_or_hub_id} is no local folder, and it cannot be had from the Hub: {reason(error)}"
@@ -243,6 +326,10 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise ConversionError(f"{path} names no model_type, so nobody knows how to convert it.")
     return config
+
+
+def read_optional(path: Path) -> Mapping[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def conversion_for(config: Mapping[str, Any]) -> Conversion:
@@ -270,8 +357,9 @@ def our_conversions() -> dict[str, Conversion]:
     return conversions.available()
 
 
-def read_processor(folder: Path, conversion: Conversion) -> ProcessorMixin | None:
+def read_processor(files: Files) -> ProcessorMixin | None:
     """The model's own tokenizer and feature extractor; None for a checkpoint that ships without them."""
+    folder, conversion = files.parts.get(SPEAKER, files.folder), files.conversion
     has_tekken = (folder / "tekken.json").is_file()  # Mistral's own repositories have nothing else
     if not has_tekken and not (folder / "tokenizer_config.json").is_file():
         return None
@@ -284,6 +372,8 @@ def read_processor(folder: Path, conversion: Conversion) -> ProcessorMixin | Non
         f"The tokenizer or feature extractor in {folder} cannot be read",
         "Put the model's own processor files beside its weights.",
     ):
+        if files.parts:
+            return processor_of_parts(**files.parts)
         if conversion.sight is not None:
             return conversion.sight.processor(folder)
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)

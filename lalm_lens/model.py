@@ -113,11 +113,13 @@ class HookedLALM(HookedTransformer):
     def positions_of(self, inputs: Any) -> Int[Tensor, "3 batch pos"] | None:
         return inputs.positions if isinstance(inputs, Inputs | Embedded) else None
 
-    def perceived(self, inputs: Inputs, stack: str) -> list[tuple[int, int]]:
-        """Of each row of an encoder's states, a window of a clip: how many belong to it, and the tokens they make."""
+    def perceived(self, inputs: Inputs, stack: str) -> list[tuple[int, int, int]]:
+        """Of each row of an encoder's states, a window of a clip: how many belong to it in the blocks, how many of them
+        enter the adapter, and how many tokens come out."""
         if stack == "vision_encoder" or inputs.n_frames is None:
             return []
-        return [(n_states(n), self.audio_encoder.n_audio(n)) for n in inputs.n_frames.tolist()]
+        ears = self.audio_encoder
+        return [(n_states(n), ears.n_entering(n), ears.n_audio(n)) for n in inputs.n_frames.tolist()]
 
     def fed(self, tokens: Int[Tensor, "*batch pos"], stack: str) -> Bool[Tensor, "*batch pos"]:
         """Where these tokens stand for what an encoder makes."""
@@ -159,7 +161,19 @@ class HookedLALM(HookedTransformer):
             "kv_head": cfg.n_heads,
             "d_head": cfg.d_model // cfg.n_heads,
         }
-        return super().sizes(inputs) | dict.fromkeys(("audio_encoder.", "adapter."), heard)
+        adapter, qformer = heard, self.lalm_cfg.qformer
+        if qformer is not None:
+            n_clips, n_taps = len(inputs.mel), len(qformer.taps)
+            adapter = axis_sizes(cfg, n_clips, qformer.n_queries) | {
+                "tap": n_taps,
+                "clip_tap": n_clips * n_taps,
+                "state_pos": cfg.n_ctx,
+                "kv_head": cfg.n_heads,
+                "d_head": cfg.d_model // cfg.n_heads,
+                "d_mlp": qformer.d_mlp,
+            }
+            heard = heard | {"tap": n_taps}
+        return super().sizes(inputs) | {"audio_encoder.": heard, "adapter.": adapter}
 
     def shape_of(self, inputs: Any) -> tuple[int, int]:
         if isinstance(inputs, Inputs | Embedded):

@@ -15,10 +15,11 @@ from torch import nn
 
 from lalm_lens.errors import InputError, reason
 from lalm_lens.nn.block import Block, DecoderBlock, EncoderBlock, VisionBlock
+from lalm_lens.nn.qformer import QFormerBlock
 
 CPU, DISK = "cpu", "disk"
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's
-UNSPLIT = [DecoderBlock.__name__, EncoderBlock.__name__, VisionBlock.__name__]
+UNSPLIT = [block.__name__ for block in (DecoderBlock, EncoderBlock, VisionBlock, QFormerBlock)]
 
 Modules = dict[str, int | str | torch.device]  # places by the names of modules or parameters
 DeviceMap = str | Modules

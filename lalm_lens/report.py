@@ -22,7 +22,8 @@ th { border-bottom: 1px solid #999 } figcaption { color: #555 } figure { margin:
 <body>
 <h1>Causal trace of {{ model }}</h1>
 <p>{{ "Clean" if direction == "denoise" else "Corrupted" }} states are patched into the
-{{ "corrupted" if direction == "denoise" else "clean" }} run; the corrupted run hears: {{ corruption }}. The recovery
+{{ "corrupted" if direction == "denoise" else "clean" }} run; the corrupted run hears: {{ corruption }}.
+{% for row in read %}Transcript: {{ row.transcript }}, counted as {{ row.transcript_is }}. {% endfor %}The recovery
 rate says how much of the gap between the two runs a patch closes, in {{ metric }} of the true label: 0 is none, 1 is
 all. Only kept clips are averaged: the clean run is right, the corrupted run is wrong and lower (arXiv 2603.13768).
 <code>fusion_layer</code> is the first layer whose text states close half of it, <code>noise_floor</code> what rounding
@@ -61,6 +62,7 @@ def write_report(trace: CausalTrace, data: Path, pictures: Sequence[Path]) -> Pa
         model=trace.frame.model.iloc[0],
         direction=trace.frame.direction.iloc[0],
         corruption=corruption_kinds(trace.frame).iloc[0].replace("_", " "),
+        read=trace.frame[["transcript", "transcript_is"]].dropna().drop_duplicates().to_dict("records"),
         metric=trace.frame.metric.iloc[0].replace("_", " "),
         table=table,
         moments=trace.moments().to_html(**how) if has_moments else "",

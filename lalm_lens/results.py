@@ -34,6 +34,9 @@ COLUMNS = {
     "label_space": "bool",
     "corruption": "str",  # what the corrupted run heard
     "seed": "Int64",  # of noise, or of the choice of another clip
+    "transcript": "str",  # what both runs read of the clip, where the prompt holds it
+    "transcript_is": "str",  # audio, or text
+    "voice_activity": "boolean",  # whether a clip without speech says nothing
     "metric": "str",
     "predict": "str",  # a prediction is the largest logit among the labels, or in the vocabulary
     "direction": "str",

@@ -57,6 +57,10 @@ class Run:
             return self.region(positions)
         return indices(positions, self.n_pos)
 
+    def has(self, region: str) -> bool:
+        """Whether some position of its prompt is of that region."""
+        return self.prompt is not None and any(position.region == region for position in self.prompt.positions)
+
     def region(self, name: str) -> tuple[int, ...]:
         if self.prompt is None:
             raise InputError(f"Where is {name!r}? Give the run its prompt: Run(inputs, prompt), or say positions.")
@@ -79,6 +83,20 @@ def indices(positions: tuple[int, ...] | range, n_pos: int) -> tuple[int, ...]:
     if not whole or min(whole) < -n_pos or max(whole) >= n_pos:
         raise InputError(f"Positions are from 0 to {n_pos - 1}, or from the end from -1; got {whole}.")
     return tuple(position + n_pos if position < 0 else position for position in whole)
+
+
+def aligned(positions: tuple[int, ...], run: Run, other: Run) -> tuple[int, ...]:
+    """Where positions of a run are in another one, which is as long or has a longer or shorter transcript only."""
+    if run.n_pos == other.n_pos:
+        return positions
+    there = dict(zip(words(run), words(other), strict=True))
+    return tuple(there[position] for position in positions)
+
+
+def words(run: Run) -> list[int]:
+    """The positions outside of its transcript."""
+    assert run.prompt is not None, "runs of different lengths are aligned by their prompts"
+    return [pos + run.n_pad for pos, its in enumerate(run.prompt.positions) if its.region != "transcript"]
 
 
 class Own(Enum):

@@ -67,12 +67,13 @@ class SeeingLALM(HookedLALM):
         of_pictures = torch.tensor([self.vision.image_token, self.vision.video_token], device=tokens.device)
         return super().is_placeholder(tokens) | torch.isin(tokens, of_pictures)
 
-    def perceived(self, inputs: Inputs, stack: str) -> list[tuple[int, int]]:
+    def perceived(self, inputs: Inputs, stack: str) -> list[tuple[int, int, int]]:
         if stack != "vision_encoder":
             return super().perceived(inputs, stack)
         grids = [its.grid for its in (inputs.images, inputs.videos) if its is not None]
         sizes = self.vision_encoder.frames(torch.cat(grids)).sizes if grids else ()
-        return [(n_h * n_w, n_h * n_w // self.vision.merge**2) for n_h, n_w in sizes]
+        n_patches = [n_h * n_w for n_h, n_w in sizes]
+        return [(n, n // self.vision.merge**2, n // self.vision.merge**2) for n in n_patches]
 
     def fed(self, tokens: Int[Tensor, "*batch pos"], stack: str) -> Bool[Tensor, "*batch pos"]:
         audio = super().fed(tokens, stack)

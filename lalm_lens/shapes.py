@@ -5,6 +5,8 @@ pos               positions of the merged sequence    audio_pos  positions that 
 query_pos key_pos the two axes of an attention map    layer      0-based index of a block
 head kv_head      attention heads, key-value heads    d_head d_model d_mlp d_vocab   widths
 frame             images, and instants of videos     vision_pos positions that hold what is seen
+tap clip_tap      states of the encoder that a Q-Former looks at; those of each clip, one clip after the other
+state_pos         positions of the encoder            pair       two numbers of a head that rotate together
 samples           16 kHz audio samples                frames mel 10 ms mel frames, mel bins
 """
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers import ProcessorMixin
 from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
 from lalm_lens.encoders.vision import VisionEncoder
-from lalm_lens.errors import ConversionError
+from lalm_lens.errors import ConversionError, reason
 from lalm_lens.prompts import Hearing, Template, seeing_processor
 from lalm_lens.shapes import widened
 
@@ -89,6 +90,25 @@ class Sight:
     processor: Callable[[Path], ProcessorMixin] = seeing_processor  # of the files in a folder
 
 
+@dataclass(frozen=True)
+class Part:
+    """A checkpoint of its own, which another one needs. In the table its tensors are named `part/tensor`."""
+
+    name: str  # what the user calls it, and the table
+    id_key: str  # config.json's name for its id on the Hub
+    published: str  # that id, where config.json names none
+
+
+@dataclass(frozen=True)
+class Under:
+    """The parameters below some of our modules."""
+
+    modules: tuple[str, ...]
+
+    def __contains__(self, name: object) -> bool:
+        return str(name).startswith(tuple(f"{module}." for module in self.modules))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """All that lalm_lens knows about one HF model type."""
@@ -101,10 +121,12 @@ class Conversion:
     layouts: tuple[Layout, ...]  # every naming that is out in the world
     template: Template  # how a question about a clip is written
     hearing: Hearing  # how clips become what the encoder takes
-    hf_class: str  # transformers' own class, that ours is verified against
+    hf_class: str | None  # transformers' own class, that ours is verified against; None where it has none
     frame_mask: str | None  # its name for the mask of mel frames; None where it takes none
-    wide: frozenset[str] = frozenset()  # our names of what it keeps in float32 where the rest of the model is narrower
+    wide: Container[str] = frozenset()  # our names of what it keeps in float32 where the rest of the model is narrower
     sight: Sight | None = None  # of a model that also sees
+    parts: tuple[Part, ...] = ()  # what a checkpoint leaves to others; `config` finds their configs under "parts"
+    pickle: str | None = None  # the file of its own tensors, where that is not safetensors
 
 
 class Table:
@@ -190,6 +212,52 @@ class Checkpoint(Tensors):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.files[name].get_tensor(name)
+
+
+@dataclass
+class Parts(Tensors):
+    """Tensors of several checkpoints, those of a part as `part/tensor`."""
+
+    name: str
+    own: Tensors
+    parts: dict[str, Tensors]
+
+    def __post_init__(self) -> None:
+        self.shapes = dict(self.own.shapes)
+        for part, tensors in self.parts.items():
+            named = {f"{part}/{name}": shape for name, shape in tensors.shapes.items()}
+            if twice := self.shapes.keys() & named.keys():
+                raise ConversionError(f"{min(twice)} is in {self.own.name}, and in {tensors.name} too. Remove one.")
+            self.shapes |= named
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.own.shapes:
+            return self.own[name]
+        part, _, tensor = name.partition("/")
+        return self.parts[part][tensor]
+
+
+def plain_pickle(path: Path) -> StateDict:
+    """A pickle of nothing but tensors by name. Nothing in it is executed: anything else raises `ConversionError`."""
+    if not path.is_file():
+        raise ConversionError(f"{path.parent} has no {path.name}, which holds the weights of the model. Download it.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError) as error:
+        raise ConversionError(
+            f"{path} is no pickle of plain tensors, and what else is in one could run code, so it is not read: "
+            f"{reason(error)}"
+        ) from None
+    if not isinstance(state, dict) or not state or not all(map(is_plain, state, state.values())):
+        raise ConversionError(f"{path} holds something else than float tensors by name. Take the published file.")
+    return StateDict(str(path), {name: tensor.detach() for name, tensor in state.items()})
+
+
+def is_plain(name: object, tensor: object) -> bool:
+    if not isinstance(name, str) or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    assert isinstance(tensor, Tensor)
+    return tensor.dtype in FLOATS.values() and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -280,9 +348,16 @@ def check(model: nn.Module, checkpoint: Tensors, table: Table, layout: Layout) -
         for target, name in filled.items()
         if target in ours and checkpoint.shapes[name] != ours[target].shape
     ]
+    lora = [name for name in extra if ".lora_" in name]
+    kinds = {
+        "of LoRA, to be merged into what they change": lora,
+        "unknown": [name for name in extra if name not in lora],
+        "missing": missing,
+        "of another shape": wrong,
+    }
     problems = [
         f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
-        for kind, names in (("unknown", extra), ("missing", missing), ("of another shape", wrong))
+        for kind, names in kinds.items()
         if names
     ]
     if problems:

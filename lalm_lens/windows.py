@@ -30,7 +30,12 @@ def audio_windows(model: HookedLALM, run: Run, window_s: float) -> list[Window]:
 
 
 def position_s(model: HookedLALM) -> float:
-    """How much of the clip one audio position holds."""
+    """How much of the clip one audio position holds. Raises `InputError` where each of them looks at all of it."""
+    if model.lalm_cfg.qformer is not None:
+        raise InputError(
+            f"The audio positions of a {model.lalm_cfg.model_type} model have no place in time: each is a query that "
+            "looks at the whole clip. Patch all of them, or the states of the encoder: kinds=['encoder_window']."
+        )
     n_frames = model.lalm_cfg.encoder.n_frames
     return 0.01 * n_frames / model.audio_encoder.n_audio(n_frames)
 
@@ -44,6 +49,6 @@ def encoder_windows(model: HookedLALM, run: Run, window_s: float) -> list[Window
     each_s, row_s = 0.01 * cfg.n_frames / cfg.n_ctx, 0.01 * cfg.n_frames
     return [
         Window(positions, (start_s + row * row_s, end_s + row * row_s), row)
-        for row, (n, _) in enumerate(rows)
+        for row, (n, _, _) in enumerate(rows)
         for positions, (start_s, end_s), _ in windows(range(n), each_s, window_s)
     ]

@@ -52,7 +52,7 @@ def tiny_hf(seed: int = 0, n_kv_heads: int = 2, **text: object) -> Qwen2AudioFor
 def randomise(model: nn.Module) -> nn.Module:
     """Norm weights of 1 and biases of 0 hide a norm applied twice and a bias left out."""
     for name, parameter in model.named_parameters():
-        if ("norm" in name or "ln_" in name) and name.endswith("weight"):
+        if parameter.ndim == 1 and name.endswith("weight"):  # of a norm
             parameter.copy_(1 + 0.3 * torch.randn_like(parameter)).clamp_(0.3, 1.9)
         elif name.endswith("bias"):
             parameter.copy_(0.3 * torch.randn_like(parameter))

@@ -92,11 +92,14 @@ def test_a_folder_gives_clips_with_relative_names(tmp_path):
     (tmp_path / "deep").mkdir()
     soundfile.write(tmp_path / "deep" / "a.wav", tone(16_000), 16_000)
     (tmp_path / "metadata.jsonl").write_text(
-        json.dumps({"file_name": "deep/a.wav", "label": "male", "speaker": 7}) + "\n\n", encoding="utf-8"
+        json.dumps({"file_name": "deep/a.wav", "label": "male", "speaker": 7, "transcript": "Hi."}) + "\n\n",
+        encoding="utf-8",
     )
     (sample,) = read_folder(tmp_path)
     assert (sample.name, sample.label, len(sample.waveform)) == ("deep/a.wav", "male", 8000)
+    assert sample.transcript == "Hi."
     assert read_sample(tmp_path / "deep" / "a.wav", "male").name == "a.wav"
+    assert read_sample(tmp_path / "deep" / "a.wav", "male", "Hi.").transcript == "Hi."
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,7 @@ def test_a_folder_gives_clips_with_relative_names(tmp_path):
         ('{"file_name": "a.wav"}', "needs the keys file_name and label"),
         ('["a.wav", "male"]', "needs the keys file_name and label"),
         ('{"file_name": "a.wav", "label": 3}', "must be text"),
+        ('{"file_name": "a.wav", "label": "male", "transcript": 3}', "transcript must be text"),
         ('{"file_name": "../a.wav", "label": "male"}', "inside the folder"),
         ('{"file_name": "/a.wav", "label": "male"}', "inside the folder"),
     ],

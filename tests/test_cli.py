@@ -29,8 +29,10 @@ from lalm_lens.interventions import BlockSite
 from lalm_lens.loading import from_pretrained
 from lalm_lens.metrics import Metric, Predict
 from lalm_lens.results import CausalTrace, GridKind
+from lalm_lens.transcripts import Side
 
 PNG = b"\x89PNG"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def lalm_lens(monkeypatch, *args: object) -> int:
@@ -122,6 +124,23 @@ def test_an_own_question_is_traced_as_asked(monkeypatch, folder, tmp_path):
     pd.testing.assert_frame_equal(same.to_frame(), frame)
 
 
+def test_a_model_reads_the_transcripts_beside_the_labels(monkeypatch, tmp_path, capsys):
+    rng, checkpoint = np.random.default_rng(0), GOLDEN / "desta2" / "checkpoint"
+    soundfile.write(tmp_path / "a.wav", rng.normal(0, 0.1, 20_000), 16_000)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "label": "male", "transcript": " a test"}')
+    parts = ("--part", f"whisper={checkpoint / 'whisper'}", "--part", f"llm={checkpoint / 'llama'}")
+    args = ("trace", checkpoint, tmp_path, "--attribute", "gender", *parts, "--kinds", "token", "--out", tmp_path / "o")
+    how = ("--transcript", "clean", "--transcript-is", "text")
+    assert lalm_lens(monkeypatch, *args, *how) == 0
+    frame = CausalTrace.load(tmp_path / "o" / "trace.parquet").frame
+    assert frame[["transcript", "transcript_is"]].drop_duplicates().to_numpy().tolist() == [["clean", "text"]]
+    rows = frame[(frame.region == "transcript") & (frame.layer == 0)]
+    assert "".join(rows.token) == " a test"
+    assert "Transcript: clean, counted as text" in (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
+    assert lalm_lens(monkeypatch, *args, "--transcript", "fillr") == 2
+    assert "did you mean filler?" in capsys.readouterr().err
+
+
 def test_noise_has_the_ratio_that_was_asked_for(monkeypatch, folder, tmp_path):
     args = ("--attribute", "gender", "--corrupt", "noise", "--snr-db", -5, "--out", tmp_path)
     assert lalm_lens(monkeypatch, "trace", TINY_LALM, folder, *args) == 0
@@ -151,6 +170,7 @@ def test_long_clips_are_cut_on_demand(monkeypatch, tmp_path, capsys):
         "direction": Direction,
         "kinds": GridKind,
         "audio": Audio,
+        "transcript_is": Side,
         "engine": Engine,
     }.items(),
 )
@@ -283,6 +303,8 @@ def broken_tracing(kind: str, args: dict[str, object], folder: Path, wrong: Path
         "unknown corruption": args | {"--corrupt": "hiss"},
         "clips of one label": one_label | {"--corrupt": "clip"},
         "snr without noise": args | {"--snr-db": "3"},
+        "transcript of another side": args | {"--transcript-is": "both"},
+        "transcript that nobody reads": args | {"--transcript": "clean"},
         "snr that is no number": args | {"--corrupt": "noise", "--snr-db": "nan"},
         "too long and not cut": args | {"clips": wrong},
     }[kind]
@@ -308,6 +330,8 @@ TRACING = {
     "clips of one label": "Add clips of a different label",
     "snr without noise": "--snr-db is for --corrupt noise",
     "snr that is no number": "cannot be heard",
+    "transcript of another side": "--transcript-is is 'both'. Choose one of audio, text",
+    "transcript that nobody reads": "a qwen2_audio model hold no transcript",
     "too long and not cut": "3.00 s",
 }
 WRONG = {

@@ -476,9 +476,9 @@ def test_each_window_of_a_long_clip_is_patched_by_itself(opened):
     assert len(rows) == n_rows
     every = [
         Patch("resid_post", 1, range(n), Source(clean), stack="audio_encoder", row=row)
-        for row, (n, _) in enumerate(rows)
+        for row, (n, _, _) in enumerate(rows)
     ]
-    out = [Patch("adapter_out", 0, range(n), Source(clean), row=row) for row, (_, n) in enumerate(rows)]
+    out = [Patch("adapter_out", 0, range(n), Source(clean), row=row) for row, (_, _, n) in enumerate(rows)]
     scale = Scale("attn_out", 0, (3,), factor=0.0, stack="audio_encoder", row=n_rows - 1)
     its = branches(silent, tuple(every), tuple(out), *every, scale)
     found = assert_same(opened.ours, its).values

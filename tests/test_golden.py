@@ -6,7 +6,7 @@ logarithms 2e-4 (two logits' worth), all absolute.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,11 +21,13 @@ from lalm_lens.experiments.recovery import Case, Recovery, recover
 from lalm_lens.inputs import Inputs
 from lalm_lens.loading import from_pretrained, our_conversions
 from lalm_lens.metrics import Answer
+from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Position, Prompt
 from lalm_lens.results import EMBED_LAYER
 from lalm_lens.runs import Run
 
 HERE = Path(__file__).parent
+MODEL_TYPES = {"desta2": "DestaModel"}  # config.json's name, where meta.json has another
 INPUT_NAMES = ("input_ids", "attention_mask", "feature_attention_mask", "input_features_mask")
 RUNS = ("clean", "corrupted")
 
@@ -50,11 +52,36 @@ class GoldenSet:
 
     @cached_property
     def model(self):
-        return from_pretrained(self.folder / "checkpoint")
+        return self.load(torch.float32)
+
+    def load(self, dtype: torch.dtype) -> HookedLALM:
+        return from_pretrained(self.folder / "checkpoint", dtype=dtype, parts=self.parts)
+
+    @cached_property
+    def parts(self) -> dict[str, Path]:
+        """Where the parts of a model lie that has any: meta.json says it by their ids."""
+        config = json.loads((self.folder / "checkpoint" / "config.json").read_text(encoding="utf-8"))
+        folders = {id_: said.split()[0] for id_, said in self.meta.get("subfolders", {}).items()}
+        return {
+            part.name: self.folder / "checkpoint" / folders[config[part.id_key]]
+            for part in our_conversions()[config["model_type"]].parts
+        }
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Our prompts: placeholders where audio is heard, and the words of a transcript where it is read."""
+        tokens = self.files.get("merged_input_ids", self.files["input_ids"]).clone()
+        if "merged_input_ids" in self.files:  # -1 where DeSTA2 puts audio in
+            tokens[self.files["audio_mask"]] = self.model.lalm_cfg.audio_token
+        elif "transcript_mask" in self.files:  # DeSTA2.5 has placeholders for both
+            words = [self.files[f"transcript_ids.{row}"] for row in range(len(tokens))]
+            tokens[self.files["transcript_mask"]] = torch.cat(words)
+        return tokens
 
     def inputs(self, name: str) -> Inputs:
         batch = {key: self.files[key] for key in INPUT_NAMES if key in self.files}
-        return Inputs.from_hf({**batch, "input_features": self.files[f"{name}.input_features"]})
+        batch |= {"input_ids": self.tokens, "input_features": self.files[f"{name}.input_features"]}
+        return Inputs.from_hf(batch)
 
     @cached_property
     def is_token(self) -> Tensor:
@@ -62,7 +89,9 @@ class GoldenSet:
 
     @cached_property
     def is_audio(self) -> Tensor:
-        return self.files["input_ids"] == self.model.lalm_cfg.audio_token
+        """What hears the clip or reads its transcript."""
+        is_transcript = self.files.get("transcript_mask", torch.zeros_like(self.is_token))
+        return (self.tokens == self.model.lalm_cfg.audio_token) | is_transcript
 
     @cached_property
     def text_after(self) -> Tensor:
@@ -91,13 +120,15 @@ class GoldenSet:
 
     def heard(self, states: Tensor, name: str, key: str) -> Tensor:
         """As they are stored: of whole windows, or, where a model pads nothing, of the sound alone."""
+        if states.ndim == 4:
+            return states.movedim(2, 0)  # what a Q-Former looks at, by tap
         n_audio = self.model.audio_encoder.n_audio(self.inputs(name).n_frames)
         if self.stored[f"{name}.{key}"].shape[:-1] != (n_audio.sum(),):
             return states
         return states[torch.arange(states.shape[1]) < n_audio[:, None]]
 
     def wide_logits(self, name: str) -> Tensor:
-        wide = from_pretrained(self.folder / "checkpoint", dtype=torch.float64)
+        wide = self.load(torch.float64)
         with torch.no_grad():
             return wide(self.inputs(name))
 
@@ -118,11 +149,18 @@ class GoldenSet:
         return recover(self.model, cases, engine="sweep")
 
     def case(self, row: int, answer: Answer) -> Case:
-        tokens = self.alone("clean", row).tokens[0].tolist()
-        where = ("audio" if token == self.model.lalm_cfg.audio_token else "late" for token in tokens)
+        tokens, is_audio = self.alone("clean", row).tokens[0].tolist(), self.is_audio[row, self.is_token[row]]
+        where = ("audio" if its else "late" for its in is_audio)
         prompt = Prompt(tuple(tokens), tuple(Position("", region) for region in where))
         clean, corrupted = (Run(self.alone(name, row), prompt) for name in RUNS)
-        return Case(clean, corrupted, answer, cells(self.model, Grid(), clean))
+        after = tuple(
+            range(len(tokens) - len(self.text_after), len(tokens))
+        )  # DeSTA2 has a token of text between audio
+        patched = [
+            replace(cell, positions=after) if cell.kind == "layer" else cell
+            for cell in cells(self.model, Grid(), clean)
+        ]
+        return Case(clean, corrupted, answer, patched)
 
     def patched(self, kind: str, embed: bool = False) -> Tensor:
         """[batch, layer (, position)] of the patched runs of one kind; with `embed`, those of the embedding."""
@@ -227,7 +265,8 @@ def compare_all(golden: GoldenSet, allowed: set[str]) -> int:
     for file in ("meta.json", "inputs.safetensors", "expected.safetensors"):
         assert (golden.folder / file).is_file(), f"{name}: no {file}"
     conversions = our_conversions()
-    assert golden.meta["model"] in conversions, f"{name}: no conversion for {golden.meta['model']}"
+    model_type = MODEL_TYPES.get(golden.meta["model"], golden.meta["model"])
+    assert model_type in conversions, f"{name}: no conversion for {model_type}"
     stored = set(golden.stored) - allowed
     lost = set(golden.meta.get("shapes", {}).get("expected", {})) - set(golden.stored)
     assert not lost, f"{name}: meta.json lists {sorted(lost)}, which are not stored"

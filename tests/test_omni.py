@@ -285,7 +285,7 @@ def test_a_change_of_the_encoder_is_heard_in_both_engines(ours):
 def test_a_change_of_the_vision_tower_is_seen_in_both_engines(ours):
     """An image and a clip; then two videos and an image, whose row is the first."""
     image, many = Run(alone("pictures", 0)), Run(alone("pictures", 1))
-    assert ours.perceived(many.inputs, "vision_encoder") == [(80, 20)] + [(16, 4)] * 3 + [(12, 3)] * 2
+    assert ours.perceived(many.inputs, "vision_encoder") == [(80, 20, 20)] + [(16, 4, 4)] * 3 + [(12, 3, 3)] * 2
     other = replace(image, inputs=replace(image.inputs, images=noisy(image.inputs.images)))
     every = Patch("resid_post", LAYERS["vision"] - 1, range(24), Source(other), stack="vision_encoder")
     its = branches(

@@ -1,6 +1,7 @@
 """Whisper's encoder (arXiv 2212.04356), every block hooked under the decoder's names."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +54,8 @@ class WhisperEncoder(AudioEncoder):
         self.conv2 = nn.Conv1d(cfg.d_model, cfg.d_model, kernel_size=3, stride=2, padding=1)
         self.W_pos = nn.Parameter(torch.empty(cfg.n_ctx, cfg.d_model), requires_grad=False)
         self.blocks = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.n_layers))
-        self.ln_post = LayerNorm(cfg.d_model)
         self.hook_embed = HookPoint()  # [clip, pos, d_model], the convolved sound before positions are added
-        self.hook_out = HookPoint()  # [clip, audio_pos, d_model]
+        self.hook_out = HookPoint()  # [clip, audio_pos, d_model]; [clip, pos, tap, d_model] where taps are looked at
 
     def reset_parameters(self) -> None:
         self.W_pos.data.copy_(sinusoids(*self.W_pos.shape))
@@ -71,14 +71,26 @@ class WhisperEncoder(AudioEncoder):
         return (sound + self.W_pos).to(sound.dtype)  # Voxtral's table stays in float32
 
     def run_blocks(self, mel: Float[Tensor, "clip mel frames"], mask: Mask | None) -> Float[Tensor, "clip pos d_model"]:
+        *_, resid = self.states(mel, mask)
+        return resid
+
+    def states(
+        self, mel: Float[Tensor, "clip mel frames"], mask: Mask | None
+    ) -> Iterator[Float[Tensor, "clip pos d_model"]]:
+        """What enters the first block, and what leaves each."""
         resid = self.embed(mel)
+        yield resid
         for block in self.blocks:
             resid = block(resid, mask)
-        return resid
+            yield resid
 
 
 class PooledWhisperEncoder(WhisperEncoder):
     """Qwen2-Audio's: keys past the end of the clip are masked; states are pooled in pairs *before* the last norm."""
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__(cfg)
+        self.ln_post = LayerNorm(cfg.d_model)
 
     def n_audio(self, n_frames: Frames) -> Frames:
         return n_pooled_states(n_frames)
@@ -101,6 +113,7 @@ class WholeWhisperEncoder(WhisperEncoder):
     def __init__(self, cfg: EncoderConfig, n_stacked: int):
         super().__init__(cfg)
         self.n_stacked = n_stacked
+        self.ln_post = LayerNorm(cfg.d_model)
 
     def n_audio(self, n_frames: Frames) -> Frames:
         n_windows = (n_frames - 1) // self.cfg.n_frames + 1
@@ -110,3 +123,30 @@ class WholeWhisperEncoder(WhisperEncoder):
         self, mel: Float[Tensor, "clip mel frames"], n_frames: Int[Tensor, " clip"]
     ) -> Float[Tensor, "clip pos d_model"]:
         return self.hook_out(self.ln_post(self.run_blocks(mel, None)))
+
+
+class TappedWhisperEncoder(WhisperEncoder):
+    """DeSTA's: no mask, and no last norm. The adapter looks at the states after some of the blocks, and makes as many
+    audio tokens of every clip.
+
+    The last block is the last that is tapped. Whisper's blocks behind it, if there are any, are not built: nothing that
+    happened in them could be heard.
+    """
+
+    def __init__(self, cfg: EncoderConfig, taps: tuple[int, ...], n_queries: int):
+        super().__init__(cfg)
+        assert taps[-1] == cfg.n_layers, "a block that nobody listens to"
+        self.taps, self.n_queries = taps, n_queries
+
+    def n_audio(self, n_frames: Frames) -> Frames:
+        return 0 * n_frames + self.n_queries
+
+    def n_entering(self, n_frames: Frames) -> Frames:
+        return n_states(n_frames)
+
+    def forward(
+        self, mel: Float[Tensor, "clip mel frames"], n_frames: Int[Tensor, " clip"]
+    ) -> Float[Tensor, "clip pos tap d_model"]:
+        """States of the whole window, silence included, after so many blocks as `taps` say."""
+        heard = [state for n_passed, state in enumerate(self.states(mel, None)) if n_passed in self.taps]
+        return self.hook_out(torch.stack(heard, dim=2))

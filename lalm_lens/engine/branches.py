@@ -86,10 +86,10 @@ def n_perceived(change: Edit, run: Run, model: HookedTransformer) -> int:
     if change.row is None and len(rows) > 1:
         raise InputError(f"{change.name} has {len(rows)} rows in this run: say which one is changed, as row=0.")
     check((change.row or 0,), len(rows), f"rows of {change.name}")
-    n_states, n_tokens = rows[change.row or 0]
+    n_states, n_entering, n_tokens = rows[change.row or 0]
     if change.site in ADAPTER:
         check((change.layer,), 1, "layers of the adapter")
-        return n_tokens
+        return n_tokens if change.site == "adapter_out" else n_entering
     return n_states
 
 

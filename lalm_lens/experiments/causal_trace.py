@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
+from lalm_lens.audio import Waveform
 from lalm_lens.corrupt import Corruption, Silence
 from lalm_lens.datasets import Sample, refuse_repeated
 from lalm_lens.engine.plan import Engine
@@ -35,6 +36,7 @@ from lalm_lens.prompts import Processor, Prompt
 from lalm_lens.results import EMBED_LAYER, CausalTrace, GridKind
 from lalm_lens.runs import Run
 from lalm_lens.shapes import typed
+from lalm_lens.transcripts import Listener, Own, Reading, Side, reading
 
 Audio = Literal["whole", "windows", "coarse-to-fine"]
 Traced = tuple[Sample, str, Case]  # what is traced, what the corrupted run hears, how
@@ -56,6 +58,8 @@ class Settings:
     token_budget: int | None
     n_together: int
     search: Search | None
+    transcript: Reading | None  # of a model whose prompt holds one
+    voice_activity: bool
 
     @property
     def how(self) -> dict:
@@ -83,6 +87,9 @@ def causal_trace(
     engine: Engine = "auto",
     token_budget: int | None = None,
     n_together: int = 8,
+    transcript: Reading | str | None = None,
+    transcript_is: Side | None = None,
+    voice_activity: bool = False,
     progress: bool = True,
 ) -> CausalTrace:
     """Trace when and where the model fuses each clip with the question (sections 3.2, 3.3).
@@ -99,18 +106,27 @@ def causal_trace(
     same length. A sample is `kept` unless the clean run is wrong, the corrupted run is right, or its metric is not
     below the clean one (section 3.1); what is not kept is traced as well and keeps its rows. A prediction is the
     largest logit among the labels' first tokens, or with `predict="vocab"` in the whole vocabulary.
+    Where the prompt holds a transcript of the clip (DeSTA), both runs read a "filler" of its length, or `transcript` is
+    "clean", "placeholder", "own", any other text, or one of `lalm_lens.transcripts`. It counts as audio, or with
+    `transcript_is="text"` as text. A sample's own transcript comes before Whisper's; with `voice_activity` a clip
+    without speech says nothing. Under "own" the runs differ in length, and no state of a transcript can be patched: by
+    default there is no `audio_layer`.
 
-    Raises `PromptError` for a prompt without a needed part and for labels that cannot be told apart or are not the
-    attribute's, `AudioError` for a clip that the model cannot hear, `DataError` for a clip that comes twice or has no
-    other clip to be corrupted by, `InputError` if a run is not finite.
+    Raises `PromptError` for a prompt without a needed part, for labels that cannot be told apart or are not the
+    attribute's and for a transcript where the model reads none, `AudioError` for a clip that the model cannot hear,
+    `DataError` for a clip that comes twice or has no other clip to be corrupted by, `InputError` if a run is not finite
+    or a transcript of another length would be patched.
     """
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
-    grid = Grid(site, None if kinds is None else tuple(kinds), float(window_s), n_neurons)
+    read = read_of(model, transcript, transcript_is, voice_activity)
+    grid = Grid(site, None if kinds is None else tuple(kinds), float(window_s), n_neurons, transcript_is or "audio")
+    if kinds is None and isinstance(read, Own):
+        grid = replace(grid, kinds=tuple(kind for kind in grid.chosen if kind != "audio_layer"))
     if audio == "windows":
         grid = replace(grid, kinds=(*grid.chosen, "audio_window"))
     search = Search(float(window_s)) if audio == "coarse-to-fine" else audio if isinstance(audio, Search) else None
     rest = (corruption, metric, predict, direction, label_space, engine, token_budget, n_together, search)
-    settings = Settings(attribute, form, grid, *rest)
+    settings = Settings(attribute, form, grid, *rest, read, voice_activity)
     check(model, samples, settings)
     frames, recorded = [], Recorded(model)
     with tqdm(total=len(samples), desc=f"tracing {attribute.name}", unit="clip", disable=not progress) as bar:
@@ -156,8 +172,35 @@ def check(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> N
                 f"{sample.name} is labelled {sample.label!r}, which is not an option of {settings.attribute.name}: "
                 f"{', '.join(labels)}."
             )
-        prompt_of(processor, sample, settings)
-        settings.corruption.of(sample, samples)
+        heard = settings.corruption.of(sample, samples)
+        refuse_unaligned(sample, *prompts_of(processor, sample, heard.waveform, settings), settings.grid)
+
+
+def read_of(
+    model: HookedLALM, transcript: Reading | str | None, transcript_is: Side | None, voice_activity: bool
+) -> Reading | None:
+    """What transcripts are read; None for a model that reads none, of which none may be asked."""
+    processor = processor_of(model)
+    if processor.template.has_transcript:
+        return reading("filler" if transcript is None else transcript)
+    if (transcript, transcript_is, voice_activity) != (None, None, False):
+        raise PromptError(
+            f"The prompts of a {processor.cfg.model_type} model hold no transcript: leave out transcript, "
+            "transcript_is and voice_activity."
+        )
+    return None
+
+
+def refuse_unaligned(sample: Sample, clean: Prompt, corrupted: Prompt, grid: Grid) -> None:
+    """A state of the transcript has no counterpart in a transcript of another length."""
+    if len(clean) != len(corrupted) and grid.of_transcript:
+        lengths = [int(prompt.is_region("transcript").sum()) for prompt in (clean, corrupted)]
+        raise InputError(
+            f"The transcript of {sample.name} has {lengths[0]} tokens in the clean run and {lengths[1]} in the "
+            "corrupted one, so a state of the one has no place in the other: "
+            f"{', '.join(grid.of_transcript)} at {grid.site} cannot be patched. Leave them out of the kinds, or let "
+            "both runs read the same transcript."
+        )
 
 
 def refuse_foreign_hooks(model: HookedLALM) -> None:
@@ -178,8 +221,13 @@ def processor_of(model: HookedLALM) -> Processor:
     return model.processor
 
 
-def prompt_of(processor: Processor, sample: Sample, settings: Settings) -> Prompt:
-    return processor.prompt(settings.attribute, processor.n_frames(sample.waveform), settings.form, answer=sample.label)
+def prompts_of(processor: Processor, sample: Sample, heard: Waveform, settings: Settings) -> tuple[Prompt, Prompt]:
+    """Of the clean and the corrupted run."""
+    listener = Listener(processor, settings.voice_activity)
+    both = (None, None) if settings.transcript is None else settings.transcript.of(listener, sample, heard)
+    asked = settings.attribute, processor.n_frames(sample.waveform), settings.form
+    clean, corrupted = (processor.prompt(*asked, answer=sample.label, transcript=read) for read in both)
+    return clean, corrupted
 
 
 def answer_of(processor: Processor, label: str, settings: Settings) -> Answer:
@@ -206,13 +254,13 @@ def case_of(
     model: HookedLALM, sample: Sample, samples: Sequence[Sample], settings: Settings, runs: dict[tuple, Run]
 ) -> Traced:
     processor = processor_of(model)
-    prompt, answer = prompt_of(processor, sample, settings), answer_of(processor, sample.label, settings)
-    heard = settings.corruption.of(sample, samples)
-    forced = processor.begun(prompt, answer.tokens[:-1])
+    heard, answer = settings.corruption.of(sample, samples), answer_of(processor, sample.label, settings)
+    prompts = prompts_of(processor, sample, heard.waveform, settings)
+    forced, of_corrupted = (processor.begun(prompt, answer.tokens[:-1]) for prompt in prompts)
     clean = Run(processor.inputs([forced], [sample.waveform]), forced)
-    key = (forced.tokens, heard.waveform.numpy().tobytes())  # silence of one length is the same run for all clips
+    key = (of_corrupted.tokens, heard.waveform.numpy().tobytes())  # silence of one length is one run for all clips
     if key not in runs:
-        runs[key] = Run(processor.inputs([forced], [heard.waveform]), forced)
+        runs[key] = Run(processor.inputs([of_corrupted], [heard.waveform]), of_corrupted)
     return sample, heard.name, Case(clean, runs[key], answer, cells(model, settings.grid, clean))
 
 
@@ -234,6 +282,7 @@ def frame_of(
         "seed": getattr(settings.corruption, "seed", None),
         "label_space": settings.label_space,
         "corruption": heard,
+        **transcript_columns(settings),
         "metric": settings.metric,
         "predict": settings.predict,
         "direction": settings.direction,
@@ -242,6 +291,16 @@ def frame_of(
         **{name: getattr(recovery, name) for name in ("p_clean", "p_corrupted", "m_clean", "m_corrupted", "noise")},
     }
     return pd.DataFrame([{**about, **row} for row in rows_of(recovery, case.clean.prompt, len_prompt(case.clean))])
+
+
+def transcript_columns(settings: Settings) -> dict[str, str | bool]:
+    if settings.transcript is None:
+        return {}
+    return {
+        "transcript": settings.transcript.name,
+        "transcript_is": settings.grid.transcript_is,
+        "voice_activity": settings.voice_activity,
+    }
 
 
 def said_by_user(attribute: Attribute, form: Form) -> str:

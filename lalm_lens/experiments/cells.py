@@ -9,6 +9,7 @@ from lalm_lens.interventions import BY_HEAD, BlockSite, Patch, Stack
 from lalm_lens.model import HookedLALM
 from lalm_lens.results import EMBED_LAYER, GridKind, Kind
 from lalm_lens.runs import Run, Source
+from lalm_lens.transcripts import SIDES, Side
 from lalm_lens.windows import audio_windows, encoder_windows
 
 Units = dict[str, tuple[int, ...]]  # `heads` or `neurons`; empty for the whole state
@@ -29,10 +30,12 @@ class Cell:
     span_s: tuple[float, float] | None = None
     row: int | None = None  # of the encoder's states
 
-    def patch(self, source: Run) -> Patch:
+    def patch(self, source: Run, positions: tuple[int, ...] | None = None) -> Patch:
+        """By states of `source`, from other `positions` where it has others."""
         site, layer = ("resid_pre", 0) if self.layer == EMBED_LAYER else (self.site, self.layer)
         of = {"heads": self.heads, "neurons": self.neurons}
-        return Patch(site, layer, self.positions, Source(source), **of, stack=self.stack, row=self.row)
+        value = Source(source, positions=positions)
+        return Patch(site, layer, self.positions, value, **of, stack=self.stack, row=self.row)
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,22 @@ class Grid:
     `layer`: all text positions; `audio_layer`: all audio positions; `token`: one text position after the audio;
     `audio_window`: the audio positions of `window_s` seconds; `encoder_window`: as much of the states of the audio
     encoder, in each of its blocks. Every kind in every layer. A site by head has a cell for each head, and `post` one
-    for every `n_neurons` neurons.
+    for every `n_neurons` neurons. A transcript counts as audio, or as text: `transcript_is`.
     """
 
     site: BlockSite = "resid_post"
     kinds: tuple[GridKind, ...] | None = None
     window_s: float = 1.0
     n_neurons: int = 128
+    transcript_is: Side = "audio"
 
     def __post_init__(self) -> None:
         if self.window_s <= 0:
             raise InputError(f"A window of {self.window_s} s holds nothing.")
         if self.n_neurons < 1:
             raise InputError(f"Groups of {self.n_neurons} neurons hold nothing.")
+        if self.transcript_is not in SIDES:
+            raise InputError(f"A transcript is one of {', '.join(SIDES)}; got {self.transcript_is!r}.")
         if unknown := set(self.kinds or ()) - set(get_args(GridKind)):
             raise InputError(f"There are no cells of kind {sorted(unknown)}, only {', '.join(get_args(GridKind))}.")
 
@@ -64,6 +70,18 @@ class Grid:
         if self.kinds is not None:
             return self.kinds
         return ("layer", "audio_layer") if self.site in (*BY_HEAD, "post") else ("layer", "audio_layer", "token")
+
+    def audio(self, run: Run) -> tuple[int, ...]:
+        """Where the clip is, and its transcript where that counts as audio."""
+        return tuple(pos for region in SIDES[self.transcript_is] if run.has(region) for pos in run.indices(region))
+
+    @property
+    def of_transcript(self) -> tuple[GridKind, ...]:
+        """The kinds that patch states of a transcript, as those of all positions do in a pattern."""
+        if self.site == "pattern":
+            return tuple(kind for kind in self.chosen if kind != "encoder_window")
+        kinds = ("audio_layer",) if self.transcript_is == "audio" else ("layer", "token")
+        return tuple(kind for kind in self.chosen if kind in kinds)
 
 
 def cells(model: HookedLALM, grid: Grid, run: Run) -> list[Cell]:
@@ -102,7 +120,7 @@ Place = tuple[Kind, tuple[int, ...], tuple[float, float] | None]
 
 def decoder_places(model: HookedLALM, grid: Grid, run: Run) -> Iterator[Place]:
     """Text is every position outside the audio, template and audio tags included."""
-    audio, kinds = run.indices("audio"), grid.chosen
+    audio, kinds = grid.audio(run), grid.chosen
     text = tuple(pos for pos in range(run.n_pad, len_prompt(run)) if pos not in set(audio))
     if "layer" in kinds:
         yield "layer", text, None

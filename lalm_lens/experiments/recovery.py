@@ -14,11 +14,11 @@ from lalm_lens.engine.cost import Cost
 from lalm_lens.engine.plan import Engine, Outcome, Plan
 from lalm_lens.engine.recorded import Recorded
 from lalm_lens.experiments.cells import Cell
-from lalm_lens.interventions import Recompute
+from lalm_lens.interventions import Patch, Recompute
 from lalm_lens.metrics import METRICS, Answer, LogP, Metric, log_probabilities
 from lalm_lens.model import HookedLALM
 from lalm_lens.readouts import Score
-from lalm_lens.runs import Run
+from lalm_lens.runs import Run, aligned
 from lalm_lens.shapes import typed
 
 Direction = Literal["denoise", "noise"]  # clean states into the corrupted run; corrupted states into the clean run
@@ -35,6 +35,14 @@ class Case:
 
     def source_and_base(self, direction: Direction) -> tuple[Run, Run]:
         return (self.clean, self.corrupted) if direction == "denoise" else (self.corrupted, self.clean)
+
+    def patch(self, cell: Cell, direction: Direction) -> Patch:
+        """The change that a cell asks for. Its positions are those of the clean run."""
+        source, base = self.source_and_base(direction)
+        if cell.stack == "audio_encoder":
+            return cell.patch(source)
+        at, taken = (aligned(cell.positions, self.clean, run) for run in (base, source))
+        return replace(cell, positions=at).patch(source, taken)
 
 
 @dataclass(frozen=True)
@@ -110,8 +118,8 @@ def branches_of(cases: Sequence[Case], direction: Direction) -> list[Branch]:
     """The patched runs of each case, and behind them one in which nothing is changed."""
     branches = []
     for case in cases:
-        source, base = case.source_and_base(direction)
-        branches += [Branch(base, (cell.patch(source),)) for cell in case.cells]
+        _, base = case.source_and_base(direction)
+        branches += [Branch(base, (case.patch(cell, direction),)) for cell in case.cells]
         branches.append(Branch(base, (Recompute("resid_pre", 0, (base.indices("audio")[-1] + 1,)),)))
     return branches
 

@@ -156,6 +156,21 @@ class BidirectionalAttention(Attention):
         return self.output(self.attend(q, k, v, mask))
 
 
+class CrossAttention(Attention):
+    """Attention of a Q-Former to states from elsewhere: no rotation, all of them are seen."""
+
+    is_causal = False
+
+    def forward(
+        self, x: Float[Tensor, "batch query_pos d_model"], states: Float[Tensor, "batch state_pos d_model"]
+    ) -> Float[Tensor, "batch query_pos d_model"]:
+        q, k, v = (
+            rearrange(its, "batch pos (head d_head) -> batch pos head d_head", d_head=self.d_head)
+            for its in (self.q_proj(x), self.k_proj(states), self.v_proj(states))
+        )
+        return self.output(self.attend(self.hook_q(q), self.hook_k(k), self.hook_v(v), None))
+
+
 class WindowedAttention(BidirectionalAttention):
     """The same within windows of so many positions (Qwen2.5-Omni). The fused kernel takes each window by itself, so its
     time grows with the length of a clip and not with its square; a pattern that is looked at is of the whole clip."""

@@ -1,16 +1,17 @@
 """Rotary position embedding (arXiv 2104.09864), rotating halves as HF does.
 
-One class per scheme, chosen once from its config: llama3 scaling, dynamic NTK or M-RoPE each add a config in
+One class per scheme, chosen once from its config: dynamic NTK, llama3 scaling or M-RoPE each add a config in
 config.py and a class here that turns positions into a `Rotation`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lalm_lens.config import MRope, Rope
+from lalm_lens.config import Llama3Rope, MRope, Rope
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,28 @@ class Rotary(nn.Module):
         self.d_head = d_head
 
     def forward(self, positions: Int[Tensor, "batch pos"], dtype: torch.dtype) -> Rotation:
-        exponent = torch.arange(0, self.d_head, 2, device=positions.device, dtype=torch.float32) / self.d_head
-        angle = positions[..., None].float() * (1.0 / self.theta**exponent)  # HF's order: angles grow to 1e4
+        angle = positions[..., None].float() * self.rates(positions.device)  # HF's order: angles grow to 1e4
         angle = torch.cat([angle, angle], dim=-1)[:, :, None]
         return Rotation(angle.cos().to(dtype), angle.sin().to(dtype))
+
+    def rates(self, device: torch.device) -> Float[Tensor, " pair"]:
+        """How far each pair turns from one position to the next."""
+        exponent = torch.arange(0, self.d_head, 2, device=device, dtype=torch.float32) / self.d_head
+        return 1.0 / self.theta**exponent
+
+
+class Llama3Rotary(Rotary):
+    """The same at Llama 3.1's rates."""
+
+    def __init__(self, rope: Llama3Rope, d_head: int):
+        super().__init__(Rope(rope.theta), d_head)
+        self.rope = rope
+
+    def rates(self, device: torch.device) -> Float[Tensor, " pair"]:
+        rates, rope = super().rates(device), self.rope
+        n_turns = rope.n_ctx / (2 * math.pi / rates)  # in HF's order, to the bit
+        kept = ((n_turns - rope.low) / (rope.high - rope.low)).clamp(0, 1)
+        return (1 - kept) * rates / rope.factor + kept * rates
 
 
 class MRotary(nn.Module):
@@ -88,4 +107,4 @@ class AxialRotary(nn.Module):
         return Rotation(cos, sin)
 
 
-ROTARY = {Rope: Rotary, MRope: MRotary}
+ROTARY = {Rope: Rotary, Llama3Rope: Llama3Rotary, MRope: MRotary}

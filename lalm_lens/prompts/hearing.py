@@ -72,6 +72,14 @@ class OneWindow(Hearing):
         return batch["input_features"], batch["attention_mask"].sum(-1)
 
 
+class PaddedWindow(OneWindow):
+    """The same for an encoder that knows no padding: it hears the silence behind the clip (DeSTA)."""
+
+    def features(self, extractor: Any, waveforms: Waveforms) -> Features:
+        mel, _ = super().features(extractor, waveforms)
+        return mel, torch.full((len(mel),), mel.shape[-1])
+
+
 class WholeClip(OneWindow):
     """The encoder takes a clip of any length, and hears as much as the extractor does (Qwen2.5-Omni: 5 minutes). A
     batch is padded to its longest clip only."""

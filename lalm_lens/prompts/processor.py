@@ -17,7 +17,8 @@ from lalm_lens.inputs import Images, Inputs, Videos
 from lalm_lens.pieces import user_pieces
 from lalm_lens.prompts.hearing import Hearing
 from lalm_lens.prompts.prompt import Position, Prompt
-from lalm_lens.prompts.templates import Picture, Template
+from lalm_lens.prompts.templates import Picture, Template, Transcript
+from lalm_lens.transcribe import GIVE, Transcriber
 
 NOTHING: Mapping[Picture, Sequence[int]] = {}
 
@@ -31,6 +32,7 @@ class Processor:
     hearing: Hearing
     cfg: LALMConfig
     n_audio: Callable[[int], int] = field(repr=False)  # audio tokens of so many mel frames
+    transcriber: Transcriber | None = None  # of a model that reads what the clip says
 
     def check(self) -> None:
         """Raise `ConversionError` for the processor of another model."""
@@ -53,13 +55,15 @@ class Processor:
         answer: str | None = None,
         images: Images | None = None,
         videos: Videos | None = None,
+        transcript: Transcript | None = None,
     ) -> Prompt:
         """AudioLens' P1 (no text), P2 (question) or P3 (question, options), up to the end of the forced answer prefix.
 
         The clip has `n_frames` mel frames (10 ms). `labels` are the options, the attribute's own by default; tokens of
         the option `answer` are marked as correct. `images`, from `see`, and then `videos`, which are silent, come
-        before the clip. Raises `PromptError` if what the form needs is empty, or if the model's chat template does more
-        than to put the texts in their places.
+        before the clip. `transcript` is what the clip says, for a model that reads it too (DeSTA): " " by default, as of
+        a clip without speech. Raises `PromptError` if what the form needs is empty, or if the model's chat template does
+        more than to put the texts in their places.
         """
         if n_frames < 1 or self.n_audio(n_frames) < 1:
             raise PromptError(f"A clip of {n_frames} mel frames (10 ms each) makes no audio token: give a longer one.")
@@ -71,10 +75,24 @@ class Processor:
         if n_patches and self.cfg.vision is None:
             raise PromptError(f"This {self.cfg.model_type} model hears and does not see: leave out images and videos.")
         kinds: list[Picture] = [kind for kind, its in n_patches.items() for _ in its]
-        written = self.template.write(self.hf, asked, attribute.prefix, kinds)
+        template = self.template.of(self.cfg.audio_token)
+        template = template if transcript is None else template.saying(transcript)
+        written = template.write(self.hf, asked, attribute.prefix, kinds)
         prompt = self.expand(written, self.n_audio(n_frames), n_patches)
         marked = (replace(p, is_correct=p.label is not None and p.label == answer) for p in prompt.positions)
         return replace(prompt, positions=tuple(marked))
+
+    def transcribe(self, waveform: Waveform) -> str:
+        """What the model reads of a clip. Raises `PromptError` where it reads nothing, or nobody can transcribe."""
+        if not self.template.has_transcript:
+            raise PromptError(f"The prompts of a {self.cfg.model_type} model hold no transcript: leave it out.")
+        if self.transcriber is None:
+            raise PromptError(f"There is no Whisper beside this model to transcribe a clip. {GIVE}")
+        return self.template.as_transcript(self.transcriber(waveform))
+
+    def transcript_tokens(self, transcript: Transcript) -> tuple[int, ...]:
+        """The tokens of what a clip says. Raises `PromptError` for more than one line, or marks of the template."""
+        return self.template.saying(transcript).transcript_tokens(self.hf)
 
     def see(self, images: Sequence[Any]) -> Images:
         """Images, of PIL or as arrays, as patches of pixels."""

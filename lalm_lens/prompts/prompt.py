@@ -38,6 +38,13 @@ class Prompt:
         positions[-1] = replace(positions[-1], region="last", segment="last")
         return cls(tuple(tokens), tuple(positions))
 
+    def insert(self, at: int, tokens: Sequence[int], texts: Sequence[str], region: Region) -> "Prompt":
+        """With tokens of one region before the position `at`."""
+        new = (Position(text, region) for text in texts)
+        return Prompt(
+            (*self.tokens[:at], *tokens, *self.tokens[at:]), (*self.positions[:at], *new, *self.positions[at:])
+        )
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -5,9 +5,9 @@ character, and then every token, knows which part of the prompt it comes from.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jinja2 import TemplateError
 
@@ -18,9 +18,29 @@ from lalm_lens.prompts.prompt import Prompt
 Picture = Literal["image", "video"]
 _USER, _ANSWER = "\ue000", "\ue001"  # private-use characters that no template and no prompt contains
 
+Transcript = str | tuple[int, ...]  # what a clip says, as words or as their tokens
+
 
 class Template(ABC):
     """Words about a clip become the tokens that the model was trained on. `hf` is the model's own processor."""
+
+    has_transcript: ClassVar[bool] = False  # whether what the clip says stands in the prompt
+
+    def of(self, audio_token: int) -> "Template":
+        """The template of a model that hears where this token is."""
+        return self
+
+    def saying(self, transcript: Transcript) -> "Template":
+        """The template of a clip that says this. Raises `PromptError` where no prompt holds what a clip says."""
+        raise PromptError("The prompts of this model hold no transcript: leave it out.")
+
+    def as_transcript(self, heard: str) -> str:
+        """What the ASR model wrote, as the model reads it."""
+        return heard
+
+    def transcript_tokens(self, hf: Any) -> tuple[int, ...]:
+        """Of what the clip says."""
+        return ()
 
     @abstractmethod
     def check(self, hf: Any, audio_token: int, n_audio: int) -> None:
@@ -75,16 +95,31 @@ class ChatTemplate(Template):
     def pieces(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> list[Piece]:
         """The rendered prompt, cut where the region changes."""
         words = "".join(piece.text for piece in asked)
-        refuse_marks(words + prefix, (*hf.tokenizer.all_special_tokens, _USER, _ANSWER))
-        head, _, rest = render(hf, _USER if asked else None, _ANSWER, pictures).removesuffix(_ANSWER).partition(_USER)
+        refuse_marks(words + prefix, self.marks(hf))
+        marked = self.render(hf, _USER if asked else None, _ANSWER, pictures)
+        head, _, rest = marked.removesuffix(_ANSWER).partition(_USER)
         pieces = [*self.clip_pieces(head), *asked, Piece(rest, "template"), *prefix_pieces(prefix)]
-        rendered = render(hf, words or None, prefix, pictures)
-        if rendered != "".join(piece.text for piece in pieces):
+        text = self.render(hf, words or None, prefix, pictures)
+        if text != "".join(piece.text for piece in pieces):
             raise PromptError(
                 f"This chat template does more than to put question and answer prefix in their places, so the parts of "
-                f"the prompt cannot be told apart: {rendered!r}"
+                f"the prompt cannot be told apart: {text!r}"
             )
         return pieces
+
+    def marks(self, hf: Any) -> set[str]:
+        """What no word may contain."""
+        return special_texts(hf.tokenizer) | {self.placeholder, _USER, _ANSWER}
+
+    def render(self, hf: Any, user: str | None, answer: str, pictures: Sequence[Picture] = ()) -> str:
+        """The chat template's text; with no user text, the clip alone is the user's turn, and pictures before it."""
+        seen = [{"type": picture, picture: picture} for picture in pictures]
+        text = [] if user is None else [{"type": "text", "text": user}]
+        messages = [
+            {"role": "user", "content": [*seen, {"type": "audio", "audio_url": "clip"}, *text]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        return rendered(hf, messages, continue_final_message=True)
 
     def clip_pieces(self, head: str) -> list[Piece]:
         before, placeholder, after = head.partition(self.placeholder)
@@ -137,22 +172,22 @@ def same_token(hf: Any, placeholder: str, wanted: int, does: str) -> None:
         )
 
 
-def refuse_marks(words: str, marks: Sequence[str]) -> None:
+def refuse_marks(words: str, marks: Iterable[str]) -> None:
     """Words that mean something to the template would end a turn, or begin one."""
-    for mark in marks:
+    for mark in sorted(marks):
         if mark in words:
             raise PromptError(f"{mark!r} is a mark of the chat template and no word. Leave it out of the prompt.")
 
 
-def render(hf: Any, user: str | None, answer: str, pictures: Sequence[Picture] = ()) -> str:
-    """The chat template's text; with no user text, the clip alone is the user's turn, and pictures before it."""
-    seen = [{"type": picture, picture: picture} for picture in pictures]
-    text = [] if user is None else [{"type": "text", "text": user}]
-    messages = [
-        {"role": "user", "content": [*seen, {"type": "audio", "audio_url": "clip"}, *text]},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
+def special_texts(tokenizer: Any) -> set[str]:
+    """The texts that become special tokens; transformers 5 counts those that have a role alone."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+
+
+def rendered(renderer: Any, messages: Sequence[dict], **how: bool) -> str:
+    """The text of the chat template of a processor or tokenizer."""
     try:
-        return hf.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+        return renderer.apply_chat_template(messages, tokenize=False, **how)
     except (TemplateError, ValueError) as error:
         raise PromptError(f"This model's chat template cannot be used: {str(error).splitlines()[0]}") from error

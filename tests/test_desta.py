@@ -1,0 +1,458 @@
+"""DeSTA2 and DeSTA2.5 against Whisper, BERT and Llama of transformers, and what is done with them."""
+
+import json
+import pickle
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from desta import GOLDEN, LLAMA3, SHAPES, Connector, Reference, Shape
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from conversions._llama import rope
+from lalm_lens.config import ConfigReader, Llama3Rope, Rope
+from lalm_lens.errors import ConversionError
+from lalm_lens.inputs import Inputs
+from lalm_lens.loading import ABOUT, Files, from_pretrained, our_conversions, skeleton
+from lalm_lens.model import HookedLALM
+from lalm_lens.nn.rope import ROTARY
+from lalm_lens.weights import Drop, Layout, StateDict, Table, check, export, load
+
+NAMES = Path(__file__).parent / "tensor_names"
+PARTLY_ON_DISK = {"blocks.1": "disk", "adapter": "disk", "audio_encoder.blocks.1": "disk", "": "cpu"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A saved checkpoint of several parts, as transformers' models and as ours."""
+
+    name: str
+    folder: Path
+    parts: dict[str, Path]
+    theirs: Reference
+    ours: HookedLALM
+
+    def inputs(self, n_prompts: int = 3) -> Inputs:
+        """Left-padded prompts, each with a clip."""
+        generator = torch.Generator().manual_seed(3)
+        audio = [self.ours.lalm_cfg.audio_token] * self.theirs.shape.n_queries
+        n_after = [9, 4, 6][:n_prompts]
+        tokens = torch.zeros(n_prompts, 6 + len(audio) + max(n_after), dtype=torch.long)
+        is_token = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, n in enumerate(n_after):
+            words = torch.randint(5, 400, (6 + n,), generator=generator).tolist()
+            tokens[row, -6 - len(audio) - n :] = torch.tensor([*words[:6], *audio, *words[6:]])
+            is_token[row, -6 - len(audio) - n :] = True
+        mel = torch.randn(n_prompts, self.theirs.shape.n_mels, 200, generator=generator)
+        return Inputs(tokens, is_token, mel, torch.full((n_prompts,), 200))
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def opened(request, tmp_path_factory) -> Opened:
+    folder, theirs = tmp_path_factory.mktemp(request.param), Reference.of(SHAPES[request.param])
+    parts = theirs.save(folder)
+    return Opened(request.param, folder, parts, theirs, from_pretrained(folder, parts=parts))
+
+
+def test_logits_and_every_state_match_transformers(opened):
+    inputs, audio_token = opened.inputs(), opened.ours.lalm_cfg.audio_token
+    with torch.no_grad():
+        logits, cache = opened.ours.run_with_cache(inputs)
+    for row, is_token in enumerate(inputs.attention_mask):
+        theirs = opened.theirs.states(inputs.tokens[row, is_token][None], inputs.mel[row, None], audio_token)
+        assert_close(logits[row, is_token], theirs["logits"][0])
+        assert_close(cache["hook_embed"][row, is_token], theirs["embed"][0])
+        for layer in range(opened.ours.cfg.n_layers):
+            assert_close(cache["resid_post", layer][row, is_token], theirs[f"decoder.{layer}"][0])
+        for layer in range(opened.ours.lalm_cfg.encoder.n_layers):
+            assert_close(cache[f"audio_encoder.blocks.{layer}.hook_resid_post"][row], theirs[f"encoder.{layer}"][0])
+        n_taps = len(opened.theirs.shape.taps)
+        for tap in range(n_taps):
+            assert_close(cache["audio_encoder.hook_out"][row, :, tap], theirs[f"tap.{tap}"][0])
+        for layer in range(opened.theirs.shape.n_qformer):
+            ours = cache[f"adapter.blocks.{layer}.hook_normalized_resid_post"][row * n_taps + n_taps - 1]
+            assert_close(ours, theirs[f"qformer.{layer}"][0])
+        assert_close(cache["adapter.hook_out"][row], theirs["audio"][0])
+
+
+@pytest.mark.parametrize("low", [1.0, 0.25])
+@pytest.mark.parametrize("trained", [64, 8192])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_llama3_rates_are_those_of_transformers(theta, trained, low):
+    said = {"factor": 8.0, "low_freq_factor": low, "high_freq_factor": 4.0, "original_max_position_embeddings": trained}
+    hf = LlamaConfig(head_dim=128, rope_parameters={"rope_theta": theta, "rope_type": "llama3", **said})
+    old = {"rope_theta": theta, "rope_scaling": {"type": "llama3", **said}}
+    for section in ({"rope_parameters": hf.rope_parameters}, old, {"rope_scaling": hf.rope_parameters}):
+        ours = ROTARY[Llama3Rope](rope(ConfigReader(section, "config.json")), 128)
+        theirs = LlamaRotaryEmbedding(hf)
+        assert torch.equal(ours.rates(torch.device("cpu")), theirs.inv_freq)
+        positions = torch.tensor([[0, 1, 77, 9000]])
+        rotation = ours(positions, torch.float32)
+        assert_close((rotation.cos[:, :, 0], rotation.sin[:, :, 0]), theirs(torch.zeros(1), positions))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"rope_type": "yarn", "factor": 8.0},
+        {"factor": 8.0},
+        {**LLAMA3, "type": "linear"},
+        {**LLAMA3, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+        {**LLAMA3, "factor": 0.0},
+        {**LLAMA3, "attention_factor": 2.0},
+        *({key: value for key, value in LLAMA3.items() if key != left_out} for left_out in list(LLAMA3)[1:]),
+    ],
+    ids=str,
+)
+def test_a_rope_that_we_do_not_compute_is_refused(said):
+    for name in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(ConversionError):
+            rope(ConfigReader({name: said}, "config.json"))
+
+
+# --- conversion ----------------------------------------------------------------------------------------------
+
+
+def stored_in(opened: Opened) -> dict[str, Tensor]:
+    """All tensors of all files, as the table names them."""
+    own = opened.folder / "qformer_connector.pth"
+    tensors = torch.load(own, weights_only=True) if own.exists() else load_file(opened.folder / "model.safetensors")
+    for part, folder in opened.parts.items():
+        tensors |= {f"{part}/{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    return tensors
+
+
+def kept(opened: Opened, names) -> set[str]:
+    """Those that are not dropped by name."""
+    table = Table(conversion_of(opened).rows(opened.ours.lalm_cfg))
+    return {name for name in names if not isinstance(table.find(name)[0], Drop)}
+
+
+def conversion_of(opened: Opened):
+    return our_conversions()[opened.theirs.shape.model_type]
+
+
+def test_a_round_trip_is_exact(opened):
+    stored = stored_in(opened)
+    exported = dict(export(opened.ours, conversion_of(opened).rows(opened.ours.lalm_cfg), Layout()))
+    assert exported.keys() == kept(opened, stored)
+    dropped = {re.sub(r"\d+", "N", name.rpartition(".")[0]) for name in stored.keys() - exported.keys()}
+    assert all(
+        "decoder" in name or name.endswith(("encoder.layer_norm", "proj_out")) or "layers.N" in name for name in dropped
+    )
+    for name, tensor in exported.items():
+        assert torch.equal(stored[name], tensor), name
+
+
+def test_any_one_missing_or_added_tensor_is_refused_by_name(opened):
+    files = Files.find(opened.folder, None, opened.parts, ABOUT)
+    model = skeleton(files.config, files.conversion, "tiny")
+    rows, whole = Table(files.conversion.rows(model.lalm_cfg)), stored_in(opened)
+    rows.find, rows.hf_name = cache(rows.find), cache(rows.hf_name)
+    check(model, StateDict("whole", whole), rows, Layout())
+    names = kept(opened, whole)
+    assert {name.partition("/")[0] for name in names if "/" in name} == {"whisper", "llm"}
+    for name in sorted(names)[:: 1 if opened.theirs.shape.n_encoder == 4 else 10]:  # every one, where they are few
+        rest = {other: tensor for other, tensor in whole.items() if other != name}
+        with pytest.raises(ConversionError, match=f"model: 1 missing: {re.escape(name)}\\. "):
+            check(model, StateDict("cut", rest), rows, Layout())
+        beside = f"{name}_scale"
+        with pytest.raises(ConversionError, match=f"model: 1 unknown: {re.escape(beside)}\\. "):
+            check(model, StateDict("more", {**whole, beside: torch.zeros(3)}), rows, Layout())
+        bent = {**whole, name: whole[name][None]}
+        with pytest.raises(ConversionError, match=f"model: 1 of another shape: {re.escape(name)} is "):
+            check(model, StateDict("bent", bent), rows, Layout())
+
+
+REAL = {
+    "desta2": (
+        Shape("DestaModel", "openai/whisper-small", (2, 5, 8, 11), 12, n_queries=64, d_encoder=768),
+        {"encoder_attention_heads": 12, "encoder_ffn_dim": 3072, "decoder_layers": 12, "decoder_attention_heads": 12},
+        {"rope_scaling": None, "max_position_embeddings": 8192},
+    ),
+    "desta25": (
+        Shape("desta25", "openai/whisper-large-v3", (7, 15, 23, 31), 32, 128, 64, 6, d_encoder=1280),
+        {"encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "decoder_layers": 32, "decoder_attention_heads": 20},
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}, "max_position_embeddings": 131072},
+    ),
+}
+WHISPER = {
+    "vocab_size": 51866,
+    "max_source_positions": 1500,
+    "max_length": 448,
+    "suppress_tokens": [],
+    "model_type": "whisper",
+}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_architecture_converts(name):
+    """Every tensor of the published sizes, without its numbers, under the published names."""
+    shape, of_whisper, of_llama = REAL[name]
+    sizes = {"encoder_layers": shape.n_encoder, "d_model": shape.d_encoder, "num_mel_bins": shape.n_mels}
+    configs = {"whisper": WHISPER | sizes | of_whisper, "llm": LLAMA | of_llama}
+    with torch.device("meta"):
+        models = {
+            "whisper": WhisperForConditionalGeneration(WhisperConfig(**configs["whisper"])),
+            "llm": LlamaForCausalLM(LlamaConfig(**configs["llm"])),
+        }
+        own = Connector(shape, LLAMA["hidden_size"], of_whisper["encoder_attention_heads"]).state_dict()
+    prefix = "" if shape.is_first else "perception.connector."
+    own = {f"{prefix}{name}": tensor for name, tensor in own.items()}
+    listed = (NAMES / f"{shape.model_type}_published.txt").read_text().split()
+    assert {re.sub(r"\.\d+(?=\.|$)", ".{i}", name) for name in own} == set(listed)
+    parts = {part: {"config": config} for part, config in configs.items()}
+    published = {"model_type": shape.model_type, "parts": parts, "qformer_num_hidden_layers": shape.n_qformer}
+    published |= {} if not shape.is_first else {"prompt_size": 64}
+    if shape.is_first:
+        del published["qformer_num_hidden_layers"]
+    conversion = our_conversions()[shape.model_type]
+    tensors = own | {f"{part}/{name}": its for part, hf in models.items() for name, its in hf.state_dict().items()}
+    ours = skeleton(published, conversion, name)
+    load(ours, StateDict(name, tensors), conversion.rows(ours.lalm_cfg), conversion.layouts, lambda _, tensor: tensor)
+    cfg = ours.lalm_cfg
+    assert cfg.audio_token == (128255 if shape.is_first else 128095)
+    assert cfg.qformer.taps == ((2, 5, 8, 11) if shape.is_first else (8, 16, 24, 32))
+    assert (cfg.encoder.n_layers, cfg.qformer.n_unheard) == ((11, 1) if shape.is_first else (32, 0))
+    assert (cfg.qformer.n_queries, cfg.qformer.n_layers, cfg.decoder.n_ctx) == (
+        64,
+        shape.n_qformer,
+        of_llama["max_position_embeddings"],
+    )
+    assert isinstance(cfg.decoder.rope, Rope if shape.is_first else Llama3Rope)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path) -> dict[str, tuple[Path, dict[str, Path]]]:
+    """A DeSTA2 and a DeSTA2.5, to be spoilt."""
+    return {
+        name: (tmp_path / name, Reference.of(SHAPES[name]).save(tmp_path / name))
+        for name in ("desta2_tiny", "desta25_tiny")
+    }
+
+
+def set_config(folder: Path, section: str | None = None, **changes: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    (config[section] if section else config).update(changes)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["desta2_tiny", "desta25_tiny"])
+def test_parts_that_are_missing_or_unknown_are_refused_by_name(saved, name):
+    folder, parts = saved[name]
+    for part, published in (("whisper", "openai/whisper-tiny"), ("llm", "Llama-3")):
+        others = {other: path for other, path in parts.items() if other != part}
+        with pytest.raises(
+            ConversionError, match=f"The part '{part}' is missing: .*{published}.* --part {part}=FOLDER"
+        ):
+            from_pretrained(folder, parts=others)
+        with pytest.raises(
+            ConversionError, match=f"The part '{part}' is missing: There is no model at .*nowhere/at/all"
+        ):
+            from_pretrained(folder, parts={**parts, part: folder / "nowhere/at/all"})
+    with pytest.raises(ConversionError, match="has no part 'llama': its parts are whisper and llm"):
+        from_pretrained(folder, parts={**parts, "llama": parts["llm"]})
+    with pytest.raises(ConversionError, match=r"whisper: config\.json: model_type = 'llama' is not supported"):
+        from_pretrained(folder, parts={"whisper": parts["llm"], "llm": parts["llm"]})
+    (parts["llm"] / "model.safetensors").unlink()
+    with pytest.raises(ConversionError, match=r"llm holds no \.safetensors file"):
+        from_pretrained(folder, parts=parts)
+
+
+def test_parts_of_a_model_that_has_none_are_refused():
+    with pytest.raises(ConversionError, match="A qwen2_audio has no part 'llm': it has none"):
+        from_pretrained(GOLDEN / "qwen2_audio" / "checkpoint", parts={"llm": GOLDEN})
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("name", ["desta2_tiny", "desta25_tiny"])
+def test_another_whisper_is_refused_by_name(tmp_path, name, copies):
+    """What a copy of its config would contradict; and where there is none, what the connector tells."""
+    parts = Reference.of(SHAPES[name]).save(tmp_path / "one", copies=copies)
+    others = {"n_mels": 128, "n_encoder": 2 if "2_" in name else 3, "d_encoder": 40}
+    alone = {
+        "n_mels": "hears 128 mel bins, and the connector",
+        "n_encoder": "blocks are looked at, and this Whisper has",
+    }
+    alone["d_encoder"] = "of another shape: .*layer_prompts.*24"
+    for size, value in others.items():
+        other = Reference.of(replace(SHAPES[name], **{size: value})).save(tmp_path / size)["whisper"]
+        says = "contradict each other in " if copies else alone[size]
+        with pytest.raises(ConversionError, match=says):
+            from_pretrained(tmp_path / "one", parts={**parts, "whisper": other})
+
+
+OTHER_ARITHMETIC = {
+    "desta2_tiny": [
+        (None, {"whisper_model_id": "openai/whisper-base"}, "nobody knows what is looked at in 'openai/whisper-base'"),
+        ("whisper_config", {"d_model": 48}, "contradict each other in d_model"),
+        ("whisper_config", {"scale_embedding": True}, "scale_embedding = True is not supported"),
+        ("llama_config", {"rope_parameters": LLAMA3}, "contradict each other in rope"),
+        ("llama_config", {"rope_theta": 1e4}, "contradict each other in rope_theta"),
+        ("llama_config", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+    ],
+    "desta25_tiny": [
+        (None, {"use_lora": True}, "use_lora = True is not supported"),
+        (None, {"connector_mode": "qformer_2"}, "connector_mode = 'qformer_2' is not supported"),
+        (None, {"encoder_model_id": "openai/whisper-base"}, "nobody knows what is looked at in 'openai/whisper-base'"),
+        (None, {"target_layer_ids": [0, 1, 2]}, "target_layer_ids"),
+        (None, {"placeholder_token": "<|reserved_special_token_1|>"}, "placeholder_token = .* is not supported"),
+        (None, {"audio_locator": "<audio>"}, "audio_locator = '<audio>' is not supported"),
+        ("encoder_config", {"encoder_ffn_dim": 48}, "contradict each other in d_mlp"),
+        ("llm_config", {"rms_norm_eps": 1e-6}, "contradict each other in eps"),
+        ("llm_config", {"rope_scaling": {**LLAMA3, "factor": 2.0}}, "contradict each other in factor"),
+        ("llm_config", {"logit_softcapping": 3.0}, "does not know: logit_softcapping"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ARITHMETIC)
+def test_a_config_that_asks_for_other_arithmetic_is_refused(saved, name):
+    folder, parts = saved[name]
+    whole = (folder / "config.json").read_text()
+    of_both = [(None, {"prompt_size": 0}, "prompt_size"), (None, {"logit_softcapping": 3.0}, "does not know: logit")]
+    for section, change, says in of_both + OTHER_ARITHMETIC[name]:
+        set_config(folder, section, **change)
+        with pytest.raises(ConversionError, match=says):
+            from_pretrained(folder, parts=parts)
+        (folder / "config.json").write_text(whole)
+    for part in parts.values():
+        set_config(part, logit_softcapping=3.0)
+        with pytest.raises(ConversionError, match="does not know: logit_softcapping"):
+            from_pretrained(folder, parts=parts)
+
+
+def test_weights_of_lora_are_refused_by_name(saved):
+    folder, parts = saved["desta25_tiny"]
+    lora = "llm_model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    tensors = {**load_file(folder / "model.safetensors"), lora: torch.zeros(16, 32)}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConversionError, match=f"1 of LoRA, to be merged into what they change: {re.escape(lora)}"):
+        from_pretrained(folder, parts=parts)
+
+
+def test_a_tensor_that_is_in_a_part_too_is_refused(saved):
+    folder, parts = saved["desta25_tiny"]
+    tensors = {**load_file(folder / "model.safetensors"), "llm/model.norm.weight": torch.zeros(32)}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"llm/model\.norm\.weight is in .*desta25_tiny, and in .*llm too"):
+        from_pretrained(folder, parts=parts)
+
+
+class Writes:
+    """Writes a file when it is unpickled by anybody who lets it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_of_a_checkpoint_is_executed(saved, tmp_path):
+    folder, parts = saved["desta2_tiny"]
+    written, planted = tmp_path / "written", "raise RuntimeError('this was imported')"
+    for where in (folder, *parts.values()):
+        for name in ("modeling_desta.py", "configuration_desta.py", "tokenization_desta.py", "__init__.py"):
+            (where / name).write_text(planted)
+        set_config(where, auto_map={"AutoConfig": "configuration_desta.Config", "AutoModel": "modeling_desta.Model"})
+    tokenizer = parts["llm"] / "tokenizer_config.json"
+    said = json.loads(tokenizer.read_text()) | {"auto_map": {"AutoTokenizer": ["tokenization_desta.Mine", None]}}
+    tokenizer.write_text(json.dumps(said))
+    assert from_pretrained(folder, parts=parts).processor is not None
+    plain = torch.load(folder / "qformer_connector.pth", weights_only=True)
+    torch.save({**plain, "layer_weights": Writes(written)}, folder / "qformer_connector.pth")
+    with pytest.raises(ConversionError, match=r"qformer_connector\.pth is no pickle of plain tensors.*it is not read"):
+        from_pretrained(folder, parts=parts)
+    assert not written.exists()
+    torch.load(folder / "qformer_connector.pth", weights_only=False)
+    assert written.exists(), "the pickle is harmless, so it shows nothing"
+
+
+def broken_pickles() -> dict[str, object]:
+    return {
+        "a list": [torch.zeros(3)],
+        "a whole model": torch.nn.Linear(2, 2),
+        "a number": {"layer_weights": 3},
+        "numbered": {0: torch.zeros(3)},
+        "nested": {"state_dict": {"layer_weights": torch.zeros(3)}},
+        "whole numbers": {"layer_weights": torch.zeros(3, dtype=torch.int8)},
+        "sparse": {"layer_weights": torch.zeros(3, 3).to_sparse()},
+        "nothing": {},
+    }
+
+
+@pytest.mark.parametrize("what", broken_pickles())
+def test_a_pickle_that_is_not_plain_tensors_is_refused(saved, what):
+    folder, parts = saved["desta2_tiny"]
+    torch.save(broken_pickles()[what], folder / "qformer_connector.pth")
+    with pytest.raises(
+        ConversionError, match=r"qformer_connector\.pth (is no pickle of plain|holds something else than)"
+    ):
+        from_pretrained(folder, parts=parts)
+
+
+def test_a_pickle_that_is_cut_off_or_missing_is_refused(saved):
+    folder, parts = saved["desta2_tiny"]
+    path = folder / "qformer_connector.pth"
+    for content in (path.read_bytes()[:5000], b"", pickle.dumps({"layer_weights": 3}, protocol=2), b"text"):
+        path.write_bytes(content)
+        with pytest.raises(ConversionError, match=r"qformer_connector\.pth"):
+            from_pretrained(folder, parts=parts)
+    path.unlink()
+    with pytest.raises(ConversionError, match=r"has no qformer_connector\.pth, which holds the weights"):
+        from_pretrained(folder, parts=parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_in_16_bits_load_in_the_dtype_that_is_asked_for(tmp_path, dtype):
+    """Whisper and connector stay in float32, as the authors have them: Llama alone is narrower."""
+    theirs = Reference.of(SHAPES["desta25_tiny"])
+    parts = theirs.save(tmp_path, narrow=True)
+    stored = {name: load_file(path / "model.safetensors") for name, path in parts.items()}
+    assert {tensor.dtype for tensor in stored["whisper"].values()} == {torch.float16}
+    assert {tensor.dtype for tensor in stored["llm"].values()} == {torch.bfloat16}
+    ours = from_pretrained(tmp_path, parts=parts, dtype=dtype)
+    of_stage = {name: {p.dtype for p in getattr(ours, name).parameters()} for name, _ in ours.named_children()}
+    assert of_stage["audio_encoder"] == of_stage["adapter"] == {torch.float32}
+    assert of_stage["blocks"] == of_stage["embed"] == of_stage["unembed"] == {dtype}
+    opened = Opened("narrow", tmp_path, parts, theirs, ours)
+    with torch.no_grad():
+        logits = ours(opened.inputs(1))
+        partly = from_pretrained(tmp_path, parts=parts, dtype=dtype, device_map=PARTLY_ON_DISK)(opened.inputs(1))
+    assert logits.dtype == dtype
+    assert torch.equal(logits, partly)
+    theirs = Reference(
+        theirs.shape,
+        WhisperForConditionalGeneration.from_pretrained(parts["whisper"], dtype=torch.float32).eval(),
+        LlamaForCausalLM.from_pretrained(parts["llm"], dtype=dtype).eval(),
+        theirs.connector,
+    )
+    inputs = opened.inputs(1)
+    their_logits = theirs.states(inputs.tokens, inputs.mel, ours.lalm_cfg.audio_token)["logits"]
+    if dtype == torch.float32:
+        assert_close(logits, their_logits)
+    else:
+        assert (logits - their_logits).abs().max() < 0.1  # logits are about 5, and have 8 bits
