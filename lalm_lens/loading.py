@@ -18,6 +18,7 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from lalm_lens.config import LALMConfig
 from lalm_lens.errors import ConversionError, InputError, reason
+from lalm_lens.marked import MarkedLALM
 from lalm_lens.model import HookedLALM
 from lalm_lens.offload import Store, attach
 from lalm_lens.placement import DeviceMap, MaxMemory, Placement, usable_device
@@ -143,6 +144,8 @@ def skeleton(config: Mapping[str, Any], conversion: Conversion, name: str) -> Ho
     cfg = conversion.config(config)
     with torch.device("meta"):
         hears = conversion.encoder(cfg), conversion.adapter(cfg)
+        if cfg.audio_marks is not None:
+            return MarkedLALM(cfg, *hears, name)
         if conversion.sight is None:
             return HookedLALM(cfg, *hears, name)
         return SeeingLALM(cfg, *hears, conversion.sight.encoder(cfg), conversion.sight.adapter(cfg), name)
@@ -194,7 +197,7 @@ def one_dtype(state: StateDict, conversion: Conversion, cfg: LALMConfig) -> Tens
     table = Table(conversion.rows(cfg))
     layout = choose_layout(state.shapes, table, conversion.layouts)
     hits = {name: table.find(layout.to_table(name)) for name in state.tensors}
-    wide = {name for name, hit in hits.items() if hit is not None and hit[1] in conversion.wide}
+    wide = {name for name, hit in hits.items() if hit is not None and not conversion.wide.isdisjoint(hit[1])}
     one = next(tensor for name, tensor in state.tensors.items() if name not in wide)
     other = [name for name, tensor in state.tensors.items() if tensor.dtype != one.dtype and name not in wide]
     refuse(state, "mixes dtypes: bring it to one, as `model.float()` does", other)

@@ -115,7 +115,7 @@ class Sweep:
         """A change of the encoder or adapter as one of the embeddings: not yet known, so every audio position."""
         if not isinstance(self.model, HookedLALM) or not isinstance(branch.run.inputs, Inputs):
             raise InputError("A change of the encoder or adapter needs a run of `Inputs`, which hears its audio again.")
-        is_audio = branch.run.inputs.tokens[0] == self.model.lalm_cfg.audio_token
+        is_audio = self.model.is_audio(branch.run.inputs.tokens)[0]
         positions = tuple((is_audio.nonzero()[:, 0] - branch.run.n_pad).tolist())
         return Recompute("resid_pre", 0, positions)
 
