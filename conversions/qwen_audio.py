@@ -11,7 +11,7 @@ from lalm_lens.adapters.linear import LinearAdapter
 from lalm_lens.config import ConfigReader, DecoderConfig, DynamicNTK, EncoderConfig, LALMConfig
 from lalm_lens.encoders.cut import CutWhisperEncoder
 from lalm_lens.errors import ConversionError
-from lalm_lens.prompts import ChatTemplate, OneWindow
+from lalm_lens.prompts import ChatTemplate, CutClip, qwen_processor
 from lalm_lens.weights import Conversion, Fused, Layout, Rule
 
 ENCODER = (  # under the names of openai-whisper
@@ -56,6 +56,14 @@ ROWS = (
     Rule("transformer.ln_f.weight", "ln_final.w"),
     Rule("lm_head.weight", "unembed.linear.weight"),
 )
+SAID = frozenset(  # in the published config.json; what another file leaves out, the authors' class would decide
+    "hidden_size intermediate_size kv_channels layer_norm_epsilon max_position_embeddings no_bias num_attention_heads "
+    "num_hidden_layers rotary_emb_base rotary_pct seq_length tie_word_embeddings use_dynamic_ntk use_logn_attn "
+    "vocab_size".split()
+)
+HEARD = frozenset(
+    "add_audio_bos_eos_token audio_start_id avg_pool n_ctx n_head n_layer n_mels n_state output_dim".split()
+)
 BETWEEN = 3312  # how far `<audio>` is behind the placeholder of audio in the tokenizer
 
 
@@ -64,6 +72,8 @@ def config(hf: Mapping[str, Any]) -> LALMConfig:
     read.expect("model_type", "qwen")
     if "audio" not in hf:
         raise ConversionError("config.json has no section `audio`: this Qwen hears nothing. Give a Qwen-Audio.")
+    if lacking := sorted(SAID - set(hf)) or sorted(HEARD - set(hf["audio"])):
+        raise ConversionError(f"config.json does not say {', '.join(lacking)}, which have no defaults.")
     decoder = decoder_config(read)
     encoder, start = audio_config(read.inner("audio"), decoder.d_model)
     read.finish()
@@ -77,7 +87,6 @@ def config(hf: Mapping[str, Any]) -> LALMConfig:
 
 
 def decoder_config(read: ConfigReader) -> DecoderConfig:
-    """Absent keys have the values of the published file, where the class of the authors has other defaults none."""
     for key, value in {
         "no_bias": True,
         "rotary_pct": 1.0,
@@ -142,7 +151,9 @@ QWEN_AUDIO = Conversion(
     rows=lambda cfg: ROWS,
     layouts=(Layout(),),
     template=ChatTemplate(placeholder="[[[AUDIO:modality]]]", before="<audio>", after="</audio>"),
-    hearing=OneWindow(),
-    hf_class="",
+    hearing=CutClip(),
+    hf_class=None,
     frame_mask=None,
+    processor=qwen_processor,
+    stop_tokens=(151644, 151645),  # <|im_start|> and <|im_end|>: the authors' code knows them, and no file
 )

@@ -41,7 +41,7 @@ from lalm_lens.weights import (
 
 # What transformers raises for a tokenizer, feature extractor, config or weight file that it cannot use.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # no code, no pickles
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # no code, no pickles
 
 
 class Readable(AbstractContextManager):
@@ -100,7 +100,8 @@ def from_pretrained(
             fill(model, checkpoint, conversion, store.put)
             attach(model, model.placement, store)
     generation = folder / "generation_config.json"
-    model.stop_tokens = stop_tokens(read_json(generation) if generation.is_file() else {}, config)
+    ends = stop_tokens(read_json(generation) if generation.is_file() else {}, config)
+    model.stop_tokens = tuple(dict.fromkeys((*ends, *conversion.stop_tokens)))
     return with_processor(model, read_processor(folder, conversion), conversion)
 
 
@@ -124,7 +125,8 @@ def from_hf(
     one = one_dtype(state, conversion, ours.lalm_cfg)
     fill(ours, state, conversion, onto(one.device, one.dtype, conversion.wide))
     generation = model.generation_config
-    ours.stop_tokens = stop_tokens({} if generation is None else generation.to_dict(), config)
+    ends = stop_tokens({} if generation is None else generation.to_dict(), config)
+    ours.stop_tokens = tuple(dict.fromkeys((*ends, *conversion.stop_tokens)))
     return with_processor(ours, processor, conversion)
 
 
@@ -273,6 +275,13 @@ def our_conversions() -> dict[str, Conversion]:
 
 def read_processor(folder: Path, conversion: Conversion) -> ProcessorMixin | None:
     """The model's own tokenizer and feature extractor; None for a checkpoint that ships without them."""
+    readable = Readable(
+        f"The tokenizer or feature extractor in {folder} cannot be read",
+        "Put the model's own processor files beside its weights.",
+    )
+    if conversion.processor is not None:
+        with readable:
+            return conversion.processor(folder)
     has_tekken = (folder / "tekken.json").is_file()  # Mistral's own repositories have nothing else
     if not has_tekken and not (folder / "tokenizer_config.json").is_file():
         return None
@@ -281,10 +290,7 @@ def read_processor(folder: Path, conversion: Conversion) -> ProcessorMixin | Non
             f"{folder} has a tekken.json, which mistral-common reads, and that is not installed. Install it: pip "
             "install 'lalm_lens[voxtral]'."
         )
-    with Readable(
-        f"The tokenizer or feature extractor in {folder} cannot be read",
-        "Put the model's own processor files beside its weights.",
-    ):
+    with readable:
         if conversion.sight is not None:
             return conversion.sight.processor(folder)
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)

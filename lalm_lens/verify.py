@@ -19,7 +19,7 @@ from lalm_lens.audio import RATE_HZ, Waveform, Waveforms
 from lalm_lens.config import LALMConfig
 from lalm_lens.errors import ConversionError
 from lalm_lens.inputs import Inputs
-from lalm_lens.loading import Readable, from_pretrained, local_folder, our_conversions
+from lalm_lens.loading import Readable, conversion_for, from_pretrained, local_folder, read_config
 from lalm_lens.model import HookedLALM
 from lalm_lens.placement import usable_device
 from lalm_lens.prompts import Processor
@@ -84,6 +84,12 @@ def verify(
     Raises `ConversionError` for a checkpoint that cannot be opened or has no processor.
     """
     device = usable_device(device)
+    conversion = conversion or conversion_for(read_config(local_folder(path_or_hub_id, ["config.json"])))
+    if conversion.hf_class is None:
+        raise ConversionError(
+            f"transformers has no class for a {conversion.model_type} model, so there is nothing to run beside ours. "
+            "What the original computes stands in golden sets: pytest tests/test_golden.py."
+        )
     ours = from_pretrained(path_or_hub_id, dtype=dtype, device=device, conversion=conversion)
     if ours.processor is None:
         raise ConversionError(
@@ -95,7 +101,6 @@ def verify(
     is_real = real_positions(ours, inputs, mine)
     cfg, name = ours.lalm_cfg, ours.cfg.model_name
     del ours  # before HF comes
-    conversion = conversion or our_conversions()[cfg.model_type]
     hf = load_hf(local_folder(path_or_hub_id), conversion.hf_class, dtype, device)
     modules = counterparts(hf, mine, conversion, cfg)
     batch = {  # HF's Audio Flamingo 3 leaves the cast of features to the caller

@@ -135,10 +135,12 @@ class Conversion:
     layouts: tuple[Layout, ...]  # every naming that is out in the world
     template: Template  # how a question about a clip is written
     hearing: Hearing  # how clips become what the encoder takes
-    hf_class: str  # transformers' own class, that ours is verified against
+    hf_class: str | None  # transformers' own class, that ours is verified against; None where it has none
     frame_mask: str | None  # its name for the mask of mel frames; None where it takes none
     wide: frozenset[str] = frozenset()  # our names of what it keeps in float32 where the rest of the model is narrower
     sight: Sight | None = None  # of a model that also sees
+    processor: Callable[[Path], ProcessorMixin | None] | None = None  # of a folder that transformers itself cannot read
+    stop_tokens: tuple[int, ...] = ()  # what ends an answer beside what the checkpoint's own files say
 
 
 class Table:

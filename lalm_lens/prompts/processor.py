@@ -131,8 +131,8 @@ class Processor:
         check_audible(waveform, self.n_samples, name)
 
     def n_frames(self, waveform: Waveform) -> int:
-        """Mel frames (10 ms) of a clip, the last one possibly begun only."""
-        return -(-len(waveform) // self.hf.feature_extractor.hop_length)
+        """Mel frames (10 ms) of a clip."""
+        return self.hearing.n_frames(len(waveform), self.hf.feature_extractor.hop_length)
 
     def label_tokens(self, labels: Sequence[str], label_space: bool = True) -> dict[str, int]:
         """The first token of each label, as the model would emit it after the prefix: with a leading space.
