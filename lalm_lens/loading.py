@@ -124,7 +124,7 @@ def from_hf(
     ours = skeleton(config, conversion, model_name(model.name_or_path or state.name))
     one = one_dtype(state, conversion, ours.lalm_cfg)
     fill(ours, state, conversion, onto(one.device, one.dtype, conversion.wide))
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)  # a class that cannot generate has none
     ends = stop_tokens({} if generation is None else generation.to_dict(), config)
     ours.stop_tokens = tuple(dict.fromkeys((*ends, *conversion.stop_tokens)))
     return with_processor(ours, processor, conversion)

@@ -19,9 +19,14 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 State = dict[str, Tensor]
 WORDS = (
     "system user assistant You  are  a  helpful Audio What  is  the  gender  of  speaker  in  speech  options "
-    "The  male  female 's"
+    "The  male  female 's 12"
 )
 N_MARKS = 3522  # of the real tokenizer, behind its pieces
+
+
+PATTERN = (  # what the authors give to tiktoken: digits stand alone, whatever pieces there are
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def pieces() -> list[bytes]:

@@ -15,9 +15,9 @@ from engine_cases import assert_same, branches, kinds
 from engine_cases import embedded as random_run
 from reference import chirps
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import WhisperFeatureExtractor
+from transformers import PreTrainedConfig, PreTrainedModel, WhisperFeatureExtractor
 
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.config import DynamicNTK
@@ -29,11 +29,11 @@ from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.info import info
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.interventions import Knockout, Patch, Scale
-from lalm_lens.loading import from_pretrained, our_conversions, skeleton
+from lalm_lens.loading import from_hf, from_pretrained, our_conversions, skeleton
 from lalm_lens.model import HookedLALM
 from lalm_lens.nn.kv_cache import KeyValueCache
 from lalm_lens.prompts import CutClip, qwen_processor
-from lalm_lens.prompts.qwen import MARKS, WORD, QwenConverter
+from lalm_lens.prompts.qwen import MARKS, QwenConverter
 from lalm_lens.readouts import Logits
 from lalm_lens.runs import Run, Source
 from lalm_lens.verify import verify
@@ -451,6 +451,46 @@ def test_verify_and_info_say_what_they_can(folder):
     assert "longer clips are refused" in repr(described)
 
 
+def test_the_original_in_memory_shares_its_weights(ours):
+    """Somebody's own installation of it: `from_hf` reads tensors and config, and no code."""
+
+    class QWenConfig(PreTrainedConfig):
+        model_type = "qwen"
+
+    class QWen(PreTrainedModel):
+        config_class = QWenConfig
+
+        def __init__(self, config: QWenConfig):
+            super().__init__(config)
+            for name, tensor in qwen.state().items():
+                *path, leaf = name.split(".")
+                owner: nn.Module = self
+                for part in path:
+                    if part not in dict(owner.named_children()):
+                        owner.add_module(part, nn.Module())
+                    owner = owner.get_submodule(part)
+                owner.register_parameter(leaf, nn.Parameter(tensor.clone()))
+
+    original = QWen(QWenConfig.from_dict(qwen.config(use_flash_attn="auto", softmax_in_fp32=False)))
+    opened = from_hf(original, ours.processor.hf)
+    inputs = asked(ours, chirps([0.81]))
+    with torch.no_grad():
+        assert torch.equal(opened(inputs), ours(inputs))
+        original.state_dict()["transformer.h.1.attn.c_attn.bias"][:64] += 1
+        assert_close(opened.b_Q[1], ours.b_Q[1] + 1)
+
+
+def test_a_narrow_model_turns_in_float32_and_stays_narrow(long, tmp_path):
+    narrow = from_pretrained(qwen.save(tmp_path / "narrow", seq_length=N_TRAINED), dtype=torch.bfloat16)
+    rotation = narrow.rotary(torch.arange(20)[None], torch.bfloat16, [20])
+    assert (rotation.cos.dtype, rotation.scale.dtype) == (torch.float32, torch.bfloat16)
+    tokens = words(20)[None]
+    with torch.no_grad():
+        logits, cache = narrow.run_with_cache(tokens)
+        assert {logits.dtype, cache["rot_q", 1].dtype, cache["rot_k", 1].dtype} == {torch.bfloat16}
+        assert (logits.float() - long(tokens)).abs().max() < 0.3, "of 9"
+
+
 # --- words -------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +498,7 @@ def original(folder: Path) -> tiktoken.Encoding:
     """The tokenizer itself, by the package that it is written for."""
     ranks = QwenConverter.load_tiktoken_bpe(str(folder / "qwen.tiktoken"))
     marks = {mark: len(ranks) + n for n, mark in enumerate(MARKS)}
-    return tiktoken.Encoding("qwen", pat_str=WORD, mergeable_ranks=ranks, special_tokens=marks)
+    return tiktoken.Encoding("qwen", pat_str=qwen.PATTERN, mergeable_ranks=ranks, special_tokens=marks)
 
 
 TEXTS = [
