@@ -47,6 +47,15 @@ class MRope:
     sections: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class DynamicNTK:
+    """Rotary embedding, in float32, whose base grows with the length n of a prompt beyond `n_trained` tokens (Qwen):
+    theta * alpha ** (d_head / (d_head - 2)), alpha = 2 ** ceil(log2(n / n_trained) + 1) - 1."""
+
+    theta: float
+    n_trained: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     n_layers: int
@@ -58,10 +67,12 @@ class DecoderConfig:
     d_vocab: int
     n_ctx: int
     eps: float
-    rope: Rope | Llama3Rope | MRope  # another rotary scheme is another config class with its own module in nn/rope.py
+    # Another rotary scheme is another config class, with its own module in nn/rope.py.
+    rope: Rope | Llama3Rope | MRope | DynamicNTK
     qkv_bias: bool
     windows: tuple[int | None, ...]  # per block: positions a query looks back on, itself included; None = all
     tied: bool = False  # the unembedding is the embedding
+    log_n: int | None = None  # queries grow with the logarithm of their position beyond so many; None = none does
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -73,6 +84,8 @@ class DecoderConfig:
                 f"Heads of width {self.d_head} have {self.d_head // 2} pairs to turn, and the sections "
                 f"{self.rope.sections} are {sum(self.rope.sections)}."
             )
+        if isinstance(self.rope, DynamicNTK) and self.d_head < 4:
+            raise ConversionError(f"Heads are {self.d_head} wide: too narrow for a base that grows with the prompt.")
         if len(self.windows) != self.n_layers:
             raise ConversionError(f"{len(self.windows)} layer types for {self.n_layers} layers.")
         if any(window is not None and window < 1 for window in self.windows):
@@ -166,6 +179,7 @@ class LALMConfig:
     decoder: DecoderConfig
     encoder: EncoderConfig
     audio_token: int  # id of the placeholder that audio embeddings replace
+    audio_marks: tuple[int, int] | None = None  # ids of the tokens around a clip, where they are vectors of their own
     vision: VisionConfig | None = None  # of a model that also sees
     qformer: QFormerConfig | None = None  # of a model whose adapter is one
 

@@ -19,6 +19,7 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from lalm_lens.config import LALMConfig
 from lalm_lens.errors import ConversionError, InputError, reason
+from lalm_lens.marked import MarkedLALM
 from lalm_lens.model import HookedLALM
 from lalm_lens.offload import Store, attach
 from lalm_lens.placement import DeviceMap, MaxMemory, Placement, usable_device
@@ -48,7 +49,7 @@ from lalm_lens.weights import (
 # What transformers raises for a tokenizer, feature extractor, config or weight file that it cannot use.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
 # No code, and no pickle but this one, whose tensors exist nowhere else.
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "qformer_connector.pth")
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "qformer_connector.pth")
 UNWANTED = ("consolidated*", "original/*", "*.fp32*")  # the same weights again
 ABOUT = ("config.json", "tokenizer_config.json")  # what says how a model is made
 SPEAKER, LISTENER = "llm", "whisper"  # the parts that answer, and that write down what is said
@@ -113,7 +114,8 @@ def from_pretrained(
             fill(model, checkpoint, conversion, store.put)
             attach(model, model.placement, store)
     speaker = files.parts.get(SPEAKER, folder)
-    model.stop_tokens = stop_tokens(read_optional(speaker / "generation_config.json"), read_config(speaker))
+    ends = stop_tokens(read_optional(speaker / "generation_config.json"), read_config(speaker))
+    model.stop_tokens = tuple(dict.fromkeys((*ends, *conversion.stop_tokens)))
     return with_processor(model, read_processor(files), conversion, files.transcriber(device))
 
 
@@ -138,8 +140,9 @@ def from_hf(
     ours = skeleton(config, conversion, model_name(model.name_or_path or state.name))
     one = one_dtype(state, conversion, ours.lalm_cfg)
     fill(ours, state, conversion, onto(one.device, one.dtype, conversion.wide))
-    generation = model.generation_config
-    ours.stop_tokens = stop_tokens({} if generation is None else generation.to_dict(), config)
+    generation = getattr(model, "generation_config", None)  # a class that cannot generate has none
+    ends = stop_tokens({} if generation is None else generation.to_dict(), config)
+    ours.stop_tokens = tuple(dict.fromkeys((*ends, *conversion.stop_tokens)))
     return with_processor(ours, processor, conversion)
 
 
@@ -218,6 +221,8 @@ def skeleton(config: Mapping[str, Any], conversion: Conversion, name: str) -> Ho
     cfg = conversion.config(config)
     with torch.device("meta"):
         hears = conversion.encoder(cfg), conversion.adapter(cfg)
+        if cfg.audio_marks is not None:
+            return MarkedLALM(cfg, *hears, name)
         if conversion.sight is None:
             return HookedLALM(cfg, *hears, name)
         return SeeingLALM(cfg, *hears, conversion.sight.encoder(cfg), conversion.sight.adapter(cfg), name)
@@ -281,7 +286,11 @@ def one_dtype(state: StateDict, conversion: Conversion, cfg: LALMConfig) -> Tens
     layout = choose_layout(state.shapes, table, conversion.layouts)
     hits = {name: table.find(layout.to_table(name)) for name in state.tensors}
     # HF keeps some in float32, and what is dropped may be as it likes.
-    wide = {name for name, hit in hits.items() if hit and (isinstance(hit[0], Drop) or hit[1] in conversion.wide)}
+    wide = {
+        name
+        for name, hit in hits.items()
+        if hit and (isinstance(hit[0], Drop) or any(ours in conversion.wide for ours in hit[1]))
+    }
     one = next(tensor for name, tensor in state.tensors.items() if name not in wide)
     other = [name for name, tensor in state.tensors.items() if tensor.dtype != one.dtype and name not in wide]
     refuse(state, "mixes dtypes: bring it to one, as `model.float()` does", other)
@@ -360,6 +369,13 @@ def our_conversions() -> dict[str, Conversion]:
 def read_processor(files: Files) -> ProcessorMixin | None:
     """The model's own tokenizer and feature extractor; None for a checkpoint that ships without them."""
     folder, conversion = files.parts.get(SPEAKER, files.folder), files.conversion
+    readable = Readable(
+        f"The tokenizer or feature extractor in {folder} cannot be read",
+        "Put the model's own processor files beside its weights.",
+    )
+    if conversion.processor is not None:
+        with readable:
+            return conversion.processor(folder)
     has_tekken = (folder / "tekken.json").is_file()  # Mistral's own repositories have nothing else
     if not has_tekken and not (folder / "tokenizer_config.json").is_file():
         return None
@@ -368,10 +384,7 @@ def read_processor(files: Files) -> ProcessorMixin | None:
             f"{folder} has a tekken.json, which mistral-common reads, and that is not installed. Install it: pip "
             "install 'lalm_lens[voxtral]'."
         )
-    with Readable(
-        f"The tokenizer or feature extractor in {folder} cannot be read",
-        "Put the model's own processor files beside its weights.",
-    ):
+    with readable:
         if files.parts:
             return processor_of_parts(**files.parts)
         if conversion.sight is not None:

@@ -88,7 +88,7 @@ class HookedLALM(HookedTransformer):
 
     def hear(self, inputs: Inputs, embed: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """With the audio where its placeholders are."""
-        is_audio = inputs.tokens == self.lalm_cfg.audio_token
+        is_audio = self.is_audio(inputs.tokens)
         n_audio = inputs.tokens.new_zeros(0) if inputs.n_frames is None else self.audio_encoder.n_audio(inputs.n_frames)
         check_placeholders(is_audio, n_audio, "audio", "clips")
         if inputs.mel is None or inputs.n_frames is None:
@@ -106,9 +106,13 @@ class HookedLALM(HookedTransformer):
             )
         return embed
 
-    def is_placeholder(self, tokens: Int[Tensor, "*batch pos"]) -> Bool[Tensor, "*batch pos"]:
-        """Where something is heard or seen."""
+    def is_audio(self, tokens: Int[Tensor, "*batch pos"]) -> Bool[Tensor, "*batch pos"]:
+        """Where audio is heard."""
         return tokens == self.lalm_cfg.audio_token
+
+    def is_placeholder(self, tokens: Int[Tensor, "*batch pos"]) -> Bool[Tensor, "*batch pos"]:
+        """Where something is heard or seen, and no word of the vocabulary stands."""
+        return self.is_audio(tokens)
 
     def positions_of(self, inputs: Any) -> Int[Tensor, "3 batch pos"] | None:
         return inputs.positions if isinstance(inputs, Inputs | Embedded) else None
@@ -123,7 +127,7 @@ class HookedLALM(HookedTransformer):
 
     def fed(self, tokens: Int[Tensor, "*batch pos"], stack: str) -> Bool[Tensor, "*batch pos"]:
         """Where these tokens stand for what an encoder makes."""
-        return tokens == self.lalm_cfg.audio_token
+        return self.is_audio(tokens)
 
     def refuse_hooks(self, names: set[str]) -> None:
         """Raise `HookError` for a hook on one of these points, which this run does not pass."""

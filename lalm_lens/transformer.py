@@ -21,7 +21,7 @@ from lalm_lens.nn.block import DecoderBlock
 from lalm_lens.nn.embed import Embed, Unembed
 from lalm_lens.nn.kv_cache import KeyValueCache, Memory
 from lalm_lens.nn.norm import RMSNorm
-from lalm_lens.nn.rope import ROTARY
+from lalm_lens.nn.rope import rotary_of
 from lalm_lens.offload import held
 from lalm_lens.placement import Placement
 from lalm_lens.shapes import typed
@@ -60,7 +60,7 @@ class HookedTransformer(Generates, NamedWeights):
         self.cfg = bridge_config(self.decoder_cfg, name or getattr(theirs, "model_name", "custom"))
         self.embed = Embed(self.decoder_cfg.d_vocab, self.decoder_cfg.d_model)
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
-        self.rotary = ROTARY[type(self.decoder_cfg.rope)](self.decoder_cfg.rope, self.decoder_cfg.d_head)
+        self.rotary = rotary_of(self.decoder_cfg)
         self.blocks = nn.ModuleList(DecoderBlock(self.decoder_cfg) for _ in range(self.decoder_cfg.n_layers))
         self.ln_final = RMSNorm(self.decoder_cfg.d_model, self.decoder_cfg.eps)
         self.unembed = Unembed(self.decoder_cfg.d_model, self.decoder_cfg.d_vocab)
@@ -179,7 +179,8 @@ class HookedTransformer(Generates, NamedWeights):
             positions = counted(is_token, n_pos, n_key, device) + (0 if kv_cache is None else kv_cache.shift)
         elif positions.ndim == 3 and not isinstance(self.decoder_cfg.rope, MRope):
             raise InputError("This model has one position for each token, not three: give positions [batch, pos].")
-        rotation = self.rotary(positions, resid.dtype)
+        n_tokens = [n_key] if is_token is None else is_token.sum(-1).tolist()
+        rotation = self.rotary(positions, resid.dtype, n_tokens if kv_cache is None else kv_cache.of_prompts(n_tokens))
         windows, blocks = self.decoder_cfg.windows, self.each_block
         masks = {window: causal_mask(is_token, n_pos, n_key, window, device) for window in set(windows)}
         for layer in layers:

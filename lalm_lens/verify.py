@@ -211,7 +211,7 @@ def counterparts(hf: nn.Module, places: Iterable[str], conversion: Conversion, c
     table, names = Table(conversion.rows(cfg)), list(hf.state_dict())
     layout = choose_layout(names, table, conversion.layouts)
     hits = {name: table.find(layout.to_table(name)) for name in names}
-    ours = {name: hit[1] for name, hit in hits.items() if hit is not None and isinstance(hit[0], Rule)}
+    ours = {name: hit[1][0] for name, hit in hits.items() if hit is not None and isinstance(hit[0], Rule)}
     owners = {what: [name.split(".")[:-1] for name in ours if ours[name].startswith(f"{what}.")] for what in places}
     common = {what: commonprefix(paths) for what, paths in owners.items() if paths}  # noqa: RUF071  of names
     return {what: hf.get_submodule(".".join(path)) for what, path in common.items()}

@@ -7,7 +7,7 @@ number is read. Then tensors stream from disk one by one into the model.
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,6 +43,34 @@ class Rule:
     def under(self, hf: str = "", ours: str = "") -> "Rule":
         return replace(self, hf=hf + self.hf, ours=ours + self.ours)
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.ours,)
+
+    def split(self, theirs: Tensor) -> Iterable[Tensor]:
+        """HF's tensor as ours."""
+        return (theirs,)
+
+    def join(self, ours: Sequence[Tensor]) -> Tensor:
+        """`split` undone."""
+        return ours[0]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """`hf` is several tensors of ours in one: they have the same shape, and lie one after the other."""
+
+    hf: str
+    targets: tuple[str, ...]
+
+    def split(self, theirs: Tensor) -> Iterable[Tensor]:
+        """HF's tensor as ours: views of it, so nothing is copied."""
+        return rearrange(theirs, "(part rows) ... -> part rows ...", part=len(self.targets))
+
+    def join(self, ours: Sequence[Tensor]) -> Tensor:
+        """`split` undone."""
+        return rearrange([*ours], "part rows ... -> (part rows) ...")
+
 
 @dataclass(frozen=True)
 class Tied:
@@ -50,6 +79,10 @@ class Tied:
     hf: str
     to: str
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return (self.to,)
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -57,9 +90,10 @@ class Drop:
 
     hf: str
     why: str
+    targets: tuple[str, ...] = ()
 
 
-Row = Rule | Tied | Drop
+Row = Rule | Fused | Tied | Drop
 
 
 @dataclass(frozen=True)
@@ -127,6 +161,8 @@ class Conversion:
     sight: Sight | None = None  # of a model that also sees
     parts: tuple[Part, ...] = ()  # what a checkpoint leaves to others; `config` finds their configs under "parts"
     pickle: str | None = None  # the file of its own tensors, where that is not safetensors
+    processor: Callable[[Path], ProcessorMixin | None] | None = None  # of a folder that transformers itself cannot read
+    stop_tokens: tuple[int, ...] = ()  # what ends an answer beside what the checkpoint's own files say
 
 
 class Table:
@@ -135,21 +171,21 @@ class Table:
     def __init__(self, rows: tuple[Row, ...]):
         self.rows = [(_pattern(row.hf), row) for row in rows]
 
-    def find(self, hf_name: str) -> tuple[Row, str] | None:
-        """The row of an HF tensor, and its name there with the block index filled in; None if there is none."""
+    def find(self, hf_name: str) -> tuple[Row, tuple[str, ...]] | None:
+        """The row of an HF tensor, and its targets with the block index filled in; None if there is none."""
         hits = [(row, match) for pattern, row in self.rows if (match := pattern.fullmatch(hf_name))]
         assert len(hits) < 2, f"{hf_name} matches two rows: {hits}"
         if not hits:
             return None
         row, match = hits[0]
-        target = {Rule: "ours", Tied: "to", Drop: "hf"}[type(row)]
-        return row, getattr(row, target).format(**match.groupdict())
+        return row, tuple(target.format(**match.groupdict()) for target in row.targets)
 
     def hf_name(self, our_name: str) -> str | None:
-        """The HF name of one of our parameters."""
+        """The HF name of what holds one of our parameters."""
         for _, row in self.rows:
-            if isinstance(row, Rule) and (match := _pattern(row.ours).fullmatch(our_name)):
-                return row.hf.format(**match.groupdict())
+            for target in row.targets if isinstance(row, Rule | Fused) else ():
+                if match := _pattern(target).fullmatch(our_name):
+                    return row.hf.format(**match.groupdict())
         return None
 
 
@@ -312,11 +348,14 @@ def load(
     check(model, checkpoint, table, layout)
     # A bar after two seconds: a large checkpoint takes minutes.
     for name in tqdm(checkpoint.shapes, "loading", unit="tensor", delay=2, leave=False, disable=None):
-        row, target = table.find(layout.to_table(name)) or (None, "")
-        if isinstance(row, Rule):
-            assign(model, target, place(target, checkpoint[name]))
-        elif isinstance(row, Tied) and not torch.equal(checkpoint[name], checkpoint[layout.to_disk(target)]):
-            raise ConversionError(f"{name} is said to be tied to {layout.to_disk(target)}, but they differ.")
+        row, targets = table.find(layout.to_table(name)) or (None, ())
+        if isinstance(row, Rule | Fused):
+            for target, tensor in zip(targets, row.split(checkpoint[name]), strict=True):
+                assign(model, target, place(target, tensor))
+        elif isinstance(row, Tied):
+            twin = layout.to_disk(*targets)
+            if not torch.equal(checkpoint[name], checkpoint[twin]):
+                raise ConversionError(f"{name} is said to be tied to {twin}, but they differ.")
 
 
 def onto(device: torch.device, dtype: torch.dtype, wide: Container[str] = ()) -> Place:
@@ -340,13 +379,18 @@ def check(model: nn.Module, checkpoint: Tensors, table: Table, layout: Layout) -
     ours = dict(model.named_parameters())
     found = {name: table.find(layout.to_table(name)) for name in checkpoint.shapes}
     extra = [name for name, hit in found.items() if hit is None]
-    filled = {hit[1]: name for name, hit in found.items() if hit is not None and isinstance(hit[0], Rule)}
-    extra += [name for target, name in filled.items() if target not in ours]
-    missing = [layout.to_disk(table.hf_name(name) or f"(no row makes {name})") for name in ours if name not in filled]
+    targets = {name: hit[1] for name, hit in found.items() if hit is not None and isinstance(hit[0], Rule | Fused)}
+    extra += [name for name, its in targets.items() if not set(its) <= set(ours)]
+    filled = {target for its in targets.values() for target in its}
+    lacking = [layout.to_disk(table.hf_name(name) or f"(no row makes {name})") for name in ours if name not in filled]
+    missing = list(dict.fromkeys(lacking))
+    expected = {
+        name: joined_shape([ours[target].shape for target in its]) for name, its in targets.items() if name not in extra
+    }
     wrong = [
-        f"{name} is {checkpoint.shapes[name]}, expected {tuple(ours[target].shape)}"
-        for target, name in filled.items()
-        if target in ours and checkpoint.shapes[name] != ours[target].shape
+        f"{name} is {checkpoint.shapes[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if checkpoint.shapes[name] != shape
     ]
     lora = [name for name in extra if ".lora_" in name]
     kinds = {
@@ -367,6 +411,11 @@ def check(model: nn.Module, checkpoint: Tensors, table: Table, layout: Layout) -
         )
 
 
+def joined_shape(shapes: Sequence[torch.Size]) -> tuple[int, ...]:
+    """Of tensors that lie one after the other."""
+    return tuple(shapes[0]) if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Let a parameter be `tensor`, without a copy."""
     owner, _, leaf = name.rpartition(".")
@@ -377,8 +426,10 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def export(model: nn.Module, rows: tuple[Row, ...], layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Our parameters under their HF names: the table run backwards."""
-    table = Table(rows)
-    for name, parameter in model.named_parameters():
-        hf_name = table.hf_name(name)
-        assert hf_name is not None, f"no row makes {name}"
-        yield layout.to_disk(hf_name), parameter.detach()
+    table, ours = Table(rows), dict(model.named_parameters())
+    names = {name: table.hf_name(name) for name in ours}
+    assert None not in names.values(), f"no row makes {[name for name, hf_name in names.items() if hf_name is None]}"
+    for hf_name in dict.fromkeys(filter(None, names.values())):
+        row, targets = table.find(hf_name) or (None, ())
+        assert isinstance(row, Rule | Fused)
+        yield layout.to_disk(hf_name), row.join([ours[target].detach() for target in targets])

@@ -221,7 +221,7 @@ def test_a_decoder_without_biases_matches_llama():
     ours = HookedTransformer(cfg)
     table = Table((*(rule.under(hf="model.") for rule in DECODER), Rule("lm_head.weight", "unembed.linear.weight")))
     for name, tensor in hf.state_dict().items():
-        assign(ours, table.find(name)[1], tensor)
+        assign(ours, table.find(name)[1][0], tensor)
     tokens = torch.randint(0, 60, (2, 11))
     with torch.no_grad():
         assert_close(ours(tokens), hf(tokens, use_cache=False).logits)

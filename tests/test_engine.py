@@ -17,7 +17,6 @@ from engine_cases import (
     state,
 )
 from reference import tiny_hf
-from torch import nn
 from torch.testing import assert_close
 
 from lalm_lens.assets import TINY_LALM, TINY_LALM_PLANTED, TINY_LALM_RELAY
@@ -28,7 +27,7 @@ from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Plan
 from lalm_lens.interventions import BY_HEAD, Add, Knockout, Patch, Recompute, Scale
 from lalm_lens.loading import from_hf, from_pretrained
-from lalm_lens.nn.rope import Rotation
+from lalm_lens.nn.rope import RotaryScheme, Rotation
 from lalm_lens.readouts import Logits, LogProbs, Probabilities, Resid, Score
 from lalm_lens.runs import OWN, Run, Source
 
@@ -386,7 +385,7 @@ def test_sites_of_a_trained_model(shipped, site):
 # --- positions of another kind -------------------------------------------------------------------------------
 
 
-class Streams(nn.Module):
+class Streams(RotaryScheme):
     """Three streams of positions, each turning its own pairs, and a scale that grows with the position."""
 
     def __init__(self, d_head: int, n_pos: int = 64) -> None:
@@ -395,7 +394,7 @@ class Streams(nn.Module):
         self.register_buffer("streams", steps[torch.arange(n_pos) % 3].cumsum(0).float(), persistent=False)
         self.register_buffer("pair", torch.arange(d_head // 2), persistent=False)
 
-    def forward(self, positions, dtype):
+    def forward(self, positions, dtype, n_tokens=()):
         stream = self.streams[positions][..., self.pair % 3]
         angle = stream / 100.0 ** (self.pair / len(self.pair))
         angle = torch.cat([angle, angle], dim=-1)[:, :, None]

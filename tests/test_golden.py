@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -19,7 +20,7 @@ from torch.testing import assert_close
 from lalm_lens.experiments.cells import Grid, cells
 from lalm_lens.experiments.recovery import Case, Recovery, recover
 from lalm_lens.inputs import Inputs
-from lalm_lens.loading import from_pretrained, our_conversions
+from lalm_lens.loading import from_pretrained, our_conversions, read_config
 from lalm_lens.metrics import Answer
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Position, Prompt
@@ -27,7 +28,6 @@ from lalm_lens.results import EMBED_LAYER
 from lalm_lens.runs import Run
 
 HERE = Path(__file__).parent
-MODEL_TYPES = {"desta2": "DestaModel"}  # config.json's name, where meta.json has another
 INPUT_NAMES = ("input_ids", "attention_mask", "feature_attention_mask", "input_features_mask")
 RUNS = ("clean", "corrupted")
 
@@ -78,10 +78,29 @@ class GoldenSet:
             tokens[self.files["transcript_mask"]] = torch.cat(words)
         return tokens
 
+    @cached_property
+    def model_type(self) -> str:
+        return read_config(self.folder / "checkpoint")["model_type"]
+
+    def row(self, number: int) -> "GoldenSet":
+        """One prompt of the batch as a set of its own, without its padding."""
+        prefix, real = f"single.{number}.", self.is_token[number]
+        files = {key: its[number, None] for key, its in self.files.items() if len(its) == len(self.is_token)}
+        row = GoldenSet(self.folder)
+        row.files = {
+            key: its[:, real] if self.files[key].shape == self.is_token.shape else its for key, its in files.items()
+        }
+        row.stored = {key.removeprefix(prefix): its for key, its in self.stored.items() if key.startswith(prefix)}
+        row.model, row.meta = self.model, {}
+        return row
+
     def inputs(self, name: str) -> Inputs:
         batch = {key: self.files[key] for key in INPUT_NAMES if key in self.files}
         batch |= {"input_ids": self.tokens, "input_features": self.files[f"{name}.input_features"]}
-        return Inputs.from_hf(batch)
+        inputs = Inputs.from_hf(batch)
+        if "input_audio_lengths" not in self.files:
+            return inputs
+        return replace(inputs, n_frames=2 * self.files["input_audio_lengths"][:, 0])  # Qwen-Audio counts states
 
     @cached_property
     def is_token(self) -> Tensor:
@@ -89,9 +108,8 @@ class GoldenSet:
 
     @cached_property
     def is_audio(self) -> Tensor:
-        """What hears the clip or reads its transcript."""
-        is_transcript = self.files.get("transcript_mask", torch.zeros_like(self.is_token))
-        return (self.tokens == self.model.lalm_cfg.audio_token) | is_transcript
+        """The positions of the clip, and of what the original puts there beside it."""
+        return self.files["audio_side_mask"]
 
     @cached_property
     def text_after(self) -> Tensor:
@@ -114,18 +132,28 @@ class GoldenSet:
             "resid_post": torch.where(is_token, resid_post, 0),
             "encoder_output": self.heard(cache["audio_encoder.hook_out"], name, "encoder_output"),
             "projector_output": self.heard(cache["adapter.hook_out"], name, "projector_output"),
-            "audio_embeds": cache["hook_audio_embed"],
+            "audio_embeds": self.audio_embeds(cache, name),
             "logits_f64": self.wide_logits(name)[:, self.text_after],
         }
 
     def heard(self, states: Tensor, name: str, key: str) -> Tensor:
-        """As they are stored: of whole windows, or, where a model pads nothing, of the sound alone."""
+        """As they are stored: of whole windows, of the longest clip, or, where a model pads nothing, of the sound
+        alone."""
         if states.ndim == 4:
             return states.movedim(2, 0)  # what a Q-Former looks at, by tap
-        n_audio = self.model.audio_encoder.n_audio(self.inputs(name).n_frames)
-        if self.stored[f"{name}.{key}"].shape[:-1] != (n_audio.sum(),):
+        n_audio, stored = self.model.audio_encoder.n_audio(self.inputs(name).n_frames), self.stored.get(f"{name}.{key}")
+        if stored is None or stored.shape[:-1] == (len(states), n_audio.max()):
+            return states[:, : n_audio.max()]
+        if stored.shape[:-1] != (n_audio.sum(),):
             return states
         return states[torch.arange(states.shape[1]) < n_audio[:, None]]
+
+    def audio_embeds(self, cache: dict[str, Tensor], name: str) -> Tensor:
+        """The rows of the clip; of Qwen-Audio with those of its marks."""
+        rows = {which: cache["hook_embed"][self.files[which]] for which in ("audio_mask", "audio_side_mask")}
+        assert torch.equal(rows["audio_mask"], cache["hook_audio_embed"])
+        stored = self.stored.get(f"{name}.audio_embeds", ())
+        return next((its for its in rows.values() if len(its) == len(stored)), cache["hook_audio_embed"])
 
     def wide_logits(self, name: str) -> Tensor:
         wide = self.load(torch.float64)
@@ -264,9 +292,10 @@ def compare_all(golden: GoldenSet, allowed: set[str]) -> int:
     name = golden.folder.name
     for file in ("meta.json", "inputs.safetensors", "expected.safetensors"):
         assert (golden.folder / file).is_file(), f"{name}: no {file}"
-    conversions = our_conversions()
-    model_type = MODEL_TYPES.get(golden.meta["model"], golden.meta["model"])
-    assert model_type in conversions, f"{name}: no conversion for {model_type}"
+    assert golden.model_type in our_conversions(), f"{name}: no conversion for {golden.model_type}"
+    alone = rows_alone(golden)
+    if alone:
+        return sum(compare_all(row, allowed) for row in alone)
     stored = set(golden.stored) - allowed
     lost = set(golden.meta.get("shapes", {}).get("expected", {})) - set(golden.stored)
     assert not lost, f"{name}: meta.json lists {sorted(lost)}, which are not stored"
@@ -281,6 +310,16 @@ def compare_all(golden: GoldenSet, allowed: set[str]) -> int:
     for key in sorted(stored):
         compare(key, computed[key], golden.stored[key])
     return len(stored)
+
+
+def rows_alone(golden: GoldenSet) -> list[GoldenSet]:
+    """The rows of a batch that the original answers otherwise than each of them alone: `single.{b}.*` is what it says
+    to them alone, as we do."""
+    numbers = sorted({int(key.split(".")[1]) for key in golden.stored if key.startswith("single.")})
+    assert not numbers or numbers == list(range(len(golden.is_token))), (
+        f"{golden.folder.name}: a row is not there alone"
+    )
+    return [golden.row(number) for number in numbers]
 
 
 def sets_in(root: Path) -> list[Path]:
@@ -347,8 +386,24 @@ def test_an_array_that_was_taken_out_or_emptied_fails(small, monkeypatch, name):
         compare_all(small, set())
 
 
+def test_rows_that_stand_alone_are_compared_alone():
+    alone = GoldenSet(HERE / "golden" / "qwen_audio")
+    batch, n_pad = GoldenSet(alone.folder), 4
+    pad = {"input_ids", *(key for key in alone.files if key.endswith("mask"))}
+    twice = {key: torch.cat([its, its]) for key, its in alone.files.items() if key != "waveform"}
+    batch.files = {key: F.pad(its, (n_pad, 0)) if key in pad else its for key, its in twice.items()}
+    batch.stored = {f"single.{row}.{key}": its.clone() for row in (0, 1) for key, its in alone.stored.items()}
+    assert compare_all(batch, set()) == 2 * len(alone.stored)
+    batch.stored["single.1.clean.logits"][0, -1, -1] += 1e-3
+    with pytest.raises(AssertionError, match=r"clean\.logits"):
+        compare_all(batch, set())
+    batch.stored = {key: its for key, its in batch.stored.items() if "single.0" in key}
+    with pytest.raises(AssertionError, match="a row is not there alone"):
+        compare_all(batch, set())
+
+
 def test_a_set_without_a_conversion_fails(small, monkeypatch):
-    monkeypatch.setitem(small.meta, "model", "never_heard_of")
+    monkeypatch.setattr(small, "model_type", "never_heard_of")
     with pytest.raises(AssertionError, match="no conversion"):
         compare_all(small, set())
 

@@ -18,10 +18,11 @@ from lalm_lens.engine.sweep import Group, Planned, Sweep
 from lalm_lens.interventions import Edit, Patch, Valued
 from lalm_lens.model import HookedLALM
 from lalm_lens.nn.block import DecoderBlock
+from lalm_lens.nn.rope import RotaryScheme, Rotation
 from lalm_lens.offload import held
 from lalm_lens.readouts import Resid
 from lalm_lens.runs import Run, Source
-from lalm_lens.transformer import HookedTransformer, Positions
+from lalm_lens.transformer import HookedTransformer
 
 Part = Literal["rows", "own", "out", "left"]  # of the positions that a branch has in a block
 
@@ -99,8 +100,8 @@ class Pass:
         self.taken: dict[tuple[int, int], Tensor] = {}  # what branches took from themselves, by branch and change
         like = self.bases[members[0].run].resid[0]
         self.device, self.resid, self.space = like.device, like[:0], Space()  # no branch is born yet
-        positions, self.first_angle = angles({member.run: self.bases[member.run] for member in members})
-        self.rotation = self.model.rotary(positions.to(self.device), like.dtype)
+        bases = {member.run: self.bases[member.run] for member in members}
+        self.rotation, self.first_angle = angles(self.model.rotary, bases, like)
 
     def values(self) -> dict[int, Tensor]:
         for layer in range(self.sweep.n_run):
@@ -233,7 +234,7 @@ class Pass:
         self.edit(q, out, layer, "q")
         self.edit(k, own, layer, "k")
         self.edit(v, own, layer, "v")
-        q = self.rotation.at(self.positions(groups, "out")).to(q.device)(q[None])[0]
+        q = self.rotation.at(self.positions(groups, "out")).to(q.device).of_queries(q[None])[0]
         k = self.rotation.at(self.positions(groups, "own")).to(k.device)(k[None])[0]
         z = torch.empty_like(q)
         for group in groups:
@@ -318,17 +319,22 @@ class Pass:
         return resid
 
 
-def angles(bases: Mapping[Run, Base]) -> tuple[Positions, dict[Run, int]]:
-    """The positions of some runs, and where those of each of them begin: one count for all of them, or one table after
-    the other, where some are not counted."""
+def angles(rotary: RotaryScheme, bases: Mapping[Run, Base], like: Tensor) -> tuple[Rotation, dict[Run, int]]:
+    """What the positions of some runs are rotated by, and where the table of each of them begins: one for all of a
+    kind, or one after the other, where some are not counted."""
     if all(base.positions is None for base in bases.values()):
-        return torch.arange(max(base.n_pos for base in bases.values()))[None], dict.fromkeys(bases, 0)
+        kinds = {run: rotary.kind(base.n_pos) for run, base in bases.items()}
+        longest = {kind: max(bases[run].n_pos for run in bases if kinds[run] == kind) for kind in kinds.values()}
+        tables = [rotary(torch.arange(n, device=like.device)[None], like.dtype, [n]) for n in longest.values()]
+        firsts = dict(zip(longest, np.cumsum([0, *longest.values()]).tolist(), strict=False))
+        return tables[0].behind(*tables[1:]), {run: firsts[kind] for run, kind in kinds.items()}
     tables = [
         torch.arange(base.n_pos).expand(3, -1) if base.positions is None else base.positions.cpu()
         for base in bases.values()
     ]
     firsts = np.cumsum([0, *(base.n_pos for base in bases.values())])
-    return torch.cat(tables, dim=1)[:, None], dict(zip(bases, firsts.tolist(), strict=False))
+    positions = torch.cat(tables, dim=1)[:, None].to(like.device)
+    return rotary(positions, like.dtype), dict(zip(bases, firsts.tolist(), strict=False))
 
 
 @lru_cache(maxsize=4096)

@@ -218,7 +218,7 @@ class AxialAttention(Attention):
         self, x: Float[Tensor, "frame pos d_model"], mask: Mask | None, rotation: Rotation
     ) -> Float[Tensor, "frame pos d_model"]:
         q, k, v = self.project(x)
-        q, k = self.hook_rot_q(rotation(q).to(q.dtype)), self.hook_rot_k(rotation(k).to(k.dtype))
+        q, k = self.hook_rot_q(rotation(q)), self.hook_rot_k(rotation(k))
         return self.output(self.attend(q, k, v, mask))
 
 
@@ -261,7 +261,7 @@ class RotaryAttention(Attention):
         memory: Memory | None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """From projected queries, keys and values on; those in `memory` come before them."""
-        q, k = self.hook_rot_q(rotation(q)), self.hook_rot_k(rotation(k))
+        q, k = self.hook_rot_q(rotation.of_queries(q)), self.hook_rot_k(rotation(k))
         if memory is not None:
             k, v = memory.extend(k, v)
         return self.output(self.attend(q, k, v, mask))

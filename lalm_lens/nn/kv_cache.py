@@ -1,5 +1,6 @@
 """What a decoder remembers of the positions it has passed, so that the next run computes the new ones alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ class KeyValueCache:
         self.n_more = n_more
         self.blocks: dict[int, KeysValues] = {}
         self.is_token: Bool[Tensor, "batch pos"] | None = None
+        self.n_tokens: Sequence[int] = ()  # of each prompt, as the first forward met it
         self.begun: Bool[Tensor, "batch pos"] | None = None
         self.shift: Int[Tensor, "batch 1"] | int = 0  # how far positions are ahead of the number of tokens
         self.begun_shift: Int[Tensor, "batch 1"] | int = 0
@@ -48,6 +50,12 @@ class KeyValueCache:
         """What comes next goes on after the largest of these positions, once the forward has come to its end."""
         is_new = is_token[:, -positions.shape[-1] :]
         self.begun_shift = positions.amax(0).masked_fill(~is_new, -1).amax(-1, True) + 1 - is_token.sum(-1, True)
+
+    def of_prompts(self, n_tokens: Sequence[int]) -> Sequence[int]:
+        """The lengths of the prompts, which a first forward brings: what comes behind them is no part of them."""
+        if not self.n_pos:
+            self.n_tokens = n_tokens
+        return self.n_tokens
 
     def commit(self) -> None:
         """The forward has come to its end."""

@@ -1,17 +1,19 @@
 """A question about a clip as a model's own tokens and features, with a label for every position."""
 
 from lalm_lens.prompts.desta import Desta2Template, Desta25Template
-from lalm_lens.prompts.hearing import Chunks, Hearing, OneWindow, PaddedWindow, WholeClip, Windows
+from lalm_lens.prompts.hearing import Chunks, CutClip, Hearing, OneWindow, PaddedWindow, WholeClip, Windows
 from lalm_lens.prompts.mistral import MistralTemplate
 from lalm_lens.prompts.parts import EarsAndWords, processor_of_parts
 from lalm_lens.prompts.processor import Processor
 from lalm_lens.prompts.prompt import Position, Prompt
+from lalm_lens.prompts.qwen import qwen_processor
 from lalm_lens.prompts.seeing import EarsAndEyes, seeing_processor
 from lalm_lens.prompts.templates import ChatTemplate, Mark, Template, Transcript
 
 __all__ = [
     "ChatTemplate",
     "Chunks",
+    "CutClip",
     "Desta2Template",
     "Desta25Template",
     "EarsAndEyes",
@@ -29,5 +31,6 @@ __all__ = [
     "WholeClip",
     "Windows",
     "processor_of_parts",
+    "qwen_processor",
     "seeing_processor",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lalm_lens.audio import Waveforms
 from lalm_lens.config import EncoderConfig
+from lalm_lens.encoders.whisper import n_states
 from lalm_lens.errors import ConversionError
 
 Features = tuple[Float[Tensor, "clip mel frames"], Int[Tensor, " clip"]]  # and the frames of sound in each row
@@ -27,6 +28,10 @@ class Hearing(ABC):
     @abstractmethod
     def features(self, extractor: Any, waveforms: Waveforms) -> Features:
         """Log-mel features by HF's own extractor, and how many frames (10 ms) of each row the encoder hears."""
+
+    def n_frames(self, n_samples: int, hop: int) -> int:
+        """Mel frames of a clip that the encoder hears, `hop` samples each: the last one possibly begun only."""
+        return -(-n_samples // hop)
 
     def check(self, hf: Any, cfg: EncoderConfig) -> None:
         """Raise `ConversionError` for a feature extractor that was made for another encoder."""
@@ -78,6 +83,18 @@ class PaddedWindow(OneWindow):
     def features(self, extractor: Any, waveforms: Waveforms) -> Features:
         mel, _ = super().features(extractor, waveforms)
         return mel, torch.full((len(mel),), mel.shape[-1])
+
+
+class CutClip(OneWindow):
+    """Features are made of a clip padded to one window, and end with the clip's last whole frame (Qwen-Audio)."""
+
+    def n_frames(self, n_samples: int, hop: int) -> int:
+        return n_samples // hop
+
+    def features(self, extractor: Any, waveforms: Waveforms) -> Features:
+        mel, _ = super().features(extractor, waveforms)
+        n_frames = torch.tensor([self.n_frames(len(waveform), extractor.hop_length) for waveform in waveforms])
+        return mel[..., : 2 * n_states(int(n_frames.max()))], n_frames
 
 
 class WholeClip(OneWindow):

@@ -61,9 +61,9 @@ class Processor:
 
         The clip has `n_frames` mel frames (10 ms). `labels` are the options, the attribute's own by default; tokens of
         the option `answer` are marked as correct. `images`, from `see`, and then `videos`, which are silent, come
-        before the clip. `transcript` is what the clip says, for a model that reads it too (DeSTA): " " by default, as of
-        a clip without speech. Raises `PromptError` if what the form needs is empty, or if the model's chat template does
-        more than to put the texts in their places.
+        before the clip. `transcript` is what the clip says, for a model that reads it too (DeSTA): " " by default, as
+        of a clip without speech. Raises `PromptError` if what the form needs is empty, or if the model's chat template
+        does more than to put the texts in their places.
         """
         if n_frames < 1 or self.n_audio(n_frames) < 1:
             raise PromptError(f"A clip of {n_frames} mel frames (10 ms each) makes no audio token: give a longer one.")
@@ -175,8 +175,8 @@ class Processor:
         check_audible(waveform, self.n_samples, name)
 
     def n_frames(self, waveform: Waveform) -> int:
-        """Mel frames (10 ms) of a clip, the last one possibly begun only."""
-        return -(-len(waveform) // self.hf.feature_extractor.hop_length)
+        """Mel frames (10 ms) of a clip."""
+        return self.hearing.n_frames(len(waveform), self.hf.feature_extractor.hop_length)
 
     def label_tokens(self, labels: Sequence[str], label_space: bool = True) -> dict[str, int]:
         """The first token of each label, as the model would emit it after the prefix: with a leading space.

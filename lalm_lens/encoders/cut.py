@@ -1,0 +1,45 @@
+"""Qwen-Audio's encoder (arXiv 2311.07919): Whisper's, which hears a clip and nothing behind it."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lalm_lens.encoders.base import Frames
+from lalm_lens.encoders.whisper import WhisperEncoder, in_pairs, n_pooled_states, n_states
+from lalm_lens.errors import InputError
+
+
+class CutWhisperEncoder(WhisperEncoder):
+    """The features end with the clip before they are convolved, so its last frame has nothing behind it but the zeros
+    of the convolution. States are averaged in pairs before the last norm.
+
+    Each clip of a batch is cut by itself. The original cuts all of them behind the longest, so that a shorter one
+    hears silence to that point, and is answered otherwise than it is alone.
+    """
+
+    def n_audio(self, n_frames: Frames) -> Frames:
+        return n_pooled_states(n_frames)
+
+    def forward(
+        self, mel: Float[Tensor, "clip mel frames"], n_frames: Int[Tensor, " clip"]
+    ) -> Float[Tensor, "clip audio_pos d_model"]:
+        """States of the clip and of what pads it; `n_pooled_states(n_frames)` of them belong to the sound."""
+        n_sound = n_states(n_frames)[:, None]
+        is_heard = torch.arange(mel.shape[-1], device=mel.device) < 2 * n_sound
+        resid = self.embed(torch.where(is_heard[:, None], mel, 0))
+        is_sound = torch.arange(resid.shape[1], device=mel.device) < n_sound
+        for block in self.blocks:
+            resid = block(resid, is_sound[:, None, None, :])
+        return self.hook_out(self.ln_post(in_pairs(resid)))
+
+    def embed(self, mel: Float[Tensor, "clip mel frames"]) -> Float[Tensor, "clip pos d_model"]:
+        if mel.shape[1] != self.cfg.n_mels or mel.shape[2] % 2 or mel.shape[2] > self.cfg.n_frames:
+            raise InputError(
+                f"The encoder takes {self.cfg.n_mels} mel bins x an even number of frames up to {self.cfg.n_frames}, "
+                f"got {mel.shape[1]} x {mel.shape[2]}. Use the feature extractor that belongs to the model."
+            )
+        sound = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))
+        sound = self.hook_embed(rearrange(sound, "clip d_model pos -> clip pos d_model"))
+        return sound + self.W_pos[: sound.shape[1]]
