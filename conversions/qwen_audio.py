@@ -1,7 +1,8 @@
 """Qwen-Audio and Qwen-Audio-Chat (arXiv 2311.07919): Whisper's encoder cut to the clip, states pooled in pairs, one
 linear layer, and Qwen-7B.
 
-transformers has no class for it. Checked against the golden sets, which the authors' own code made.
+transformers has no class for it. Checked against golden sets, which the authors' own code made. Where a batch is
+padded, that code counts padding as positions; here each prompt has its own, and its own length makes the base grow.
 """
 
 from collections.abc import Mapping

@@ -164,12 +164,7 @@ class MRotary(RotaryScheme):
         self.plain = Rotary(Rope(rope.theta), d_head)
         self.sections = rope.sections
 
-    def forward(
-        self,
-        positions: Int[Tensor, "batch pos"] | Int[Tensor, "axis batch pos"],
-        dtype: torch.dtype,
-        n_tokens: Sequence[int] = (),
-    ) -> Rotation:
+    def forward(self, positions: Positions, dtype: torch.dtype, n_tokens: Sequence[int] = ()) -> Rotation:
         if positions.ndim == 2:
             return self.plain(positions, dtype)
         by_axis = [self.plain(its, dtype) for its in positions]

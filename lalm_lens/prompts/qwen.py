@@ -36,6 +36,7 @@ MARKS = (  # in the order of their ids, the first of which comes after the last 
     *(f"<|{name}|>" for name in TOPICS),
     *(CLIP_BEGINS, CLIP_ENDS),
 )
+# The turns that the authors' `chat` writes, and a clip in the line that their `from_list_format` makes of it.
 CHAT = f"""{{% set n = namespace(clips=0) %}}{{% for turn in messages %}}{{% if loop.first %}}<|im_start|>system
 You are a helpful assistant.<|im_end|>
 {{% endif %}}<|im_start|>{{{{ turn.role }}}}
