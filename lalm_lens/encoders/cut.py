@@ -6,12 +6,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lalm_lens.encoders.base import Frames
-from lalm_lens.encoders.whisper import WhisperEncoder, in_pairs, n_pooled_states, n_states
+from lalm_lens.encoders.whisper import PooledWhisperEncoder, in_pairs, n_states
 from lalm_lens.errors import InputError
 
 
-class CutWhisperEncoder(WhisperEncoder):
+class CutWhisperEncoder(PooledWhisperEncoder):
     """The features end with the clip before they are convolved, so its last frame has nothing behind it but the zeros
     of the convolution. States are averaged in pairs before the last norm.
 
@@ -19,19 +18,14 @@ class CutWhisperEncoder(WhisperEncoder):
     hears silence to that point, and is answered otherwise than it is alone.
     """
 
-    def n_audio(self, n_frames: Frames) -> Frames:
-        return n_pooled_states(n_frames)
-
     def forward(
         self, mel: Float[Tensor, "clip mel frames"], n_frames: Int[Tensor, " clip"]
     ) -> Float[Tensor, "clip audio_pos d_model"]:
         """States of the clip and of what pads it; `n_pooled_states(n_frames)` of them belong to the sound."""
         n_sound = n_states(n_frames)[:, None]
         is_heard = torch.arange(mel.shape[-1], device=mel.device) < 2 * n_sound
-        resid = self.embed(torch.where(is_heard[:, None], mel, 0))
-        is_sound = torch.arange(resid.shape[1], device=mel.device) < n_sound
-        for block in self.blocks:
-            resid = block(resid, is_sound[:, None, None, :])
+        is_sound = torch.arange(mel.shape[-1] // 2, device=mel.device) < n_sound
+        resid = self.run_blocks(torch.where(is_heard[:, None], mel, 0), is_sound[:, None, None, :])
         return self.hook_out(self.ln_post(in_pairs(resid)))
 
     def embed(self, mel: Float[Tensor, "clip mel frames"]) -> Float[Tensor, "clip pos d_model"]:
