@@ -1,5 +1,6 @@
 """The command `lalm-lens`. What takes seconds to import is imported by the command that needs it."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lalm_lens.datasets import Sample
     from lalm_lens.model import HookedLALM
     from lalm_lens.results import CausalTrace
+    from lalm_lens.weights import Conversion
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -62,6 +64,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or its id on the Hub.")]
 Part = Annotated[
     list[str] | None, typer.Option(help="Where a part of the model is, as llm=FOLDER; repeat it for another part.")
+]
+Own = Annotated[
+    str | None, typer.Option("--conversion", help="Your own conversion, as module:NAME, from here or installed.")
 ]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")]
@@ -132,6 +137,7 @@ def trace(
         int | None, typer.Option(min=1, help="Tokens that share a block: less needs less memory.")
     ] = None,
     part: Part = None,
+    conversion: Own = None,
 ) -> None:
     """Trace when and where a model fuses what it hears with what it reads."""
     asked = asked_about(attribute, question, labels, prefix)
@@ -156,7 +162,8 @@ def trace(
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.loading import from_pretrained
 
-    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype), parts=parts)
+    how = {"parts": parts, "conversion": conversion_named(conversion)}
+    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype), **how)
     if cut:
         samples = cut_to_hearing(lens, samples)
     traced = causal_trace(lens, samples, attribute=asked, **settings)
@@ -165,10 +172,27 @@ def trace(
 
 def parts_named(part: list[str] | None) -> dict[str, str]:
     """The parts of a model, as they are given: name=path."""
-    parts = dict(each.partition("=")[::2] for each in part or [])
+    parts = {name: path for name, _, path in (each.partition("=") for each in part or [])}
     if not all(name and path for name, path in parts.items()) or len(parts) < len(part or []):
         raise InputError(f"--part names each part once and where it is, as llm=FOLDER; got {', '.join(part or [])}.")
     return parts
+
+
+def conversion_named(named: str | None) -> "Conversion | None":
+    """A `Conversion` of the user's own, which is found as Python finds modules, and in this folder first."""
+    if named is None:
+        return None
+    from lalm_lens.weights import Conversion
+
+    module, _, name = named.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"--conversion {named} cannot be imported ({error}). Give it as module:NAME.") from error
+    if not isinstance(found, Conversion):
+        raise InputError(f"--conversion names a Conversion as module:NAME, as my_model:MINE; {named} is none.")
+    return found
 
 
 def kinds_named(kinds: str) -> list[str]:
@@ -194,6 +218,7 @@ def verify_command(
     clip: Annotated[list[Path] | None, typer.Option(help="Your own sound file; repeat it for a batch.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    conversion: Own = None,
 ) -> None:
     """Run a checkpoint here and in transformers, and compare logits and every block. Exit code 1 if they differ."""
     from lalm_lens.audio import read_audio
@@ -203,17 +228,18 @@ def verify_command(
 
     from lalm_lens.verify import verify
 
-    verification = verify(model, dtype=getattr(torch, dtype), device=device, waveforms=waveforms)
+    own = conversion_named(conversion)
+    verification = verify(model, dtype=getattr(torch, dtype), device=device, waveforms=waveforms, conversion=own)
     print(verification)
     raise typer.Exit(0 if verification.passed else 1)
 
 
 @app.command("info", epilog=EXAMPLES)
-def info_command(model: Model, part: Part = None) -> None:
+def info_command(model: Model, part: Part = None, conversion: Own = None) -> None:
     """Describe a checkpoint from its config.json: sizes, memory, what it hears, hook points. Reads no weights."""
     from lalm_lens.info import info
 
-    print(info(model, parts=parts_named(part)))
+    print(info(model, parts=parts_named(part), conversion=conversion_named(conversion)))
 
 
 def asked_about(attribute: str | None, question: str | None, labels: str | None, prefix: str | None) -> Attribute:

@@ -90,8 +90,8 @@ def verify(
     conversion = conversion or conversion_for(read_config(local_folder(path_or_hub_id, ["config.json"])))
     if conversion.hf_class is None:
         raise ConversionError(
-            f"transformers has no class for a {conversion.model_type} model to compare with. Compare with what its authors' "
-            "own code computes, stored as a golden set: pytest tests/test_golden.py --golden FOLDER."
+            f"transformers has no class for a {conversion.model_type} model to compare with. Compare with what its "
+            "authors' own code computes, stored as a golden set: pytest tests/test_golden.py --golden FOLDER."
         )
     ours = from_pretrained(path_or_hub_id, dtype=dtype, device=device, conversion=conversion)
     if ours.processor is None:

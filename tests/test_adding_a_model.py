@@ -1,8 +1,10 @@
 """docs/adding_a_model.md is the real conversion, and what it says runs."""
 
 import re
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from families import FAMILIES, QUESTION
 from reference import chirps
@@ -10,6 +12,7 @@ from torch.testing import assert_close
 
 import lalm_lens.loading
 from conversions.audioflamingo3 import AUDIO_FLAMINGO_3
+from lalm_lens.cli import main
 from lalm_lens.inputs import Inputs
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +44,26 @@ def test_a_conversion_of_ones_own_opens_the_model(tmp_path, monkeypatch, capsys)
     with torch.no_grad():
         assert_close(page["model"](Inputs.from_hf(batch)), hf(**batch, use_cache=False).logits)
     assert "agrees with transformers in torch.float32" in capsys.readouterr().out
+
+
+def test_the_command_line_takes_a_conversion_of_ones_own(tmp_path, monkeypatch, capsys):
+    FAMILIES["audioflamingo3"].save(tmp_path / "tiny")
+    (tmp_path / "my_model.py").write_text("\n".join(BLOCKS[:4]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(lalm_lens.loading, "our_conversions", dict)
+    for command in ("info", "verify"):
+        monkeypatch.setattr(sys, "argv", ["lalm-lens", command, "tiny", "--conversion", "my_model:MINE"])
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert not done.value.code
+    assert "agrees with transformers in torch.float32" in capsys.readouterr().out
+    for wrong in ("my_model", "my_model:ROWS", "no_such_model:MINE", ""):
+        monkeypatch.setattr(sys, "argv", ["lalm-lens", "info", "tiny", "--conversion", wrong])
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert done.value.code == 2
+        assert "module:NAME" in capsys.readouterr().err
 
 
 def test_the_smallest_conversion_is_small():
