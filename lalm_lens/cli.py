@@ -165,7 +165,7 @@ def trace(
 
 def parts_named(part: list[str] | None) -> dict[str, str]:
     """The parts of a model, as they are given: name=path."""
-    parts = dict(each.partition("=")[::2] for each in part or [])
+    parts = {name: path for name, _, path in (each.partition("=") for each in part or [])}
     if not all(name and path for name, path in parts.items()) or len(parts) < len(part or []):
         raise InputError(f"--part names each part once and where it is, as llm=FOLDER; got {', '.join(part or [])}.")
     return parts

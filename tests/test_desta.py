@@ -174,7 +174,7 @@ def test_a_round_trip_is_exact(every):
 
 
 def test_any_one_missing_or_added_tensor_is_refused_by_name(opened):
-    files = Files.find(opened.folder, None, opened.parts, ABOUT)
+    files = Files.find(opened.folder, None, opened.parts, *ABOUT)
     model = skeleton(files.config, files.conversion, "tiny")
     rows, whole = Table(files.conversion.rows(model.lalm_cfg)), stored_in(opened)
     rows.find, rows.hf_name = cache(rows.find), cache(rows.hf_name)
@@ -332,7 +332,7 @@ OTHER_ARITHMETIC = {
         ("whisper_config", {"d_model": 48}, "contradict each other in d_model"),
         ("whisper_config", {"scale_embedding": True}, "scale_embedding = True is not supported"),
         ("llama_config", {"rope_parameters": LLAMA3}, "contradict each other in rope"),
-        ("llama_config", {"rope_theta": 1e4}, "contradict each other in rope_theta"),
+        ("llama_config", {"rope_parameters": {"rope_theta": 1e4}}, "contradict each other in rope"),
         ("llama_config", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
     ],
     "desta25_tiny": [
