@@ -89,7 +89,7 @@ def rope(read: ConfigReader) -> Rope | Llama3Rope:
         raise ConversionError(f"{read.where}: rope_parameters and rope_scaling contradict each other in {other[0]}.")
     theta = parameters("rope_theta", read("rope_theta", 10_000.0))
     parameters.expect("type", "default", "llama3")
-    parameters.expect("rope_type", parameters("type", "default"), "default", "llama3")
+    parameters.expect("rope_type", "default", "llama3")
     if parameters("rope_type", parameters("type", "default")) == "llama3":
         rotary: Rope | Llama3Rope = Llama3Rope(
             theta,

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,8 +26,9 @@ from lalm_lens.config import ConfigReader, Llama3Rope, Rope
 from lalm_lens.datasets import Sample
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Plan
-from lalm_lens.errors import AudioError, ConversionError, HookError, InputError
+from lalm_lens.errors import AudioError, ConversionError, DataError, HookError, InputError
 from lalm_lens.experiments.causal_trace import causal_trace
+from lalm_lens.golden import verify_golden
 from lalm_lens.info import info
 from lalm_lens.inputs import Inputs
 from lalm_lens.interventions import Knockout, Patch, Scale
@@ -707,6 +709,45 @@ def test_it_is_not_verified_against_a_class_that_there_is_not(opened):
         verify(opened.folder)
 
 
+@pytest.mark.parametrize("name", ["desta2", "desta25", "qwen2_audio"])
+def test_verify_compares_with_what_the_original_computed(name, monkeypatch):
+    folder, llm = GOLDEN / name, {"desta2": "llama", "desta25": "llm"}.get(name)
+    parts = {"whisper": folder / "checkpoint/whisper", "llm": folder / f"checkpoint/{llm}"} if llm else {}
+    found = verify_golden(folder / "checkpoint", folder, parts=parts)
+    assert found.passed, found
+    n_layers = json.loads((folder / "meta.json").read_text())["shapes"]["expected"]["clean.resid_post"][1][0]
+    assert len(found.frame) == 2 * (n_layers + 3)
+    assert (found.frame.difference > 0).any()
+    assert f"agrees with the golden set {folder}" in found.verdict
+    if name == "desta2":
+        monkeypatch.setattr("lalm_lens.nn.qformer.BERT_EPS", 1e-2)
+        found = verify_golden(folder / "checkpoint", folder, parts=parts)
+        assert not found.passed
+        assert "first in clean adapter" in found.verdict
+
+
+def test_a_folder_that_is_no_golden_set_of_the_model_is_refused(opened, tmp_path):
+    with pytest.raises(DataError, match=r"is no golden set: inputs\.safetensors cannot be read"):
+        verify_golden(opened.folder, tmp_path, parts=opened.parts)
+    with pytest.raises(InputError, match=r"placeholders and the clips make \[5\] audio embeddings"):
+        verify_golden(opened.folder, GOLDEN / "desta25", parts=opened.parts)
+
+
+@pytest.mark.parametrize("key", ["resid_post", "logits", "projector_output"])
+def test_a_golden_set_of_other_shapes_is_refused(tmp_path, key):
+    folder = GOLDEN / "desta2"
+    parts = {"whisper": folder / "checkpoint/whisper", "llm": folder / "checkpoint/llama"}
+    shutil.copy(folder / "inputs.safetensors", tmp_path)
+    arrays = load_file(folder / "expected.safetensors")
+    save_file({**arrays, f"clean.{key}": arrays[f"clean.{key}"][..., :-1]}, tmp_path / "expected.safetensors")
+    with pytest.raises(DataError, match="in the golden set"):
+        verify_golden(folder / "checkpoint", tmp_path, parts=parts)
+    del arrays[f"corrupted.{key}"]
+    save_file(arrays, tmp_path / "expected.safetensors")
+    with pytest.raises(DataError, match=rf"A golden set has corrupted\.{key}, and this one does not"):
+        verify_golden(folder / "checkpoint", tmp_path, parts=parts)
+
+
 def test_it_is_no_model_in_memory(opened):
     hf = opened.theirs.llama
     with pytest.raises(ConversionError, match="is made of several checkpoints: open it by from_pretrained"):
@@ -720,6 +761,12 @@ def test_the_command_line_takes_parts(opened, capsys, monkeypatch):
         main()
     assert stopped.value.code in (0, None)
     assert f"n_queries {opened.theirs.shape.n_queries}" in capsys.readouterr().out
+    golden = GOLDEN / "qwen2_audio"
+    monkeypatch.setattr("sys.argv", ["lalm-lens", "verify", str(golden / "checkpoint"), "--golden", str(golden)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code in (0, None)
+    assert "agrees with the golden set" in capsys.readouterr().out
     for wrong in (["--part", "llm"], ["--part", "=x"], [*given, *given]):
         monkeypatch.setattr("sys.argv", ["lalm-lens", "info", str(opened.folder), *wrong])
         with pytest.raises(SystemExit):
