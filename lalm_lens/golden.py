@@ -40,8 +40,8 @@ def verify_golden(
 ) -> Verification:
     """Run a checkpoint on the inputs of a golden set, in float32, and compare adapter, embeddings, blocks and logits.
 
-    Two places agree if no number differs by more than 1e-4 (logits) or 2e-5. Padding is not compared. Raises `DataError`
-    for a folder that is no golden set, or one of another model.
+    Two places agree if no number differs by more than 1e-4 (logits) or 2e-5. Padding is not compared. Raises
+    `DataError` for a folder that is no golden set, or one of another model.
     """
     files, stored = (read_arrays(Path(golden) / f"{name}.safetensors") for name in ("inputs", "expected"))
     masks = {name: files[name] for name in MASKS if name in files}
@@ -83,19 +83,19 @@ def compared(run: str, model: HookedLALM, inputs: Inputs, theirs: Mapping[str, T
     """One row a place, in the order of the computation."""
     mine = our_states(model, inputs)
     is_real, is_token = real_positions(model, inputs, mine), inputs.attention_mask.cpu()
-    audio = mine["adapter"]
-    if audio.numel() != theirs["projector_output"].numel():  # stored of the sound alone
+    audio, their_audio = mine["adapter"], theirs["projector_output"]
+    if audio.numel() != their_audio.numel():  # stored of the sound alone
         audio = audio[is_real["adapter"]]
-    if audio.numel() != theirs["projector_output"].numel():
+    if audio.numel() != their_audio.numel():
         raise DataError(
-            f"{theirs['projector_output'].numel()} numbers of the adapter are in the golden set, and {audio.numel()} here."
+            f"The adapter's {tuple(their_audio.shape)} in the golden set are not {tuple(audio.shape)} here."
         )
     resid_post = torch.stack([mine[f"blocks.{n}"] for n in range(model.decoder_cfg.n_layers)])
     for key, its in (("embeds", mine["hook_embed"]), ("resid_post", resid_post), ("logits", mine["logits"])):
         if its.shape != theirs[key].shape:
             raise DataError(f"{key} is {tuple(theirs[key].shape)} in the golden set, and {tuple(its.shape)} here.")
     return [
-        row(f"{run} adapter", audio.flatten(), theirs["projector_output"].flatten()),
+        row(f"{run} adapter", audio.flatten(), their_audio.flatten()),
         row(f"{run} hook_embed", mine["hook_embed"][is_token], theirs["embeds"][is_token]),
         *(
             row(f"{run} blocks.{n}", *(states[n, is_token] for states in (resid_post, theirs["resid_post"])))
