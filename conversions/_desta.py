@@ -57,8 +57,8 @@ WHISPER = {  # transformers' WhisperConfig where a config.json says nothing
 }
 OF_DECODER = (
     "decoder_attention_heads decoder_ffn_dim decoder_layerdrop decoder_layers forced_decoder_ids max_target_positions "
-    "median_filter_width tie_word_embeddings use_weighted_layer_sum classifier_proj_size apply_spec_augment mask_time_prob "
-    "mask_time_length mask_time_min_masks mask_feature_prob mask_feature_length mask_feature_min_masks"
+    "median_filter_width tie_word_embeddings use_weighted_layer_sum classifier_proj_size apply_spec_augment "
+    "mask_time_prob mask_time_length mask_time_min_masks mask_feature_prob mask_feature_length mask_feature_min_masks"
 ).split()
 Config = TypeVar("Config", EncoderConfig, DecoderConfig)
 

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lalm_lens.datasets import Sample
     from lalm_lens.model import HookedLALM
     from lalm_lens.results import CausalTrace
+    from lalm_lens.verify import Verification
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -165,7 +166,7 @@ def trace(
 
 def parts_named(part: list[str] | None) -> dict[str, str]:
     """The parts of a model, as they are given: name=path."""
-    parts = dict(each.partition("=")[::2] for each in part or [])
+    parts = {name: path for name, _, path in (each.partition("=") for each in part or [])}
     if not all(name and path for name, path in parts.items()) or len(parts) < len(part or []):
         raise InputError(f"--part names each part once and where it is, as llm=FOLDER; got {', '.join(part or [])}.")
     return parts
@@ -194,8 +195,21 @@ def verify_command(
     clip: Annotated[list[Path] | None, typer.Option(help="Your own sound file; repeat it for a batch.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    golden: Annotated[
+        Path | None, typer.Option(help="Compare with what the original computed, stored in this folder, instead.")
+    ] = None,
+    part: Part = None,
 ) -> None:
     """Run a checkpoint here and in transformers, and compare logits and every block. Exit code 1 if they differ."""
+    parts = parts_named(part)
+    if golden is not None:
+        if clip or dtype != "float32":
+            raise InputError("A golden set has its own clips, and is of float32: leave out --clip and --dtype.")
+        from lalm_lens.golden import verify_golden
+
+        report(verify_golden(model, golden, device=device, parts=parts))
+    if parts:
+        raise InputError("transformers has no class for a model of parts: compare with --golden.")
     from lalm_lens.audio import read_audio
 
     waveforms = [read_audio(path) for path in clip or []] or None
@@ -204,6 +218,10 @@ def verify_command(
     from lalm_lens.verify import verify
 
     verification = verify(model, dtype=getattr(torch, dtype), device=device, waveforms=waveforms)
+    report(verification)
+
+
+def report(verification: "Verification") -> NoReturn:
     print(verification)
     raise typer.Exit(0 if verification.passed else 1)
 
