@@ -84,18 +84,13 @@ def llama_config(read: ConfigReader) -> DecoderConfig:
 
 def rope(read: ConfigReader) -> Rope | Llama3Rope:
     """transformers 5 keeps all in `rope_parameters`, older files in `rope_theta` and `rope_scaling`."""
-    read.ignore("rope_theta")  # it is read here
-    old = {key: read.section[key] for key in ("rope_theta",) if key in read.section} | read.inner(
-        "rope_scaling"
-    ).section
+    old = read.inner("rope_scaling").section
     parameters = read.inner("rope_parameters", old)
     if other := [key for key, value in old.items() if parameters.section[key] != value]:
-        raise ConversionError(
-            f"{read.where}: rope_parameters and older keys contradict each other in {', '.join(other)}."
-        )
-    theta = parameters("rope_theta", 10_000.0)
+        raise ConversionError(f"{read.where}: rope_parameters and rope_scaling contradict each other in {other[0]}.")
+    theta = parameters("rope_theta", read("rope_theta", 10_000.0))
     parameters.expect("type", "default", "llama3")
-    parameters.expect("rope_type", parameters("type", "default"), "default", "llama3")
+    parameters.expect("rope_type", "default", "llama3")
     if parameters("rope_type", parameters("type", "default")) == "llama3":
         rotary: Rope | Llama3Rope = Llama3Rope(
             theta,

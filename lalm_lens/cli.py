@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lalm_lens.datasets import Sample
     from lalm_lens.model import HookedLALM
     from lalm_lens.results import CausalTrace
+    from lalm_lens.verify import Verification
     from lalm_lens.weights import Conversion
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -218,9 +219,22 @@ def verify_command(
     clip: Annotated[list[Path] | None, typer.Option(help="Your own sound file; repeat it for a batch.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    golden: Annotated[
+        Path | None, typer.Option(help="Compare with what the original computed, stored in this folder, instead.")
+    ] = None,
+    part: Part = None,
     conversion: Own = None,
 ) -> None:
     """Run a checkpoint here and in transformers, and compare logits and every block. Exit code 1 if they differ."""
+    parts = parts_named(part)
+    if golden is not None:
+        if clip or dtype != "float32":
+            raise InputError("A golden set has its own clips, and is of float32: leave out --clip and --dtype.")
+        from lalm_lens.golden import verify_golden
+
+        report(verify_golden(model, golden, device=device, parts=parts))
+    if parts:
+        raise InputError("transformers has no class for a model of parts: compare with --golden.")
     from lalm_lens.audio import read_audio
 
     waveforms = [read_audio(path) for path in clip or []] or None
@@ -229,7 +243,10 @@ def verify_command(
     from lalm_lens.verify import verify
 
     own = conversion_named(conversion)
-    verification = verify(model, dtype=getattr(torch, dtype), device=device, waveforms=waveforms, conversion=own)
+    report(verify(model, dtype=getattr(torch, dtype), device=device, waveforms=waveforms, conversion=own))
+
+
+def report(verification: "Verification") -> NoReturn:
     print(verification)
     raise typer.Exit(0 if verification.passed else 1)
 

@@ -85,7 +85,7 @@ def info(
     Bytes of a cache are those of its tensors' memory; where two hook points see the same tensor, it counts once.
     Raises `ConversionError` for a config that cannot be converted.
     """
-    files = Files.find(path_or_hub_id, conversion, parts, ABOUT)
+    files = Files.find(path_or_hub_id, conversion, parts, *ABOUT)
     model = skeleton(files.config, files.conversion, model_name(path_or_hub_id))
     n_frames = model.lalm_cfg.encoder.n_frames
     passed, weights, spread = {}, {}, {}

@@ -55,8 +55,9 @@ class Edit:
     `resid_*`, `attn_out`, `mlp_out` are [pos, d_model]; `q k v z` [pos, head, d_head], of which `heads` are changed;
     `pattern` [query_pos, head, key_pos], of which `heads` and `keys`; `post` [pos, d_mlp], of which `neurons`; None is
     all of them. In the `audio_encoder`, positions are its states (20 ms in Qwen2-Audio), in the `vision_encoder` its
-    patches; `adapter_in` and `adapter_out` have those of the adapter, and layer 0. A clip of several windows has a row
-    of states for each, and what is seen has one for each frame: `row` is the one that is changed, None is all.
+    patches; `adapter_in` and `adapter_out` have those of the adapter, and layer 0; what enters a Q-Former is [pos, tap,
+    d_model]. A clip of several windows has a row of states for each, and what is seen has one for each frame: `row` is
+    the one that is changed, None is all.
 
     As a `.hook()`, positions are absolute: counted from the first of the prompt, padding included, and on through what
     is generated. In generation the change acts in the step that computes a position, and in no other. A position that
@@ -182,8 +183,8 @@ class Valued(Edit):
                 f"A value is a tensor, or states of a run: Source(run); got a {type(self.value).__name__}."
             )
         if isinstance(self.value, Tensor) and not isinstance(self.positions, str):
-            n_axes = 2 + (self.site in BY_HEAD)
-            if self.value.ndim < n_axes or self.value.shape[-n_axes] != len(self.positions):
+            n_axes = (3,) if self.site in BY_HEAD else (2, 3) if self.site == "adapter_in" else (2,)
+            if len(self.positions) not in [self.value.shape[-n] for n in n_axes if n <= self.value.ndim]:
                 raise InputError(f"{len(self.positions)} positions need as many rows, got {tuple(self.value.shape)}.")
 
     def hook(self) -> NamedHook:
@@ -195,7 +196,9 @@ class Valued(Edit):
         """The value's rows for these states."""
         assert isinstance(self.value, Tensor)
         n_axes = states.ndim - 1
-        value = self.value.movedim(-n_axes, 0)[here].movedim(0, -n_axes)
+        value = self.value  # of too few axes, it does not fit
+        if value.ndim >= n_axes:
+            value = value.movedim(-n_axes, 0)[here].movedim(0, -n_axes)
         if value.shape[-n_axes:] != states.shape[1:] or value.shape[:-n_axes] not in ((), (1,), states.shape[:1]):
             raise InputError(
                 f"A value of shape {tuple(self.value.shape)} does not fit states of shape {tuple(states.shape)}: "

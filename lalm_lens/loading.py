@@ -51,7 +51,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportEr
 # No code, and no pickle but this one, whose tensors exist nowhere else.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "qformer_connector.pth")
 UNWANTED = ("consolidated*", "original/*", "*.fp32*")  # the same weights again
-ABOUT = ("config.json", "tokenizer_config.json")  # what says how a model is made
+ABOUT = ("config.json",), ("config.json", "tokenizer_config.json")  # what says how a model, and a part, is made
 SPEAKER, LISTENER = "llm", "whisper"  # the parts that answer, and that write down what is said
 
 
@@ -162,6 +162,7 @@ class Files:
         conversion: Conversion | None,
         parts: Mapping[str, str | Path] | None,
         wanted: Sequence[str] = WANTED,
+        wanted_of_parts: Sequence[str] = WANTED,
     ) -> "Files":
         folder, given = local_folder(path_or_hub_id, wanted), dict(parts or {})
         config = read_config(folder)
@@ -170,7 +171,9 @@ class Files:
         if unknown := sorted(set(given) - set(names)):
             its = f"its parts are {' and '.join(names)}" if names else "it has none"
             raise ConversionError(f"A {conversion.model_type} has no part {unknown[0]!r}: {its}.")
-        folders = {part.name: part_folder(part, config, given.get(part.name), wanted) for part in conversion.parts}
+        folders = {
+            part.name: part_folder(part, config, given.get(part.name), wanted_of_parts) for part in conversion.parts
+        }
         if not folders:
             return cls(folder, {}, config, conversion)
         about = {

@@ -45,6 +45,7 @@ class Verification:
     model_name: str
     dtype: torch.dtype
     frame: pd.DataFrame = field(repr=False)
+    against: str = "transformers"
 
     @property
     def passed(self) -> bool:
@@ -55,10 +56,10 @@ class Verification:
         worst = self.frame.iloc[int(self.frame.difference.to_numpy().argmax())]  # a NaN is the largest
         largest = f"largest difference {worst.difference:.2g}, in {worst.what}"
         if self.passed:
-            return f"{self.model_name} agrees with transformers in {self.dtype} ({largest})."
+            return f"{self.model_name} agrees with {self.against} in {self.dtype} ({largest})."
         wrong = self.frame.what[~self.frame.agrees]
         return (
-            f"{self.model_name} DIFFERS from transformers in {self.dtype}: first in {wrong.iloc[0]}, in {len(wrong)} "
+            f"{self.model_name} DIFFERS from {self.against} in {self.dtype}: first in {wrong.iloc[0]}, in {len(wrong)} "
             f"of {len(self.frame)} places in all ({largest})."
         )
 
@@ -91,7 +92,7 @@ def verify(
     if conversion.hf_class is None:
         raise ConversionError(
             f"transformers has no class for a {conversion.model_type} model to compare with. Compare with what its "
-            "authors' own code computes, stored as a golden set: pytest tests/test_golden.py --golden FOLDER."
+            "authors' own code computed, stored as a golden set: lalm-lens verify MODEL --golden FOLDER."
         )
     ours = from_pretrained(path_or_hub_id, dtype=dtype, device=device, conversion=conversion)
     if ours.processor is None:

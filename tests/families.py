@@ -353,7 +353,6 @@ FAMILIES = {
         n_audio=34,
     ),
 }
-WITHOUT_HF = {"qwen": "tests/test_qwen_audio.py"}  # transformers has no class for these: where they are tested
 PARTS = {"qwen2_5_omni": "qwen2_5_omni_thinker"}  # whole models of which we open a part: tests/test_omni.py
 
 OMNI_TOKENS = {"vision_start_token_id": 151652, "vision_end_token_id": 151653}

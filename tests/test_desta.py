@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from desta import GOLDEN, LLAMA3, SHAPES, Connector, Reference, Shape
+from engine_cases import assert_same, branches
+from reference import chirps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -17,12 +20,24 @@ from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperFo
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from conversions._llama import rope
+from lalm_lens.attributes import ATTRIBUTES
+from lalm_lens.cli import main
 from lalm_lens.config import ConfigReader, Llama3Rope, Rope
-from lalm_lens.errors import ConversionError
+from lalm_lens.datasets import Sample
+from lalm_lens.engine.branches import Branch
+from lalm_lens.engine.plan import Plan
+from lalm_lens.errors import AudioError, ConversionError, DataError, HookError, InputError
+from lalm_lens.experiments.causal_trace import causal_trace
+from lalm_lens.golden import verify_golden
+from lalm_lens.info import info
 from lalm_lens.inputs import Inputs
-from lalm_lens.loading import ABOUT, Files, from_pretrained, our_conversions, skeleton
+from lalm_lens.interventions import Knockout, Patch, Scale
+from lalm_lens.loading import ABOUT, Files, from_hf, from_pretrained, our_conversions, skeleton
 from lalm_lens.model import HookedLALM
 from lalm_lens.nn.rope import ROTARY
+from lalm_lens.readouts import Logits
+from lalm_lens.runs import Run, Source
+from lalm_lens.verify import verify
 from lalm_lens.weights import Drop, Layout, StateDict, Table, check, export, load
 
 NAMES = Path(__file__).parent / "tensor_names"
@@ -54,29 +69,38 @@ class Opened:
         return Inputs(tokens, is_token, mel, torch.full((n_prompts,), 200))
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def opened(request, tmp_path_factory) -> Opened:
-    folder, theirs = tmp_path_factory.mktemp(request.param), Reference.of(SHAPES[request.param])
+def open_tiny(name: str, folder: Path) -> Opened:
+    theirs = Reference.of(SHAPES[name])
     parts = theirs.save(folder)
-    return Opened(request.param, folder, parts, theirs, from_pretrained(folder, parts=parts))
+    return Opened(name, folder, parts, theirs, from_pretrained(folder, parts=parts))
 
 
-def test_logits_and_every_state_match_transformers(opened):
-    inputs, audio_token = opened.inputs(), opened.ours.lalm_cfg.audio_token
+@pytest.fixture(scope="module", params=SHAPES)
+def every(request, tmp_path_factory) -> Opened:
+    return open_tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=["desta2_tiny", "desta25_tiny"])
+def opened(request, tmp_path_factory) -> Opened:
+    return open_tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_logits_and_every_state_match_transformers(every):
+    inputs, audio_token = every.inputs(), every.ours.lalm_cfg.audio_token
     with torch.no_grad():
-        logits, cache = opened.ours.run_with_cache(inputs)
+        logits, cache = every.ours.run_with_cache(inputs)
     for row, is_token in enumerate(inputs.attention_mask):
-        theirs = opened.theirs.states(inputs.tokens[row, is_token][None], inputs.mel[row, None], audio_token)
+        theirs = every.theirs.states(inputs.tokens[row, is_token][None], inputs.mel[row, None], audio_token)
         assert_close(logits[row, is_token], theirs["logits"][0])
         assert_close(cache["hook_embed"][row, is_token], theirs["embed"][0])
-        for layer in range(opened.ours.cfg.n_layers):
+        for layer in range(every.ours.cfg.n_layers):
             assert_close(cache["resid_post", layer][row, is_token], theirs[f"decoder.{layer}"][0])
-        for layer in range(opened.ours.lalm_cfg.encoder.n_layers):
+        for layer in range(every.ours.lalm_cfg.encoder.n_layers):
             assert_close(cache[f"audio_encoder.blocks.{layer}.hook_resid_post"][row], theirs[f"encoder.{layer}"][0])
-        n_taps = len(opened.theirs.shape.taps)
+        n_taps = len(every.theirs.shape.taps)
         for tap in range(n_taps):
             assert_close(cache["audio_encoder.hook_out"][row, :, tap], theirs[f"tap.{tap}"][0])
-        for layer in range(opened.theirs.shape.n_qformer):
+        for layer in range(every.theirs.shape.n_qformer):
             ours = cache[f"adapter.blocks.{layer}.hook_normalized_resid_post"][row * n_taps + n_taps - 1]
             assert_close(ours, theirs[f"qformer.{layer}"][0])
         assert_close(cache["adapter.hook_out"][row], theirs["audio"][0])
@@ -139,10 +163,10 @@ def conversion_of(opened: Opened):
     return our_conversions()[opened.theirs.shape.model_type]
 
 
-def test_a_round_trip_is_exact(opened):
-    stored = stored_in(opened)
-    exported = dict(export(opened.ours, conversion_of(opened).rows(opened.ours.lalm_cfg), Layout()))
-    assert exported.keys() == kept(opened, stored)
+def test_a_round_trip_is_exact(every):
+    stored = stored_in(every)
+    exported = dict(export(every.ours, conversion_of(every).rows(every.ours.lalm_cfg), Layout()))
+    assert exported.keys() == kept(every, stored)
     dropped = {re.sub(r"\d+", "N", name.rpartition(".")[0]) for name in stored.keys() - exported.keys()}
     assert all(
         "decoder" in name or name.endswith(("encoder.layer_norm", "proj_out")) or "layers.N" in name for name in dropped
@@ -152,14 +176,14 @@ def test_a_round_trip_is_exact(opened):
 
 
 def test_any_one_missing_or_added_tensor_is_refused_by_name(opened):
-    files = Files.find(opened.folder, None, opened.parts, ABOUT)
+    files = Files.find(opened.folder, None, opened.parts, *ABOUT)
     model = skeleton(files.config, files.conversion, "tiny")
     rows, whole = Table(files.conversion.rows(model.lalm_cfg)), stored_in(opened)
     rows.find, rows.hf_name = cache(rows.find), cache(rows.hf_name)
     check(model, StateDict("whole", whole), rows, Layout())
     names = kept(opened, whole)
     assert {name.partition("/")[0] for name in names if "/" in name} == {"whisper", "llm"}
-    for name in sorted(names)[:: 1 if opened.theirs.shape.n_encoder == 4 else 10]:  # every one, where they are few
+    for name in names:
         rest = {other: tensor for other, tensor in whole.items() if other != name}
         with pytest.raises(ConversionError, match=f"model: 1 missing: {re.escape(name)}\\. "):
             check(model, StateDict("cut", rest), rows, Layout())
@@ -310,7 +334,7 @@ OTHER_ARITHMETIC = {
         ("whisper_config", {"d_model": 48}, "contradict each other in d_model"),
         ("whisper_config", {"scale_embedding": True}, "scale_embedding = True is not supported"),
         ("llama_config", {"rope_parameters": LLAMA3}, "contradict each other in rope"),
-        ("llama_config", {"rope_theta": 1e4}, "contradict each other in rope_theta"),
+        ("llama_config", {"rope_parameters": {"rope_theta": 1e4}}, "contradict each other in rope"),
         ("llama_config", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
     ],
     "desta25_tiny": [
@@ -456,3 +480,297 @@ def test_parts_in_16_bits_load_in_the_dtype_that_is_asked_for(tmp_path, dtype):
         assert_close(logits, their_logits)
     else:
         assert (logits - their_logits).abs().max() < 0.1  # logits are about 5, and have 8 bits
+
+
+# --- what is done with a model -------------------------------------------------------------------------------
+
+
+def heard(opened: Opened, clip: Tensor) -> Run:
+    processor = opened.ours.processor
+    prompt = processor.prompt(ATTRIBUTES["gender"], processor.n_frames(clip), transcript=" so she said")
+    return Run(processor.inputs([prompt], [clip]), prompt)
+
+
+def both_runs(opened: Opened) -> tuple[Run, Run]:
+    (clip,) = chirps([1.37])
+    return heard(opened, clip), heard(opened, torch.zeros_like(clip))
+
+
+def test_a_clip_has_as_many_tokens_however_long_it_is(opened):
+    n_queries = opened.theirs.shape.n_queries
+    for clip in chirps([0.1, 1.37, 2.0]):
+        run = heard(opened, clip)
+        assert len(run.indices("audio")) == n_queries
+        assert (run.inputs.tokens == opened.ours.lalm_cfg.audio_token).sum() == n_queries
+    with pytest.raises(AudioError, match="is too long: this model hears 2"):
+        heard(opened, chirps([2.01])[0])
+
+
+def test_states_of_the_residual_stream_add_up(opened):
+    with torch.no_grad():
+        _, cache = opened.ours.run_with_cache(both_runs(opened)[0].inputs)
+    assert_close(cache.decompose_resid(mode="full").sum(0), cache["resid_post", opened.ours.cfg.n_layers - 1])
+
+
+def test_the_parts_of_the_connector_add_up(opened):
+    """What each hook holds is what the next part reads."""
+    with torch.no_grad():
+        _, cache = opened.ours.run_with_cache(opened.inputs(2))
+    adapter, n_taps = opened.ours.adapter, len(opened.theirs.shape.taps)
+    entering = cache["adapter.hook_queries"]
+    for layer, block in enumerate(adapter.blocks):
+        at = {name: cache[f"adapter.blocks.{layer}.hook_{name}"] for name in ("attn_out", "cross_attn_out", "mlp_out")}
+        sums = [cache[f"adapter.blocks.{layer}.hook_resid_{name}"] for name in ("pre", "mid", "cross", "post")]
+        assert torch.equal(sums[0], entering)
+        assert_close(sums[1], entering + at["attn_out"])
+        assert_close(sums[2], block.ln1(sums[1]) + at["cross_attn_out"])
+        assert_close(sums[3], block.ln_cross(sums[2]) + at["mlp_out"])
+        entering = cache[f"adapter.blocks.{layer}.hook_normalized_resid_post"]
+        assert_close(entering, block.ln2(sums[3]))
+        for kind, n_keys in (("attn", opened.theirs.shape.n_queries), ("cross_attn", 100)):
+            pattern = cache[f"adapter.blocks.{layer}.{kind}.hook_pattern"]
+            assert pattern.shape == (2 * n_taps, 4, opened.theirs.shape.n_queries, n_keys)
+            assert_close(pattern.sum(-1), torch.ones(pattern.shape[:-1]))
+    mixture = cache["adapter.hook_mixture"]
+    assert_close(mixture.sum(-1), torch.ones(2, opened.theirs.shape.n_queries))
+    by_tap = entering.unflatten(0, (2, n_taps)).movedim(1, 2)
+    assert_close(cache["adapter.hook_mixed"], (by_tap * mixture[..., None]).sum(2))
+    normed = cache["adapter.ln.hook_normalized"] * adapter.ln.w + adapter.ln.b
+    assert_close(cache["adapter.hook_out"], normed @ adapter.W + adapter.b)
+
+
+def test_without_a_hook_on_them_patterns_are_not_made_and_nothing_else_changes(opened):
+    inputs = opened.inputs(2)
+    names = [name for name in opened.ours.hook_dict if re.fullmatch(r"adapter\..*attn\.hook_pattern", name)]
+    assert len(names) == 2 * opened.theirs.shape.n_qformer
+    with torch.no_grad():
+        looked_at = opened.ours.run_with_hooks(inputs, fwd_hooks=[(name, lambda state, hook: None) for name in names])
+        assert_close(looked_at, opened.ours(inputs))
+
+
+def test_a_hook_on_encoder_or_connector_changes_the_answer(opened):
+    inputs = opened.inputs(2)
+    last = opened.theirs.shape.taps[-1] - 1 + (not opened.theirs.shape.is_first)
+    n_qformer = opened.theirs.shape.n_qformer
+    points = [
+        *(f"audio_encoder.blocks.{layer}.hook_mlp_out" for layer in range(last + 1)),
+        *(f"adapter.blocks.{n}.attn.hook_{x}" for n in range(n_qformer) for x in ("q", "attn_scores", "z")),
+        *(f"adapter.blocks.{n}.cross_attn.hook_{x}" for n in range(n_qformer) for x in ("q", "k", "v", "z", "pattern")),
+        *(f"adapter.hook_{x}" for x in ("in", "queries", "mixture", "mixed")),
+        "audio_encoder.hook_out",
+    ]
+
+    def bend(state: Tensor, hook: object) -> Tensor:
+        return state * torch.linspace(0, 2, state.shape[-1])
+
+    with torch.no_grad():
+        plain = opened.ours(inputs)
+        for name in points:
+            changed = opened.ours.run_with_hooks(inputs, fwd_hooks=[(name, bend)])
+            assert (changed - plain)[inputs.attention_mask].abs().max() > 1e-5, name
+    assert f"audio_encoder.blocks.{last + 1}.hook_mlp_out" not in opened.ours.hook_dict, "nothing would hear it"
+    with pytest.raises(HookError, match="would not fire"):
+        opened.ours.run_with_cache(inputs.tokens, names_filter="adapter.hook_mixture")
+
+
+def test_one_tap_alone_is_what_its_mixture_weight_says(opened):
+    """All weight on one tap: only what that tap saw is heard."""
+    inputs, n_taps = opened.inputs(1), len(opened.theirs.shape.taps)
+    for tap in range(n_taps):
+
+        def only(mixture: Tensor, hook: object, tap: int = tap) -> Tensor:
+            return torch.nn.functional.one_hot(torch.full(mixture.shape[:-1], tap), n_taps).float()
+
+        def silence_others(states: Tensor, hook: object, tap: int = tap) -> Tensor:
+            kept = torch.zeros_like(states)
+            kept[:, :, tap] = states[:, :, tap]
+            return kept
+
+        mixture, states = ("adapter.hook_mixture", only), ("adapter.hook_in", silence_others)
+        with torch.no_grad():
+            alone, again, other = (
+                opened.ours.run_with_hooks(inputs, fwd_hooks=hooks)
+                for hooks in ([mixture], [mixture, states], [states])
+            )
+        assert_close(alone, again)
+        assert (alone - other).abs().max() > 1e-4
+
+
+def test_both_engines_agree(opened):
+    clean, silent = both_runs(opened)
+    n_queries = opened.theirs.shape.n_queries
+    last = opened.ours.lalm_cfg.encoder.n_layers - 1
+    changes = [
+        Patch("resid_post", 0, "audio", Source(clean)),
+        Patch("resid_post", 0, "transcript", Source(clean)),
+        Patch("z", 0, (-1,), Source(clean)),
+        Patch("adapter_out", 0, range(n_queries), Source(clean)),
+        Patch("adapter_in", 0, range(100), Source(clean)),
+        Patch("adapter_in", 0, range(40), Source(clean)),
+        Patch("resid_post", last, range(100), Source(clean), stack="audio_encoder"),
+        Scale("mlp_out", 0, range(60), factor=0.0, stack="audio_encoder"),
+        Knockout((0, 1), queries=(-1,), keys="audio"),
+    ]
+    made = branches(silent, *changes)
+    assert_same(opened.ours, made)
+    there = Plan(opened.ours, made, Logits()).run()
+    whole = Plan(opened.ours, [Branch(clean)], Logits()).run().values[0]
+    assert_close(there.values[3], whole)
+    assert_close(there.values[4], whole)
+    moved = (there.values - there.base).abs().flatten(1).amax(-1)
+    assert (moved > 1e-5).all(), moved
+    assert (there.values[5] - whole).abs().max() > 1e-4
+    entering = torch.zeros(100, len(opened.theirs.shape.taps), opened.theirs.shape.d_encoder)
+    assert_same(opened.ours, branches(silent, Patch("adapter_in", 0, range(100), entering)))
+    with pytest.raises(InputError, match="does not fit states of shape"):
+        Plan(opened.ours, branches(silent, Patch("adapter_in", 0, range(100), entering[:, 0])), Logits()).run()
+    with pytest.raises(InputError, match="100 positions need as many rows"):
+        Patch("adapter_in", 0, range(100), entering[1:])
+    with pytest.raises(InputError, match=r"There are 100 positions of adapter\.hook_in"):
+        Plan(opened.ours, branches(silent, Patch("adapter_in", 0, (100,), Source(clean))), Logits())
+
+
+def test_both_engines_trace_alike(opened):
+    sample = Sample("a.wav", "female", chirps([1.37])[0], transcript=" so she said")
+    traced = [
+        causal_trace(
+            opened.ours,
+            [sample],
+            attribute="gender",
+            form="P1",
+            kinds=("layer", "audio_layer", "encoder_window"),
+            window_s=1.0,
+            engine=engine,
+            progress=False,
+        ).to_frame()
+        for engine in ("sweep", "hooks")
+    ]
+    assert [set(frame.engine) for frame in traced] == [{"sweep"}, {"hooks"}]
+    ours, theirs = (torch.tensor(frame.p_patched.to_numpy()) for frame in traced)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-9)
+    windows = traced[0][traced[0].kind == "encoder_window"]
+    assert len(windows) == 2 * opened.ours.lalm_cfg.encoder.n_layers, "the silence behind the clip is heard too"
+
+
+def test_audio_positions_that_have_no_place_in_time_are_not_cut_into_windows(opened):
+    sample = Sample("a.wav", "female", chirps([1.37])[0], transcript=" so she said")
+    for audio in ("windows", "coarse-to-fine"):
+        with pytest.raises(InputError, match="have no place in time: each is a query that looks at the whole clip"):
+            causal_trace(opened.ours, [sample], attribute="gender", audio=audio, progress=False)
+
+
+def test_it_says_what_transformers_says(opened):
+    inputs = opened.inputs(1)
+    embed = opened.theirs.states(inputs.tokens, inputs.mel, opened.ours.lalm_cfg.audio_token)["embed"]
+    theirs = opened.theirs.llama.generate(
+        inputs_embeds=embed, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    generated = opened.ours.generate(inputs, 12, stop_tokens=())
+    assert generated.tokens.tolist() == theirs.tolist()
+    assert len(set(generated.tokens.flatten().tolist())) > 2, "a constant answer compares nothing"
+    assert opened.ours.stop_tokens == (2,)
+
+
+def test_a_bound_model_hears(opened):
+    inputs = opened.inputs()
+    bound = opened.ours.bind(inputs)
+    with torch.no_grad():
+        assert_close(bound(bound.tokens[0])[inputs.attention_mask], opened.ours(inputs)[inputs.attention_mask])
+
+
+def test_memory_of_a_cache_is_counted(opened):
+    """The connector's states have taps, and patterns over the encoder's positions."""
+    inputs = opened.inputs(2)
+    with torch.no_grad():
+        _, cache = opened.ours.run_with_cache(inputs)
+    for prefix in ("adapter.", "audio_encoder.hook_out", "adapter.blocks.0.cross_attn."):
+        names = {name for name in cache.cache_dict if name.startswith(prefix) and not name.endswith("hook_resid_pre")}
+        real = sum(cache[name].nbytes for name in names)
+        if prefix == "adapter.":  # the width of what comes out is the decoder's
+            real += cache["adapter.hook_mixed"].nbytes - cache["adapter.hook_out"].nbytes
+        assert opened.ours.cache_bytes(names, inputs) == real, prefix
+
+
+def test_info_describes_it(opened):
+    described = info(opened.folder, parts=opened.parts)
+    assert sum(described.n_parameters.values()) == sum(p.numel() for p in opened.ours.parameters())
+    assert described.n_audio == opened.theirs.shape.n_queries
+    assert described.hooks["audio_encoder.hook_out"] == "clip, pos, tap, d_model"
+    n = opened.theirs.shape.n_qformer - 1
+    pattern = described.hooks[f"adapter.blocks.{{0..{n}}}.cross_attn.hook_pattern"]
+    assert pattern == "clip_tap, head, query_pos, state_pos"
+    assert "longer clips are refused" in repr(described)
+    perception = sum(p.numel() for part in (opened.ours.audio_encoder, opened.ours.adapter) for p in part.parameters())
+    assert described.weight_bytes["float32"] == 2 * described.weight_bytes["bfloat16"] - 4 * perception
+
+
+def test_it_is_not_verified_against_a_class_that_there_is_not(opened):
+    with pytest.raises(ConversionError, match=r"transformers has no class for a .* --golden FOLDER"):
+        verify(opened.folder)
+
+
+@pytest.mark.parametrize("name", ["desta2", "desta25", "qwen2_audio"])
+def test_verify_compares_with_what_the_original_computed(name, monkeypatch):
+    folder, llm = GOLDEN / name, {"desta2": "llama", "desta25": "llm"}.get(name)
+    parts = {"whisper": folder / "checkpoint/whisper", "llm": folder / f"checkpoint/{llm}"} if llm else {}
+    found = verify_golden(folder / "checkpoint", folder, parts=parts)
+    assert found.passed, found
+    n_layers = json.loads((folder / "meta.json").read_text())["shapes"]["expected"]["clean.resid_post"][1][0]
+    assert len(found.frame) == 2 * (n_layers + 3)
+    assert (found.frame.difference > 0).any()
+    assert f"agrees with the golden set {folder}" in found.verdict
+    if name == "desta2":
+        monkeypatch.setattr("lalm_lens.nn.qformer.BERT_EPS", 1e-2)
+        found = verify_golden(folder / "checkpoint", folder, parts=parts)
+        assert not found.passed
+        assert "first in clean adapter" in found.verdict
+
+
+def test_a_folder_that_is_no_golden_set_of_the_model_is_refused(opened, tmp_path):
+    with pytest.raises(DataError, match=r"is no golden set: inputs\.safetensors cannot be read"):
+        verify_golden(opened.folder, tmp_path, parts=opened.parts)
+    with pytest.raises(InputError, match=r"placeholders and the clips make \[5\] audio embeddings"):
+        verify_golden(opened.folder, GOLDEN / "desta25", parts=opened.parts)
+
+
+@pytest.mark.parametrize("key", ["resid_post", "logits", "projector_output"])
+def test_a_golden_set_of_other_shapes_is_refused(tmp_path, key):
+    folder = GOLDEN / "desta2"
+    parts = {"whisper": folder / "checkpoint/whisper", "llm": folder / "checkpoint/llama"}
+    shutil.copy(folder / "inputs.safetensors", tmp_path)
+    arrays = load_file(folder / "expected.safetensors")
+    save_file(
+        {**arrays, f"clean.{key}": arrays[f"clean.{key}"][..., :-1].contiguous()}, tmp_path / "expected.safetensors"
+    )
+    with pytest.raises(DataError, match="in the golden set"):
+        verify_golden(folder / "checkpoint", tmp_path, parts=parts)
+    del arrays[f"corrupted.{key}"]
+    save_file(arrays, tmp_path / "expected.safetensors")
+    with pytest.raises(DataError, match=rf"A golden set has corrupted\.{key}, and this one does not"):
+        verify_golden(folder / "checkpoint", tmp_path, parts=parts)
+
+
+def test_it_is_no_model_in_memory(opened):
+    hf = opened.theirs.llama
+    with pytest.raises(ConversionError, match="is made of several checkpoints: open it by from_pretrained"):
+        from_hf(hf, conversion=conversion_of(opened))
+
+
+def test_the_command_line_takes_parts(opened, capsys, monkeypatch):
+    given = [text for part, path in opened.parts.items() for text in ("--part", f"{part}={path}")]
+    monkeypatch.setattr("sys.argv", ["lalm-lens", "info", str(opened.folder), *given])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code in (0, None)
+    assert f"n_queries {opened.theirs.shape.n_queries}" in capsys.readouterr().out
+    golden = GOLDEN / "qwen2_audio"
+    monkeypatch.setattr("sys.argv", ["lalm-lens", "verify", str(golden / "checkpoint"), "--golden", str(golden)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code in (0, None)
+    assert "agrees with the golden set" in capsys.readouterr().out
+    for wrong in (["--part", "llm"], ["--part", "=x"], [*given, *given]):
+        monkeypatch.setattr("sys.argv", ["lalm-lens", "info", str(opened.folder), *wrong])
+        with pytest.raises(SystemExit):
+            main()
+        assert "--part names each part once" in capsys.readouterr().err

@@ -202,11 +202,11 @@ def test_words_are_patched_into_a_run_of_another_length(name, direction):
     end = max(base.is_region("transcript").nonzero())[0].item() + 1
     before = [pos for pos in range(end) if base.positions[pos].region not in ("audio", "transcript")]
     behind = list(range(end, len(base)))
-    for layer in range(model.cfg.n_layers):
+    for layer in range(2):
         (row,) = rows[(rows.kind == "layer") & (rows.layer == layer)].p_patched
         expected = p_patched(layer, before + behind, before + [pos + shift for pos in behind])
         assert abs(row - expected) < 1e-6 + 1e-4 * expected
-    for text_index in (-1, -4, end - len(base)):
+    for text_index in (-1, end - len(base)):
         token = rows[(rows.kind == "token") & (rows.layer == 1) & (rows.text_index == text_index)]
         assert token.token.item() == clean.positions[text_index].token
         pos = len(base) + text_index
