@@ -48,7 +48,7 @@ class Store(OffloadedWeightsLoader):
         self.buffer = torch.empty(0, dtype=dtype)
         on_disk = {name: p for name, p in model.named_parameters() if placement.lies[name] == DISK}
         if on_disk:
-            self.folder = new_folder(folder, sum(p.numel() for p in on_disk.values()) * dtype.itemsize)
+            self.folder = new_folder(folder, sum(p.nbytes for p in on_disk.values()))
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def put(self, name: str, tensor: Tensor) -> Tensor:

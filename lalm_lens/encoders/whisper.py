@@ -1,6 +1,7 @@
 """Whisper's encoder (arXiv 2212.04356), every block hooked under the decoder's names."""
 
 import math
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -71,8 +72,7 @@ class WhisperEncoder(AudioEncoder):
         return (sound + self.W_pos).to(sound.dtype)  # Voxtral's table stays in float32
 
     def run_blocks(self, mel: Float[Tensor, "clip mel frames"], mask: Mask | None) -> Float[Tensor, "clip pos d_model"]:
-        *_, resid = self.states(mel, mask)
-        return resid
+        return deque(self.states(mel, mask), maxlen=1).pop()
 
     def states(
         self, mel: Float[Tensor, "clip mel frames"], mask: Mask | None
