@@ -71,7 +71,7 @@ BETWEEN = 3312  # how far `<audio>` is behind the placeholder of audio in the to
 def config(hf: Mapping[str, Any]) -> LALMConfig:
     read = ConfigReader(hf, "config.json")
     read.expect("model_type", "qwen")
-    if "audio" not in hf:
+    if not isinstance(hf.get("audio"), Mapping):
         raise ConversionError("config.json has no section `audio`: this Qwen hears nothing. Give a Qwen-Audio.")
     if lacking := sorted(SAID - set(hf)) or sorted(HEARD - set(hf["audio"])):
         raise ConversionError(f"config.json does not say {', '.join(lacking)}, which have no defaults.")

@@ -431,8 +431,9 @@ def test_what_a_config_leaves_out_is_not_guessed(key):
 
 def test_a_qwen_without_ears_is_refused():
     deaf = {key: value for key, value in qwen.CONFIG.items() if key != "audio"}
-    with pytest.raises(ConversionError, match="no section `audio`: this Qwen hears nothing"):
-        our_conversions()["qwen"].config(deaf)
+    for config in (deaf, deaf | {"audio": None}):
+        with pytest.raises(ConversionError, match="no section `audio`: this Qwen hears nothing"):
+            our_conversions()["qwen"].config(config)
 
 
 def test_code_of_a_checkpoint_never_runs(folder, ours):
