@@ -159,6 +159,16 @@ def test_positions_are_those_of_hf(hf, ours, seed, is_heard):
     assert torch.equal(positions.amax((0, 2))[:, None] + 1 - n_tokens, ahead)
 
 
+def test_a_second_of_video_is_as_long_as_the_config_says():
+    config = tiny_config()
+    config.position_id_per_seconds = 13
+    hf, batch = Thinker(config), Batch(SEEN).hf()
+    theirs, _ = hf_positions(hf, batch, is_heard=False)
+    inputs = Inputs.from_hf(batch)
+    positions = positions_of(inputs, from_hf(hf).lalm_cfg)
+    assert torch.equal(positions[:, inputs.attention_mask], theirs[:, inputs.attention_mask])
+
+
 def test_without_pictures_positions_are_counted(ours):
     assert ours.positions_of(Inputs.from_hf(Batch(SOUNDS).hf())) is None
 

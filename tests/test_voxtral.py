@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, N_WORDS, mistral_turns, write_tekken
+from families import FAMILIES, N_WORDS, mistral_turns, voxtral_config, write_tekken
 from mistral_common.exceptions import InvalidMessageStructureException
-from reference import chirps
-from transformers import VoxtralProcessor, WhisperFeatureExtractor
+from reference import chirps, randomise
+from torch.testing import assert_close
+from transformers import VoxtralForConditionalGeneration, VoxtralProcessor, WhisperFeatureExtractor
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from conversions.voxtral import VOXTRAL
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.encoders.whisper import n_pooled_states
 from lalm_lens.errors import AudioError, ConversionError, InputError, PromptError
+from lalm_lens.inputs import Inputs
 from lalm_lens.loading import from_hf, from_pretrained, skeleton
 from lalm_lens.prompts import Processor
 
@@ -35,6 +37,19 @@ AFTER = [
     (" gender", "attribute", "late"),
     (" is", "last", "last"),
 ]
+
+
+@pytest.mark.parametrize("n_stacked", [1, 2, 5])
+def test_as_many_states_are_a_token_as_the_mlp_is_wide(n_stacked):
+    config = voxtral_config()
+    config.audio_config.intermediate_size = n_stacked * config.audio_config.hidden_size
+    torch.manual_seed(n_stacked)
+    hf = randomise(VoxtralForConditionalGeneration(config)).eval()
+    mel = torch.randn(2, config.audio_config.num_mel_bins, 2 * config.audio_config.max_source_positions)
+    tokens = torch.tensor([[1, 3, *(2 * config.audio_config.max_source_positions // n_stacked) * [AUDIO], 1784]])
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "input_features": mel}
+    with torch.no_grad():
+        assert_close(from_hf(hf)(Inputs.from_hf(batch)), hf(**batch, use_cache=False).logits)
 
 
 def processor_of(folder, n_words: int | None = None, version: str = "v7") -> Processor:
