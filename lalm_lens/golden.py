@@ -6,6 +6,7 @@ For models that transformers has no class for. A golden set is a folder: inputs.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -44,13 +45,11 @@ def verify_golden(
     `DataError` for a folder that is no golden set, or one of another model.
     """
     files, stored = (read_arrays(Path(golden) / f"{name}.safetensors") for name in ("inputs", "expected"))
-    masks = {name: files[name] for name in MASKS if name in files}
-    features = {run: wanted(files, f"{run}.input_features") for run in RUNS}
     theirs = {run: {key: wanted(stored, f"{run}.{key}") for key in STORED} for run in RUNS}
     model = from_pretrained(path_or_hub_id, device=usable_device(device), conversion=conversion, parts=parts)
-    tokens, rows = tokens_of(files, model.lalm_cfg.audio_token), []
+    rows = []
     for run in RUNS:
-        inputs = Inputs.from_hf({**masks, "input_ids": tokens, "input_features": features[run]})
+        inputs = inputs_of(files, run, model.lalm_cfg.audio_token)
         rows += compared(run, model, inputs.to(model.device), theirs[run])
     return Verification(model.cfg.model_name, torch.float32, pd.DataFrame(rows), f"the golden set {golden}")
 
@@ -66,6 +65,15 @@ def wanted(arrays: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in arrays:
         raise DataError(f"A golden set has {name}, and this one does not.")
     return arrays[name]
+
+
+def inputs_of(files: Mapping[str, Tensor], run: str, audio_token: int) -> Inputs:
+    masks = {name: files[name] for name in MASKS if name in files}
+    features = wanted(files, f"{run}.input_features")
+    inputs = Inputs.from_hf({**masks, "input_ids": tokens_of(files, audio_token), "input_features": features})
+    if "input_audio_lengths" not in files:
+        return inputs
+    return replace(inputs, n_frames=2 * files["input_audio_lengths"][:, 0])  # Qwen-Audio counts states
 
 
 def tokens_of(files: Mapping[str, Tensor], audio_token: int) -> Tensor:

@@ -1,73 +1,82 @@
-"""Measure every model of tests/families.py against transformers, and write the table in the README.
+"""Measure every model beside what it is made after, and write the table in the README.
 
     make parity-table
 
-float32 on the CPU, tiny random checkpoints in the published format, two groupings of heads: the largest absolute
-difference of each part, over all of its states that are no padding.
+float32 on the CPU. Models of transformers: tiny random checkpoints in the published format, two groupings of heads,
+`verify`. Models that transformers has no class for: what their authors' code computed, tests/golden, `verify_golden`.
 """
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pandas as pd
 import torch
 import transformers
-from families import FAMILIES, QUESTION, Family, as_theirs
-from reference import chirps, hf_states
-from torch import Tensor
+from families import FAMILIES
 
-from lalm_lens.inputs import Inputs
-from lalm_lens.loading import from_hf
-from lalm_lens.model import HookedLALM
+from lalm_lens.golden import verify_golden
+from lalm_lens.loading import our_conversions
+from lalm_lens.verify import verify
 
-README = Path(__file__).parent.parent / "README.md"
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
 BEGIN, END = "<!-- written by tests/parity_table.py -->\n", "<!-- end of the table -->"
-PARTS = ("encoder blocks", "adapter", "decoder blocks", "logits")
-DURATIONS_S = [2.0, 0.8, 1.37]
+PARTS = {
+    "audio encoder": "audio_encoder.blocks",
+    "vision encoder": "vision_encoder.blocks",
+    "adapters": "adapter|vision_adapter",
+    "decoder": "blocks",
+    "logits": "logits",
+}
+GOLDEN = {"DestaModel": ("DeSTA2", "desta2"), "desta25": ("DeSTA2.5", "desta25"), "qwen": ("Qwen-Audio", "qwen_audio")}
 
 
-def differences(name: str, n_kv_heads: int) -> dict[str, float]:
-    """The largest difference in each part, and how large logits are."""
-    family: Family = FAMILIES[name]
-    hf = family.build(seed=n_kv_heads, num_key_value_heads=n_kv_heads)
-    batch = family.batch(family.processor(), chirps(DURATIONS_S), [QUESTION, "Which animal?", "Is it loud?"])
-    is_token, (logits, theirs) = batch["attention_mask"].bool(), hf_states(hf, batch)
-    ours, cache = states(from_hf(hf), batch)
+def beside_hf(name: str, n_kv_heads: int) -> pd.DataFrame:
+    with TemporaryDirectory() as folder:
+        FAMILIES[name].save(Path(folder), n_kv_heads, num_key_value_heads=n_kv_heads)
+        return verify(folder).frame
 
-    def largest(a: Tensor, b: Tensor) -> float:
-        return float((as_theirs(a, b, batch) - b).abs().max())
 
-    encoder = [n for n in theirs if n.startswith("encoder.")]
-    decoder = [n for n in theirs if n.startswith("decoder.")]
-    return {
-        "encoder blocks": max(largest(cache[n], theirs[n]) for n in encoder),
-        "adapter": largest(cache["projector"], theirs["projector"]),
-        "decoder blocks": max(largest(cache[n][is_token], theirs[n][is_token]) for n in decoder),
-        "logits": largest(ours[is_token], logits[is_token]),
-        "largest logit": float(logits[is_token].abs().max()),
+def beside_original(name: str) -> pd.DataFrame:
+    folder = HERE / "golden" / GOLDEN[name][1]
+    config = json.loads((folder / "checkpoint" / "config.json").read_text(encoding="utf-8"))
+    stored = json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("subfolders", {})
+    parts = {
+        part.name: folder / "checkpoint" / stored[config[part.id_key]].split()[0]
+        for part in our_conversions()[name].parts
     }
+    return verify_golden(folder / "checkpoint", folder, parts=parts or None).frame
 
 
-@torch.no_grad()
-def states(model: HookedLALM, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Ours, by the names of `hf_states`."""
-    logits, cache = model.run_with_cache(Inputs.from_hf(batch))
-    encoder = {
-        f"encoder.{n}": cache[f"audio_encoder.blocks.{n}.hook_resid_post"]
-        for n in range(model.lalm_cfg.encoder.n_layers)
-    }
-    decoder = {f"decoder.{n}": cache[f"blocks.{n}.hook_resid_post"] for n in range(model.cfg.n_layers)}
-    return logits, {**encoder, **decoder, "projector": cache["adapter.hook_out"]}
+def worst(frame: pd.DataFrame) -> dict[str, float]:
+    """The largest difference in each part that was compared, and how large logits are."""
+    places = frame.what.str.removeprefix("clean ").str.removeprefix("corrupted ")
+    found = {part: frame.difference[places.str.match(rf"(?:{which})(?:\.\d+)?$")] for part, which in PARTS.items()}
+    numbers = {part: float(differences.max()) for part, differences in found.items() if len(differences)}
+    return {**numbers, "largest logit": float(frame.largest[places == "logits"].max())}
+
+
+def row(title: str, name: str, measured: dict[str, float]) -> str:
+    numbers = " | ".join(f"{measured[part]:.1e}" if part in measured else "-" for part in PARTS)
+    return f"| {title} (`{name}`) | {numbers} | {measured['largest logit']:.1f} |"
 
 
 def table() -> str:
     lines = [f"| model | {' | '.join(PARTS)} | largest logit |", f"|---|{'---|' * (len(PARTS) + 1)}"]
     for name, family in FAMILIES.items():
-        runs = [differences(name, n_kv_heads) for n_kv_heads in (4, 2)]
-        worst = {part: max(run[part] for run in runs) for part in runs[0]}
-        numbers = " | ".join(f"{worst[part]:.1e}" for part in PARTS)
-        lines.append(f"| {family.title} (`{name}`) | {numbers} | {worst['largest logit']:.1f} |")
+        frames = [beside_hf(name, n_kv_heads) for n_kv_heads in (4, 2)]
+        lines.append(row(family.title, name, worst(pd.concat(frames))))
+    lines += [row(title, name, worst(beside_original(name))) for name, (title, _) in GOLDEN.items()]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
     return "\n".join(
-        [*lines, "", f"Largest absolute difference from {versions}: float32, CPU, tiny random models.", ""]
+        [
+            *lines,
+            "",
+            f"Largest absolute difference from {versions}: float32, CPU, tiny random models.",
+            "DeSTA and Qwen-Audio: from what their authors' code computed, as it is stored in `tests/golden`.",
+            "",
+        ]
     )
 
 

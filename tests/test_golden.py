@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from lalm_lens.experiments.cells import Grid, cells
 from lalm_lens.experiments.recovery import Case, Recovery, recover
+from lalm_lens.golden import inputs_of, tokens_of
 from lalm_lens.inputs import Inputs
 from lalm_lens.loading import from_pretrained, our_conversions, read_config
 from lalm_lens.metrics import Answer
@@ -28,7 +29,6 @@ from lalm_lens.results import EMBED_LAYER
 from lalm_lens.runs import Run
 
 HERE = Path(__file__).parent
-INPUT_NAMES = ("input_ids", "attention_mask", "feature_attention_mask", "input_features_mask")
 RUNS = ("clean", "corrupted")
 
 
@@ -69,14 +69,7 @@ class GoldenSet:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Our prompts: placeholders where audio is heard, and the words of a transcript where it is read."""
-        tokens = self.files.get("merged_input_ids", self.files["input_ids"]).clone()
-        if "merged_input_ids" in self.files:  # -1 where DeSTA2 puts audio in
-            tokens[self.files["audio_mask"]] = self.model.lalm_cfg.audio_token
-        elif "transcript_mask" in self.files:  # DeSTA2.5 has placeholders for both
-            words = [self.files[f"transcript_ids.{row}"] for row in range(len(tokens))]
-            tokens[self.files["transcript_mask"]] = torch.cat(words)
-        return tokens
+        return tokens_of(self.files, self.model.lalm_cfg.audio_token)
 
     @cached_property
     def model_type(self) -> str:
@@ -95,12 +88,7 @@ class GoldenSet:
         return row
 
     def inputs(self, name: str) -> Inputs:
-        batch = {key: self.files[key] for key in INPUT_NAMES if key in self.files}
-        batch |= {"input_ids": self.tokens, "input_features": self.files[f"{name}.input_features"]}
-        inputs = Inputs.from_hf(batch)
-        if "input_audio_lengths" not in self.files:
-            return inputs
-        return replace(inputs, n_frames=2 * self.files["input_audio_lengths"][:, 0])  # Qwen-Audio counts states
+        return inputs_of(self.files, name, self.model.lalm_cfg.audio_token)
 
     @cached_property
     def is_token(self) -> Tensor:
