@@ -308,7 +308,7 @@ def test_a_change_of_nothing_is_not_computed_and_a_recomputation_is(model, runs)
 # --- memory --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small():
     """A plan of many branches of every kind on a small model, and what hooks find."""
     model, base, clean = model_of("windows in turn"), embedded(1), embedded(2)
@@ -428,6 +428,7 @@ def peak_bytes(plan: Plan) -> int:
     return live.most
 
 
+@pytest.mark.stress
 def test_memory_follows_the_budget(runs):
     """A token holds its state, normed and not, two or three of its queries, keys, values and sums, and its neurons with
     their gates; beside them are the scores of one piece of attention, softmax and mask, and what is read."""

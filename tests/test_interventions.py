@@ -508,7 +508,7 @@ def test_broken_weights_are_found_before_anything_runs(engine):
 # --- any branches at all -------------------------------------------------------------------------------------
 
 SEED = int(os.environ.get("ENGINE_SEED", "0"))
-N_EXAMPLES = int(os.environ.get("ENGINE_EXAMPLES", "200"))
+N_EXAMPLES = [60, pytest.param(1000, marks=pytest.mark.stress)]
 POOL = [model_of(name) for name in MODELS]
 LAYER, HEADS = st.integers(0, N_LAYERS - 1), st.sets(st.integers(0, 3), min_size=1).map(tuple)
 RUNS = {n_pos: (embedded(1, n_pos), embedded(2, n_pos), embedded(3, 19)) for n_pos in (12, 15, 20)}
@@ -581,15 +581,16 @@ def plans(draw):
     return model, its, readout, draw(st.none() | st.integers(1, 120))
 
 
-@seed(SEED)
-@settings(max_examples=N_EXAMPLES, deadline=None, print_blob=True, database=None)
-@given(plans())
-def check_any_branches(plan):
-    model, its, readout, token_budget = plan
-    assert_same(model, its, readout, token_budget)
-
-
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # type checks of tests do
-def test_any_branches_on_any_model_with_any_budget():
-    print(f"ENGINE_SEED={SEED} ENGINE_EXAMPLES={N_EXAMPLES}")
-    check_any_branches()
+@pytest.mark.parametrize("n_examples", N_EXAMPLES)
+def test_any_branches_on_any_model_with_any_budget(n_examples):
+    print(f"ENGINE_SEED={SEED}")
+
+    @seed(SEED)
+    @settings(max_examples=n_examples, deadline=None, print_blob=True, database=None)
+    @given(plans())
+    def check(plan):
+        model, its, readout, token_budget = plan
+        assert_same(model, its, readout, token_budget)
+
+    check()
