@@ -306,8 +306,8 @@ def share_curves(means: pd.DataFrame, value: str, frame: pd.DataFrame) -> Figure
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("attention to a region" if value == "share" else "attention to one key of a region")
     axes[0, -1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    sink = frame.exclude_sink.iloc[0]
-    left_out = f", without position{'s 0 to' * (sink > 1)} {sink - 1}" if sink else ""
+    sink = int(frame.exclude_sink.iloc[0])
+    left_out = f" to all positions from {sink} on" if sink else ""
     heads = f"{frame.model.iloc[0]}: {frame.form.iloc[0]}, attention from {frame.queries.iloc[0]}{left_out}"
     figure.suptitle(f"{heads}\n(mean over clips and heads)", fontsize=10)
     return figure

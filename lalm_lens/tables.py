@@ -4,12 +4,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, TypeVar
 
 import pandas as pd
 from pyarrow import ArrowInvalid
 
 from lalm_lens.errors import DataError
+
+
+T = TypeVar("T", bound="Table")
 
 
 @dataclass(frozen=True, repr=False)
@@ -21,7 +24,7 @@ class Table:
     WHAT: ClassVar[str]
 
     @classmethod
-    def concat(cls, frames: Sequence[pd.DataFrame]) -> Self:
+    def concat(cls: type[T], frames: Sequence[pd.DataFrame]) -> T:
         """Raises `DataError` if there are none."""
         if not frames:
             raise DataError(f"There are no rows of {cls.WHAT}: give at least one sample.")
@@ -51,7 +54,7 @@ class Table:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[T], path: str | Path) -> T:
         """Read what `save` wrote; raises `DataError` for another table."""
         try:
             frame = pd.read_parquet(path)

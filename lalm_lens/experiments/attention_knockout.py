@@ -6,8 +6,8 @@ AudioLens masks the audio for the last position in all layers and heads (arXiv 2
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import pandas as pd
 from jaxtyping import Float
@@ -75,9 +75,9 @@ def attention_knockout(
 
     A chain of two places is an edge, from keys to queries; of a longer one, ("audio", "object", "last"), every edge is
     cut by itself, and all of them at once. A place is a region of the prompt, a tuple of regions (those that the prompt
-    has), `audio_side`, `text`, `penultimate`, `generated` (here the last position), or positions. `layers` are windows by their odd
-    size (1: every single layer), `up_to` and `from` each layer, `all`, or a tuple of layers; `heads` are `all` of them
-    together, `each`, or a tuple. `engine` and `token_budget` are those of `Plan`; `n_together` clips go through the
+    has), `audio_side`, `text`, `penultimate`, `generated` (here the last position), or positions. `layers` are windows
+    by their odd size (1: every single layer), `up_to` and `from` each layer, `all`, or a tuple of layers; `heads` are
+    `all` of them together, `each`, or a tuple. `engine` and `token_budget` are those of `Plan`; `n_together` clips go through the
     model in one sweep.
 
     Raises `InputError` for places, layers and heads that there are not, and for a query that would be left with no key
@@ -202,9 +202,9 @@ class AttentionKnockout(Table):
     }
 
     @property
-    def right(self) -> Self:
+    def right(self) -> "AttentionKnockout":
         """The rows of clips that were answered right before anything was cut: those that arXiv 2304.14767 looks at."""
-        return replace(self, frame=self.frame[self.frame.right_before])
+        return AttentionKnockout(self.frame[self.frame.right_before])
 
     def effects(
         self,

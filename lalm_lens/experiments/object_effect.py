@@ -135,10 +135,10 @@ class ObjectEffect(Table):
         by_clip = self.frame.groupby(["attribute", "sample"], sort=False)
         rivals = by_clip[["right", "max_probability", "max_label_probability"]].first()
         effects = self.frame.pivot(index=["attribute", "sample"], columns=["part", "layer"], values="effect")
-        largest = {f"{part} max": effects[part].max(axis=1) for part in PARTS}
-        mean = {f"{part} mean": effects[part].mean(axis=1) for part in PARTS}
-        each = effects.set_axis([f"{part} {layer}" for part, layer in effects.columns], axis=1)
-        return pd.concat([rivals, pd.DataFrame(largest | mean), each], axis=1).reset_index()
+        largest = {f"{part} max": effects[part].max(axis="columns") for part in PARTS}
+        mean = {f"{part} mean": effects[part].mean(axis="columns") for part in PARTS}
+        each = effects.set_axis([f"{part} {layer}" for part, layer in effects.columns], axis="columns")
+        return pd.concat([rivals, pd.DataFrame(largest | mean), each], axis="columns").reset_index()
 
     def aurocs(self, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """How well each score tells right answers from wrong ones: the probability that it is larger for a right one
