@@ -11,7 +11,6 @@ from pyarrow import ArrowInvalid
 
 from lalm_lens.errors import DataError
 
-
 T = TypeVar("T", bound="Table")
 
 

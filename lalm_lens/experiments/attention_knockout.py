@@ -77,8 +77,8 @@ def attention_knockout(
     cut by itself, and all of them at once. A place is a region of the prompt, a tuple of regions (those that the prompt
     has), `audio_side`, `text`, `penultimate`, `generated` (here the last position), or positions. `layers` are windows
     by their odd size (1: every single layer), `up_to` and `from` each layer, `all`, or a tuple of layers; `heads` are
-    `all` of them together, `each`, or a tuple. `engine` and `token_budget` are those of `Plan`; `n_together` clips go through the
-    model in one sweep.
+    `all` of them together, `each`, or a tuple. `engine` and `token_budget` are those of `Plan`; `n_together` clips go
+    through the model in one sweep.
 
     Raises `InputError` for places, layers and heads that there are not, and for a query that would be left with no key
     to look at; for samples and prompts as `causal_trace` does.

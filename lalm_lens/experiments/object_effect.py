@@ -132,13 +132,13 @@ class ObjectEffect(Table):
     def scores(self) -> pd.DataFrame:
         """One row per clip: `right`, and everything that may tell it, larger where the model should be right. Effects
         of each layer (`object 5`), their largest and their mean over layers, and the two rivals."""
-        by_clip = self.frame.groupby(["attribute", "sample"], sort=False)
-        rivals = by_clip[["right", "max_probability", "max_label_probability"]].first()
-        effects = self.frame.pivot(index=["attribute", "sample"], columns=["part", "layer"], values="effect")
-        largest = {f"{part} max": effects[part].max(axis="columns") for part in PARTS}
-        mean = {f"{part} mean": effects[part].mean(axis="columns") for part in PARTS}
-        each = effects.set_axis([f"{part} {layer}" for part, layer in effects.columns], axis="columns")
-        return pd.concat([rivals, pd.DataFrame(largest | mean), each], axis="columns").reset_index()
+        clip = ["attribute", "sample"]
+        rivals = self.frame.groupby(clip, sort=False)[["right", "max_probability", "max_label_probability"]].first()
+        over_layers = self.frame.groupby([*clip, "part"]).effect
+        largest, mean = (its.unstack("part") for its in (over_layers.max(), over_layers.mean()))
+        named = self.frame.assign(score=self.frame.part + " " + self.frame.layer.astype(str))
+        each = named.pivot(index=clip, columns="score", values="effect")[list(named.score.unique())]
+        return rivals.join(largest.add_suffix(" max")).join(mean.add_suffix(" mean")).join(each).reset_index()
 
     def aurocs(self, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """How well each score tells right answers from wrong ones: the probability that it is larger for a right one
