@@ -16,6 +16,7 @@ Region = Literal[
     "image",
     "video_tag",
     "video",
+    "transcript",
     "template",
     "early",
     "object",

@@ -206,6 +206,7 @@ class AttentionKnockout(Table):
         """The rows of clips that were answered right before anything was cut: those that arXiv 2304.14767 looks at."""
         return AttentionKnockout(self.frame[self.frame.right_before])
 
+    @typed
     def effects(
         self,
         effect: Effect = "probability",
@@ -219,13 +220,12 @@ class AttentionKnockout(Table):
         The change is after - before, and for `relative_probability` (after - before) / before, clip by clip. Raises
         `DataError` for columns that there are not, and if other settings vary.
         """
-        if effect not in COLUMN:
-            raise DataError(f"An effect is one of {', '.join(COLUMN)}; got {effect!r}.")
+        self.refuse_mixed([*SETTINGS, "predict"], by)
         before, after = (self.frame[f"{COLUMN[effect]}_{when}"].astype(float) for when in ("before", "after"))
         change = (after - before) / before if effect == "relative_probability" else after - before
-        self.refuse_mixed([*SETTINGS, "predict"], by)
         return changes(self.frame.assign(before=before, after=after, change=change), by, n_resamples, seed)
 
+    @typed
     def plot(self, effect: Effect = "probability") -> "Figure":
         """The change by layer, a line for each way to choose the layers, `all` as a level; a panel per attribute and
         edge. Raises `DataError` for several models or other settings in one table, and without matplotlib."""

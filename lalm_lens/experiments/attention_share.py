@@ -179,6 +179,7 @@ class AttentionShare(Table):
         means = groups[["share", "per_token"]].mean()
         return means.assign(n=groups["sample"].nunique()).reset_index()
 
+    @typed
     def plot(self, value: Literal["share", "per_token"] = "share") -> "Figure":
         """`share` or `per_token` by layer, a line for each region, the mean over clips and heads; a panel per
         attribute."""

@@ -98,7 +98,7 @@ def positions(run: Run, place: Place, n_new: int = 0) -> tuple[int, ...]:
     names = (place,) if isinstance(place, str) else tuple(place)
     if not any(isinstance(name, str) for name in names):
         return run.indices(place)  # pyright: ignore[reportArgumentType]  no names, so numbers
-    known = (*get_args(Region), "transcript", *NAMED)
+    known = (*get_args(Region), *NAMED)
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"There is no place {unknown[0]!r}. Name positions, or some of {', '.join(known)}.")
     found = sorted({position for name in names for position in named(run, str(name), n_new)})

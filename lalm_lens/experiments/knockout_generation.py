@@ -20,7 +20,7 @@ from lalm_lens.attributes import Attribute, Form
 from lalm_lens.datasets import Sample
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, Plan
-from lalm_lens.errors import DataError, InputError
+from lalm_lens.errors import InputError
 from lalm_lens.experiments.asked import QUESTION_COLUMNS, Question
 from lalm_lens.experiments.attention_knockout import CELL, RUN_COLUMNS, SETTINGS, changes
 from lalm_lens.experiments.cuts import Chain, Cut, Heads, LayerSets, cuts
@@ -143,6 +143,7 @@ class KnockoutGeneration(Table):
         **{f"log_p_{when}": "float64" for when in ("before", "after")},  # of `text_before`, all of its tokens
     }
 
+    @typed
     def effects(
         self,
         effect: Literal["log_probability", "accuracy"] = "accuracy",
@@ -151,9 +152,7 @@ class KnockoutGeneration(Table):
         seed: int = 0,
     ) -> pd.DataFrame:
         """As those of `AttentionKnockout`: of the text written before, or of how often a text names the true label."""
-        column = {"log_probability": "log_p", "accuracy": "right"}.get(effect)
-        if column is None:
-            raise DataError(f"An effect is log_probability or accuracy; got {effect!r}.")
+        column = {"log_probability": "log_p", "accuracy": "right"}[effect]
         before, after = (self.frame[f"{column}_{when}"].astype(float) for when in ("before", "after"))
         self.refuse_mixed(SETTINGS, by)
         return changes(self.frame.assign(before=before, after=after, change=after - before), by, n_resamples, seed)
