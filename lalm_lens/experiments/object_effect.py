@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from scipy.stats import bootstrap, rankdata
 from tqdm import tqdm
 
@@ -165,10 +166,10 @@ class ObjectEffect(Table):
                     "score": name,
                     "n_right": int(is_right.sum()),
                     "n_wrong": int((~is_right).sum()),
-                    "auroc": auroc(values[is_right], values[~is_right]),
+                    "auroc": float(auroc(values[is_right], values[~is_right])),
                     "low": low,
                     "high": high,
-                    "above_max_probability": above,
+                    "above_max_probability": float(above),
                     "above_low": above_low,
                     "above_high": above_high,
                 }
@@ -180,11 +181,13 @@ class ObjectEffect(Table):
         return f"ObjectEffect({len(clips)} clips, {clips.right.sum()} answered right; {len(self.frame)} patched runs)"
 
 
-def auroc(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+def auroc(
+    right: Float[np.ndarray, "*batch right"], wrong: Float[np.ndarray, "*batch wrong"]
+) -> Float[np.ndarray, "*batch"]:
     """The share of pairs, along the last axis, of which the right one is larger; a tie is half a pair."""
     n_right, n_wrong = right.shape[-1], wrong.shape[-1]
     ranks = rankdata(np.concatenate([right, wrong], axis=-1), axis=-1)[..., :n_right]
-    return (ranks.sum(-1) - n_right * (n_right + 1) / 2) / (n_right * n_wrong)
+    return np.asarray((ranks.sum(-1) - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
 
 
 def auroc_interval(
