@@ -3,11 +3,13 @@
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omni import AUDIO, IMAGE, VIDEO, Batch, Clip, Image, Video, Words, tiny_omni
 from reference import hf_cut, randomise
 from torch.testing import assert_close
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
@@ -27,7 +29,10 @@ from lalm_lens.experiments.knockout_generation import (
     knockout_generation,
     write,
 )
-from lalm_lens.loading import from_pretrained
+from lalm_lens.inputs import Inputs
+from lalm_lens.loading import from_hf, from_pretrained
+from lalm_lens.prompts import Position, Prompt
+from lalm_lens.runs import Run
 
 N_LAYERS, N_HEADS = 8, 4
 PLANTED_BLOCK = 4
@@ -222,6 +227,49 @@ def test_each_generated_token_is_plain_hf_under_a_mask(random_pair, hen, edge, l
         assert moved[0] > 1e-3
     else:
         assert (moved > 1e-4).sum() >= N_NEW - 2, "nearly every token feels it"
+
+
+def test_every_pair_of_what_is_heard_seen_asked_and_written():
+    """An audio-visual model, whose positions are in time, height and width."""
+    hf = tiny_omni(seed=4)
+    hf.set_attn_implementation("eager")
+    model = from_hf(hf)
+    batch = Batch([[Words(4), Image(4, 6), Words(2), Video(2, 4, 4), Words(2), Clip(0.5), Words(6)]]).hf()
+    tokens = batch["input_ids"][0].tolist()
+    kinds = {AUDIO: "audio", IMAGE: "image", VIDEO: "video"}
+    last_heard = max(n for n, token in enumerate(tokens) if token == AUDIO)
+    regions = [kinds.get(token, "late" if n > last_heard else "text_before") for n, token in enumerate(tokens)]
+    run = Run(Inputs.from_hf(batch), Prompt(tuple(tokens), tuple(Position("", region) for region in regions)))
+    places = ("audio", "image", "video", "late", "generated")
+    pairs = [(a, b) for a in places for b in places]
+    written = model.generate(run.inputs, N_NEW, stop_tokens=()).tokens
+    n_pos = len(tokens) + N_NEW - 1
+    its_cuts = cuts(model, run, pairs, ["all"], "all", n_new=N_NEW - 1)
+    found = {engine: forced(model, run, written[0], its_cuts, engine) for engine in ("sweep", "hooks")}
+    begun = torch.cat([batch["input_ids"], written[:, :-1]], 1)
+    longer = batch | {"input_ids": begun, "attention_mask": torch.ones_like(begun)}
+    where = {name: [n for n, region in enumerate(regions) if region == name] for name in places}
+    where["generated"] = list(range(len(tokens) - 1, n_pos))
+
+    def log_p(shut: dict[int, torch.Tensor]) -> torch.Tensor:
+        return hf_cut(hf, longer, shut)[0][-N_NEW:].log_softmax(-1).gather(-1, written.T)[:, 0]
+
+    base, layers = log_p({}), range(len(hf.model.language_model.layers))
+    for n, (keys, queries) in enumerate(pairs):
+        expected = log_p(dict.fromkeys(layers, closed(n_pos, [(where[keys], where[queries])])))
+        for values in found.values():
+            assert_close(values[n], expected, rtol=1e-4, atol=1e-5)
+        sees = where[queries][-1] >= where[keys][0]  # its own key is cut as well
+        assert ((expected - base).abs().max() > 1e-3) == sees, f"{keys} -> {queries} should bite"
+    (cut,) = cuts(model, run, [("image", "generated")], ["all"], "all", n_new=N_NEW - 1)
+    n_read, tokens = 0, batch["input_ids"]
+    model.stop_tokens = ()
+    for token in write(model, run, cut, N_NEW).tokens[0]:
+        shut = closed(tokens.shape[1], [(where["image"], list(range(run.n_pos - 1, tokens.shape[1])))])
+        step = batch | {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        assert hf_cut(hf, step, dict.fromkeys(layers, shut))[0][-1].argmax() == token
+        tokens, n_read = torch.cat([tokens, token[None, None]], 1), n_read + 1
+    assert n_read == N_NEW
 
 
 def test_what_is_written_stands_in_the_table(tiny_lalm, clips):
@@ -435,3 +483,14 @@ def test_the_picture_shows_every_way_to_choose_layers(knocked):
         assert set(lines["all"].get_ydata()) == {everywhere}
     assert "probability among the labels" in figure.axes[0].get_ylabel()
     assert f"noise floor of probability {knocked.frame.noise.max():.0e}" in figure.get_suptitle()
+
+
+def test_the_examples_in_the_docs_run(tiny_lalm, clips):
+    text = (Path(__file__).parent.parent / "docs" / "attention.md").read_text(encoding="utf-8")
+    names = {"model": tiny_lalm, "samples": clips("animal", 9)[:2]}
+    for block in text.split("```python")[1:]:
+        exec(block.split("```")[0], names)
+    assert len(names["by_layer"]) == 4 * (4 * N_LAYERS + 1)
+    assert set(names["accuracy"].edge) == {"audio -> generated"}
+    assert "generated" in set(names["while_writing"].frame.region)
+    assert repr(names["effects"]).startswith("ObjectEffect(2 clips")
