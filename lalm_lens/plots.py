@@ -282,8 +282,8 @@ def knockout_curves(effects: pd.DataFrame, effect: str, frame: pd.DataFrame) -> 
 def knockout_curve(ax: Axes, rows: pd.DataFrame, kind: str) -> None:
     colour, style = KNOCKED.get(kind, ("0.6", "-."))
     if rows.layer.isna().all():
-        for change in rows.change:
-            ax.axhline(change, color=colour, ls=style, label=kind)
+        for change, layers in zip(rows.change, rows["layers"], strict=True):
+            ax.axhline(change, color=colour, ls=style, label=kind if kind == "all" else f"layers {layers}")
         return
     layer = rows.layer.astype(int)
     ax.plot(layer, rows.change, marker="o", ms=3, color=colour, ls=style, label=kind)
