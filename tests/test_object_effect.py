@@ -160,6 +160,9 @@ def planted(n: int, of_effect: float, seed: int = 0) -> ObjectEffect:
 def test_the_intervals_hold_what_they_should():
     better = planted(300, 1.5).aurocs().set_index("score")
     assert better.above_low["object 0"] > 0
+    assert better.above_low["object 0"] < better.above_max_probability["object 0"] < better.above_high["object 0"]
+    for rival in ("max_probability", "max_label_probability"):  # here the same, so no draw tells them apart
+        assert better.above_low[rival] == better.above_high[rival] == 0
     assert better.low["object 0"] < 0.856 < better.high["object 0"]  # Phi(1.5 / sqrt 2)
     nothing = [planted(60, 0.0, seed).aurocs(n_resamples=200).set_index("score") for seed in range(10)]
     hits = [its.low["object 1"] <= 0.5 <= its.high["object 1"] for its in nothing]
