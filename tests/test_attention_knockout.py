@@ -165,6 +165,19 @@ def test_the_engines_agree(random_pair, clips):
     assert swept.noise.max() < 1e-6
 
 
+def test_a_prediction_may_be_one_of_the_whole_vocabulary(tiny_lalm, clips):
+    """The model says " male" and not "male": without the space, no label has the largest logit of all tokens."""
+    samples, how = clips("gender", 4), {"attribute": "gender", "layers": ["all"], **QUIET}
+    spaced = attention_knockout(tiny_lalm, samples, predict="vocab", **how).frame
+    bare = attention_knockout(tiny_lalm, samples, predict="vocab", label_space=False, **how).frame
+    among = attention_knockout(tiny_lalm, samples, label_space=False, **how).frame
+    assert spaced.right_before.all()
+    assert not bare.right_before.any()
+    assert (among.right_before == (among.answer_before == among.label)).all()
+    assert among.right_before.any()
+    assert spaced.n_pairs.tolist() == [40] * 4
+
+
 def test_a_knockout_of_nothing_changes_no_bit(random_pair, hen):
     """What is behind a query, it cannot see anyway."""
     sample = hen[0]

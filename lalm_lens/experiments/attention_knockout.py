@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Effect = Literal["probability", "relative_probability", "logit_difference", "label_probability", "accuracy"]
-NUMBERS = {"probability": "p", "logit_difference": "logit_difference", "label_probability": "label_p"}
-NUMBERS |= {"right": "right", "answer": "answer"}
+NUMBERS = {name: name for name in ("logit_difference", "right", "answer")}
+NUMBERS |= {"probability": "p", "label_probability": "label_p"}  # columns, before and after
 COLUMN = {
     "probability": "p",
     "relative_probability": "p",
@@ -169,17 +169,14 @@ def frame_of(
     base: Float[Tensor, "branch at twice"],
     predict: Predict,
 ) -> pd.DataFrame:
-    before = Told.of(base)
-    answer = before.answer(question.labels.index(sample.label))
-    columns: dict[str, list] = {}
-    for when, told in (("before", before), ("after", Told.of(values))):
-        for name, numbers in told.numbers(answer, predict).items():
-            columns[f"{NUMBERS[name]}_{when}"] = numbers[:-1].tolist()
+    answer = Told.of(base).answer(question.labels.index(sample.label))
+    told = {when: Told.of(its).numbers(answer, predict) for when, its in (("before", base), ("after", values))}
+    columns = {f"{NUMBERS[name]}_{when}": its[:-1].tolist() for when in told for name, its in told[when].items()}
+    for when in told:
         columns[f"answer_{when}"] = [question.labels[n] for n in columns[f"answer_{when}"]]
-        nothing = told.numbers(answer, predict)["probability"][-1]
-        columns[f"nothing_{when}"] = [float(nothing)] * len(its_cuts)
-    frame = pd.DataFrame([{**question.columns(sample), **cut.columns()} for cut in its_cuts]).assign(**columns)
-    return frame.assign(noise=(frame.nothing_after - frame.nothing_before).abs())
+    noise = abs(float(told["after"]["probability"][-1] - told["before"]["probability"][-1]))
+    rows = [{**question.columns(sample), **cut.columns(), "noise": noise} for cut in its_cuts]
+    return pd.DataFrame(rows).assign(**columns)
 
 
 @dataclass(frozen=True, repr=False)
@@ -191,7 +188,7 @@ class AttentionKnockout(Table):
         **QUESTION_COLUMNS,
         "predict": "str",  # a prediction is the largest logit among the labels, or in the vocabulary
         **RUN_COLUMNS,
-        "n_edges": "int64",  # pairs of a query and a key that are cut, those that could not see each other included
+        "n_pairs": "int64",  # of a query and a key, those that could not see each other included
         **{f"p_{when}": "float64" for when in ("before", "after")},  # of the true label's first token
         **{f"logit_difference_{when}": "float64" for when in ("before", "after")},  # to the label that was second
         **{f"label_p_{when}": "float64" for when in ("before", "after")},  # of the true label, among the labels

@@ -41,7 +41,7 @@ class Cut:
             "layer": self.layer,
             "layers": spelled(self.layers),
             "heads": "all" if self.heads is None else spelled(self.heads),
-            "n_edges": sum(len(each.queries_at) * len(each.keys_at) for each in self.knockouts),
+            "n_pairs": sum(len(each.queries_at) * len(each.keys_at) for each in self.knockouts),
         }
 
 
