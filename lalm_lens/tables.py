@@ -1,7 +1,7 @@
-"""Tidy tables that are saved whole and loaded again."""
+"""Tidy tables that are saved whole and know their columns."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -16,18 +16,20 @@ T = TypeVar("T", bound="Table")
 
 @dataclass(frozen=True, repr=False)
 class Table:
-    """Rows of one kind of result; `COLUMNS` are their names and types, and `WHAT` is what they are, in words."""
+    """A result as a table; its columns and their types are `COLUMNS`."""
+
+    COLUMNS: ClassVar[dict[str, str]]
+    NAME: ClassVar[str]  # as in "is not a causal trace"
 
     frame: pd.DataFrame
-    COLUMNS: ClassVar[Mapping[str, str]]
-    WHAT: ClassVar[str]
 
     @classmethod
     def concat(cls: type[T], frames: Sequence[pd.DataFrame]) -> T:
-        """Raises `DataError` if there are none."""
+        """Of its parts, which may lack columns that are empty. Raises `DataError` for none."""
         if not frames:
-            raise DataError(f"There are no rows of {cls.WHAT}: give at least one sample.")
-        return cls(pd.concat(frames, ignore_index=True).reindex(columns=list(cls.COLUMNS)).astype(dict(cls.COLUMNS)))
+            raise DataError("There is nothing to trace: give at least one sample.")
+        columns = list(cls.COLUMNS)
+        return cls(pd.concat(frames, ignore_index=True).reindex(columns=columns).astype(cls.COLUMNS))
 
     def refuse_mixed(self, settings: Sequence[str], by: Sequence[str] = ()) -> None:
         """Raise `DataError` unless settings that are not in `by` are the same in all rows: else there is no mean."""
@@ -61,5 +63,5 @@ class Table:
             raise DataError(f"{path} is not a Parquet file ({error}).") from None
         missing = [column for column in cls.COLUMNS if column not in frame]
         if missing:
-            raise DataError(f"{path} holds no {cls.WHAT}: it has no column {', '.join(missing)}.")
-        return cls(frame[list(cls.COLUMNS)].astype(dict(cls.COLUMNS)))
+            raise DataError(f"{path} is not {cls.NAME}: it has no column {', '.join(missing)}.")
+        return cls(frame[list(cls.COLUMNS)].astype(cls.COLUMNS))

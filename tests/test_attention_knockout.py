@@ -469,7 +469,7 @@ def test_a_table_is_saved_and_says_what_it_holds(knocked, tmp_path):
     assert repr(knocked) == (
         f"AttentionKnockout({3 * 2 * (2 * N_LAYERS + 1)} runs, clips: 3 of animal; audio -> last, object -> last)"
     )
-    with pytest.raises(DataError, match="holds no knockout in generation: it has no column text_before"):
+    with pytest.raises(DataError, match="not a table of knockout in generation: it has no column text_before"):
         KnockoutGeneration.load(path)
     with pytest.raises(DataError, match="in the table twice"):
         AttentionKnockout(pd.concat([knocked.frame, knocked.frame])).effects()
@@ -477,7 +477,7 @@ def test_a_table_is_saved_and_says_what_it_holds(knocked, tmp_path):
         knocked.effects(by=("edge",))
     with pytest.raises(InputError, match="effect is one of probability"):
         knocked.effects(effect="size")
-    with pytest.raises(DataError, match="no rows of attention knockout"):
+    with pytest.raises(DataError, match="nothing to trace"):
         AttentionKnockout.concat([])
 
 

@@ -183,7 +183,7 @@ def frame_of(
 class AttentionKnockout(Table):
     """Answers before and after a knockout, one row per clip and knocked-out run."""
 
-    WHAT: ClassVar[str] = "attention knockout"
+    NAME: ClassVar[str] = "a table of attention knockout"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         "predict": "str",  # a prediction is the largest logit among the labels, or in the vocabulary

@@ -157,7 +157,7 @@ class Shares:
 class AttentionShare(Table):
     """Attention by region, one row per clip, layer, head and region."""
 
-    WHAT: ClassVar[str] = "attention shares"
+    NAME: ClassVar[str] = "a table of attention shares"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         "queries": "str",

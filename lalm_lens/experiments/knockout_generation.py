@@ -132,7 +132,7 @@ def first_named(text: str, labels: Sequence[str]) -> str | None:
 class KnockoutGeneration(Table):
     """What was written before and after a knockout, one row per clip and knocked-out run."""
 
-    WHAT: ClassVar[str] = "knockout in generation"
+    NAME: ClassVar[str] = "a table of knockout in generation"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         **RUN_COLUMNS,

@@ -111,7 +111,7 @@ def rows_of(recovery: Recovery, direction: Direction) -> Iterator[dict]:
 class ObjectEffect(Table):
     """The effect of the option tokens on what a model chooses, one row per clip, part and layer."""
 
-    WHAT: ClassVar[str] = "object effects"
+    NAME: ClassVar[str] = "a table of object effects"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         "corruption": "str",  # what the corrupted run heard
