@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from lalm_lens.engine.branches import Branch
     from lalm_lens.engine.plan import Plan, run_branches
     from lalm_lens.errors import LensError
+    from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
+    from lalm_lens.experiments.attention_share import AttentionShare, attention_share
     from lalm_lens.experiments.causal_trace import causal_trace
+    from lalm_lens.experiments.knockout_generation import KnockoutGeneration, knockout_generation
     from lalm_lens.experiments.moment import Search
+    from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
@@ -32,6 +36,8 @@ _HOME = {
     "ATTRIBUTES": "attributes",
     "OWN": "runs",
     "Add": "interventions",
+    "AttentionKnockout": "experiments.attention_knockout",
+    "AttentionShare": "experiments.attention_share",
     "Attribute": "attributes",
     "Branch": "engine.branches",
     "CausalTrace": "results",
@@ -40,9 +46,11 @@ _HOME = {
     "HookedTransformer": "transformer",
     "Inputs": "inputs",
     "Knockout": "interventions",
+    "KnockoutGeneration": "experiments.knockout_generation",
     "LensError": "errors",
     "LogProbs": "readouts",
     "Logits": "readouts",
+    "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
     "Plan": "engine.plan",
@@ -58,10 +66,15 @@ _HOME = {
     "Silence": "corrupt",
     "Source": "runs",
     "WhiteNoise": "corrupt",
+    "attention_knockout": "experiments.attention_knockout",
+    "attention_share": "experiments.attention_share",
+    "audio_knockout": "experiments.attention_knockout",
     "causal_trace": "experiments.causal_trace",
     "cut_to": "datasets",
     "from_hf": "loading",
     "from_pretrained": "loading",
+    "knockout_generation": "experiments.knockout_generation",
+    "object_effect": "experiments.object_effect",
     "patching": "patching",
     "read_audio": "audio",
     "read_folder": "datasets",
@@ -75,6 +88,8 @@ __all__ = [
     "ATTRIBUTES",
     "OWN",
     "Add",
+    "AttentionKnockout",
+    "AttentionShare",
     "Attribute",
     "Branch",
     "CausalTrace",
@@ -83,9 +98,11 @@ __all__ = [
     "HookedTransformer",
     "Inputs",
     "Knockout",
+    "KnockoutGeneration",
     "LensError",
     "LogProbs",
     "Logits",
+    "ObjectEffect",
     "OtherClip",
     "Patch",
     "Plan",
@@ -101,10 +118,15 @@ __all__ = [
     "Silence",
     "Source",
     "WhiteNoise",
+    "attention_knockout",
+    "attention_share",
+    "audio_knockout",
     "causal_trace",
     "cut_to",
     "from_hf",
     "from_pretrained",
+    "knockout_generation",
+    "object_effect",
     "patching",
     "read_audio",
     "read_folder",

@@ -34,6 +34,23 @@ PARTS = {
     "encoder_window": "windows of the audio encoder, their mean",
 }
 WINDOWS = {"audio_window": "audio positions", "encoder_window": "states of the audio encoder"}
+KNOCKED = {  # a window of layers, or all up to one or from one on: colour and line
+    "window 1": ("#1f5fa8", "-"),
+    "window 3": ("#4c9a8a", "-"),
+    "window 5": ("#3d8b37", "-"),
+    "window 9": ("#c98a10", "-"),
+    "window 13": ("#b03030", "-"),
+    "up_to": ("#7a4fa3", "--"),
+    "from": ("#d1662a", "--"),
+    "all": ("0.3", ":"),
+}
+CHANGES = {
+    "probability": "change of the true label's probability",
+    "relative_probability": "relative change of the\ntrue label's probability",
+    "logit_difference": "change of the logit difference\nof true label and second",
+    "label_probability": "change of the true label's\nprobability among the labels",
+    "accuracy": "change of accuracy",
+}
 HEARD = {"silence": "the silent run", "other_clip": "a run that hears another clip"}
 
 
@@ -228,6 +245,71 @@ def grids(frame: pd.DataFrame, rows: pd.DataFrame, across: str, labels: dict[str
         ax.set_title(title(frame, attribute), fontsize=10)
         ax.figure.colorbar(image, ax=ax, pad=0.01, extend="both").set_label(in_two_lines(frame))
     figure.suptitle(heading(frame, whose, figure), fontsize=10)
+    return figure
+
+
+def knockout_curves(effects: pd.DataFrame, effect: str, frame: pd.DataFrame) -> Figure:
+    """Mean change by knocked-out layers with a bootstrap interval, a line for each way to choose them; a panel per
+    attribute and edge. `effects` are of heads all together."""
+    drawn = effects[effects["heads"] == "all"]
+    attributes, edges = list(drawn.attribute.unique()), list(drawn.edge.unique())
+    size = (max(6, 3.0 * len(edges) + 1.4), 2.9 * len(attributes) + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(attributes), len(edges), sharex=True, sharey="row", squeeze=False)
+    for row, attribute in zip(axes, attributes, strict=True):
+        for ax, edge in zip(row, edges, strict=True):
+            for kind, rows in drawn[(drawn.attribute == attribute) & (drawn.edge == edge)].groupby("kind", sort=False):
+                knockout_curve(ax, rows, str(kind))
+            ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+            n = frame[frame.attribute == attribute]["sample"].nunique()
+            ax.set_title(f"{attribute} (n = {n})\n{edge}", fontsize=10)
+        row[0].set_ylabel(CHANGES[effect])
+    layers = drawn.assign(layer=drawn.layer.fillna(0)).astype({"layer": int})
+    for ax in axes[-1]:
+        layer_ticks(ax.set_xticks, layers)
+        ax.set_xlabel("layer")
+    kinds = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(kinds.values(), kinds.keys(), frameon=False, fontsize=9, loc="outside right center")
+    noise = frame.noise.max()
+    figure.suptitle(
+        f"{frame.model.iloc[0]}: {frame.form.iloc[0]}, queries (right) that cannot look at keys (left)\n"
+        f"mean over clips, band: 95 % bootstrap; noise floor of probability {noise:.0e}",
+        fontsize=10,
+    )
+    return figure
+
+
+def knockout_curve(ax: Axes, rows: pd.DataFrame, kind: str) -> None:
+    colour, style = KNOCKED.get(kind, ("0.6", "-."))
+    if rows.layer.isna().all():
+        for change, layers in zip(rows.change, rows["layers"], strict=True):
+            ax.axhline(change, color=colour, ls=style, label=kind if kind == "all" else f"layers {layers}")
+        return
+    layer = rows.layer.astype(int)
+    ax.plot(layer, rows.change, marker="o", ms=3, color=colour, ls=style, label=kind)
+    ax.fill_between(layer, rows.low, rows.high, color=colour, alpha=0.12, lw=0)
+
+
+def share_curves(means: pd.DataFrame, value: str, frame: pd.DataFrame) -> Figure:
+    """Mean attention by layer, a line for each region; a panel per attribute."""
+    attributes = list(means.attribute.unique())
+    figure = Figure(figsize=(max(6, 3.6 * len(attributes) + 1.4), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(attributes), sharey=True, squeeze=False)
+    for ax, attribute in zip(axes[0], attributes, strict=True):
+        for n, (region, rows) in enumerate(means[means.attribute == attribute].groupby("region", sort=False)):
+            ax.plot(
+                rows.layer, rows[value], marker="o", ms=3, color=f"C{n % 10}", ls="-" if n < 10 else "--", label=region
+            )
+        layer_ticks(ax.set_xticks, means)
+        ax.set_xlabel("layer")
+        ax.set_title(f"{attribute} (n = {means[means.attribute == attribute].n.max()})", fontsize=10)
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("attention to a region" if value == "share" else "attention to one key of a region")
+    axes[0, -1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    sink = int(frame.exclude_sink.iloc[0])
+    left_out = f" to all positions from {sink} on" if sink else ""
+    heads = f"{frame.model.iloc[0]}: {frame.form.iloc[0]}, attention from {frame.queries.iloc[0]}{left_out}"
+    figure.suptitle(f"{heads}\n(mean over clips and heads)", fontsize=10)
     return figure
 
 

@@ -238,3 +238,37 @@ def hf_embeds(hf: Qwen2AudioForConditionalGeneration, batch: dict[str, Tensor]) 
     finally:
         handle.remove()
     return seen["embeds"]
+
+
+@torch.no_grad()
+def hf_cut(
+    hf: Qwen2AudioForConditionalGeneration, batch: dict[str, Tensor], closed: dict[int, Tensor]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Logits and patterns of a run of one prompt whose decoder attends under an additive mask made here.
+
+    `closed` says by layer, [head or 1, query_pos, key_pos], which queries may not look at which keys.
+    """
+    assert hf.config.text_config._attn_implementation == "eager", "another kernel may drop the mask"
+    n_pos = batch["input_ids"].shape[1]
+    causal, patterns, handles = torch.ones(n_pos, n_pos).tril().bool(), {}, []
+
+    def masked(layer: int):
+        shut = ~causal | closed.get(layer, torch.zeros(1, n_pos, n_pos, dtype=torch.bool))
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+            assert kwargs["attention_mask"].shape == (1, 1, n_pos, n_pos)
+            mask = torch.zeros(1, *shut.shape).masked_fill(shut, torch.finfo(torch.float32).min)
+            return args, {**kwargs, "attention_mask": mask}
+
+        def leave(module: nn.Module, args: tuple, out: tuple) -> None:
+            patterns[layer] = out[1][0]
+
+        return enter, leave
+
+    for layer, block in enumerate(hf.model.language_model.layers):
+        enter, leave = masked(layer)
+        handles.append(block.self_attn.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(block.self_attn.register_forward_hook(leave))
+    with hooked(*handles):
+        logits = hf(**batch, use_cache=False).logits[0]
+    return logits, patterns

@@ -17,7 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from lalm_lens.engine.branches import Branch
+from lalm_lens.engine.plan import run_branches
 from lalm_lens.experiments.cells import Grid, cells
+from lalm_lens.experiments.cuts import cuts
 from lalm_lens.experiments.recovery import Case, Recovery, recover
 from lalm_lens.golden import inputs_of, tokens_of
 from lalm_lens.inputs import Inputs
@@ -25,6 +28,7 @@ from lalm_lens.loading import from_pretrained, our_conversions, read_config
 from lalm_lens.metrics import Answer
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Position, Prompt
+from lalm_lens.readouts import Logits
 from lalm_lens.results import EMBED_LAYER
 from lalm_lens.runs import Run
 
@@ -165,18 +169,18 @@ class GoldenSet:
         return recover(self.model, cases, engine="sweep")
 
     def case(self, row: int, answer: Answer) -> Case:
-        tokens, is_audio = self.alone("clean", row).tokens[0].tolist(), self.is_audio[row, self.is_token[row]]
-        where = ("audio" if its else "late" for its in is_audio)
-        prompt = Prompt(tuple(tokens), tuple(Position("", region) for region in where))
-        clean, corrupted = (Run(self.alone(name, row), prompt) for name in RUNS)
-        after = tuple(
-            range(len(tokens) - len(self.text_after), len(tokens))
-        )  # DeSTA2 has a token of text between audio
-        patched = [
-            replace(cell, positions=after) if cell.kind == "layer" else cell
-            for cell in cells(self.model, Grid(), clean)
-        ]
-        return Case(clean, corrupted, answer, patched)
+        clean, corrupted = (Run(self.alone(name, row), self.prompt(row)) for name in RUNS)
+        n_pos = len(self.prompt(row).tokens)
+        after = tuple(range(n_pos - len(self.text_after), n_pos))  # DeSTA2 has a token of text between the audio
+        found = cells(self.model, Grid(), clean)
+        return Case(clean, corrupted, answer, [replace(c, positions=after) if c.kind == "layer" else c for c in found])
+
+    def prompt(self, row: int) -> Prompt:
+        """What is heard, a transcript of it, and all else, as the stored masks say."""
+        sides = (self.files[f"{name}_mask"][row, self.is_token[row]].tolist() for name in ("audio", "audio_side"))
+        where = ("audio" if audio else "transcript" if side else "late" for audio, side in zip(*sides, strict=True))
+        tokens = tuple(self.alone("clean", row).tokens[0].tolist())
+        return Prompt(tokens, tuple(Position("", region) for region in where))
 
     def patched(self, kind: str, embed: bool = False) -> Tensor:
         """[batch, layer (, position)] of the patched runs of one kind; with `embed`, those of the embedding."""
@@ -231,24 +235,17 @@ class GoldenSet:
             "label_probs_no_final_norm": raw.double().softmax(-1)[..., labels],
         }
 
-    def knocked_out(self, keys: Tensor) -> Tensor:
-        """Clean run in which the last position may look at none of `keys`, in any layer or head."""
-
-        def close(scores: Tensor, hook: object) -> Tensor:
-            scores[:, :, -1].masked_fill_(keys[:, None], -torch.inf)
-            return scores
-
-        hooks = [(f"blocks.{layer}.attn.hook_attn_scores", close) for layer in range(self.model.cfg.n_layers)]
-        with torch.no_grad():
-            return self.model.run_with_hooks(self.inputs("clean"), fwd_hooks=hooks, logits_at=-1)[:, -1]
+    def knocked_out(self, place: str) -> Tensor:
+        """Clean run in which the last position may look at none of the keys of a place, in any layer or head."""
+        runs = [Run(self.alone("clean", row), self.prompt(row)) for row in range(len(self.is_token))]
+        whole = [cut for run in runs for cut in cuts(self.model, run, [(place, (-1,))], ["all"], "all")]
+        branches = [Branch(run, cut.knockouts) for run, cut in zip(runs, whole, strict=True)]
+        return run_branches(self.model, branches, Logits(), engine="sweep").values[:, 0]
 
     def computed(self) -> dict[str, Tensor]:
         arrays = {f"{name}.{key}": value for name in RUNS for key, value in self.states(name).items()}
         arrays |= {f"lens.{name}.{key}": value for name in RUNS for key, value in self.lens(name).items()}
-        arrays |= {
-            f"knockout.{side}.logits_last": self.knocked_out(self.files[f"{side}_mask"])
-            for side in ("audio", "audio_side")
-        }
+        arrays |= {f"knockout.{side}.logits_last": self.knocked_out(side) for side in ("audio", "audio_side")}
         return arrays | self.traces()
 
 
