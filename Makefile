@@ -23,7 +23,8 @@ check: setup
 	$(BIN)/pytest -q tests/test_imports.py
 
 test: check
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -m "not stress and not numbers"
+	$(BIN)/pytest -n 2 --dist loadfile -m "numbers and not stress" -o addopts=--strict-markers
 
 stress: setup
 	$(BIN)/pytest -m stress

@@ -25,6 +25,8 @@ from lalm_lens.interventions import Patch
 from lalm_lens.loading import from_hf
 from lalm_lens.runs import Run, Source
 
+pytestmark = pytest.mark.numbers
+
 FAMILY = sorted(name for name in vars(theirs) if name.startswith("get_act_patch_") and "direct_path" not in name)
 EXTRA = {f"get_act_patch_{name}" for name in ("resid_post", "mlp_post_by_pos", "by_region", "encoder")}
 ENTRIES = "get_act_patch_attn_head_pattern_dest_src_pos"  # a run for each pair of positions: compared on a sample

@@ -128,7 +128,7 @@ def test_every_row_is_plain_hf_under_a_mask(random_pair, hen, engine, heads):
     how = {"attribute": "animal", "chains": CHAINS, "layers": layers, "heads": heads, "engine": engine, **QUIET}
     table = attention_knockout(model, [sample], **how)
     assert (table.frame.engine == engine).all()
-    batch = run.inputs.to_hf()
+    batch = run.inputs.to_hf("feature_attention_mask")
     options = list(model.processor.label_tokens(ATTRIBUTES["animal"].labels).values())
     true = ATTRIBUTES["animal"].labels.index(sample.label)
     base = hf_cut(hf, batch, {})[0][-1]
@@ -204,7 +204,7 @@ EDGES = [
 
 def hf_written(hf, run, edges: list[tuple[list[int], list[int]]], layers, heads) -> tuple[list[int], list[float]]:
     """Greedy, with the whole sequence run again for every token, under a mask made by hand."""
-    batch, tokens, log_p = dict(run.inputs.to_hf()), [], []
+    batch, tokens, log_p = dict(run.inputs.to_hf("feature_attention_mask")), [], []
     for _ in range(N_NEW):
         n_pos = batch["input_ids"].shape[1]
         its = [([n for n in keys if n < n_pos], [n for n in queries if n < n_pos]) for keys, queries in edges]

@@ -36,7 +36,7 @@ def samples(tmp_path_factory):
 def asked(tiny_lalm, samples):
     """One prompt: what HF takes, and the region of each position."""
     run = Question.about(tiny_lalm, samples, "animal", "P3", True).run(samples[0])
-    return run.inputs.to_hf(), np.array([position.region for position in run.prompt.positions])
+    return run.inputs.to_hf("feature_attention_mask"), np.array([position.region for position in run.prompt.positions])
 
 
 def expected(patterns: list, region: np.ndarray, queries: list[list[int]], n_sink: int) -> pd.DataFrame:

@@ -29,6 +29,8 @@ from lalm_lens.model import HookedLALM
 from lalm_lens.readouts import Logits, LogProbs, Resid
 from lalm_lens.runs import Run, Source
 
+pytestmark = pytest.mark.numbers
+
 N_LAYERS, N_BEFORE, N_AUDIO, N_AFTER = 8, 4, 40, 12
 N_POS = N_BEFORE + N_AUDIO + N_AFTER
 AUDIO, TEXT = range(N_BEFORE, N_BEFORE + N_AUDIO), range(N_BEFORE + N_AUDIO, N_POS)

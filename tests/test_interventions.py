@@ -581,6 +581,7 @@ def plans(draw):
     return model, its, readout, draw(st.none() | st.integers(1, 120))
 
 
+@pytest.mark.numbers
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # type checks of tests do
 @pytest.mark.parametrize("n_examples", N_EXAMPLES)
 def test_any_branches_on_any_model_with_any_budget(n_examples):

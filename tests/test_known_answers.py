@@ -20,6 +20,8 @@ from lalm_lens.light_cone import light_cone as cone_of
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
 
+pytestmark = pytest.mark.numbers
+
 N_CLIPS = 4
 PLANTED_BLOCK = 4
 RELAY_WINDOW = 20

@@ -21,6 +21,8 @@ from lalm_lens.results import CausalTrace, outermost
 from lalm_lens.runs import Run
 from lalm_lens.windows import position_s
 
+pytestmark = pytest.mark.numbers
+
 CUE_S = 0.3
 CLIP_S = 2.0
 N_CLIPS = 45

@@ -64,7 +64,7 @@ def test_effects_are_those_of_plain_hf_hooks(relay, samples, effects, direction)
         rows = effects.frame[effects.frame["sample"] == sample.name]
         run = question.run(sample)
         clean, silent = (
-            question.run(replace(sample, waveform=waveform)).inputs.to_hf()
+            question.run(replace(sample, waveform=waveform)).inputs.to_hf("feature_attention_mask")
             for waveform in (sample.waveform, torch.zeros_like(sample.waveform))
         )
         taken, base = (clean, silent) if direction == "denoise" else (silent, clean)

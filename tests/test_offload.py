@@ -43,6 +43,8 @@ from lalm_lens.runs import OWN, Run, Source
 from lalm_lens.transformer import HookedTransformer
 from lalm_lens.weights import assign
 
+pytestmark = pytest.mark.numbers
+
 SPREADS = {
     "a block on disk": {"device_map": {"blocks.2": "disk", "": "cpu"}},
     "the decoder on disk": {"device_map": {"": "disk", "audio_encoder": "cpu", "adapter": "cpu"}},
