@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from lalm_lens.engine.plan import Plan, run_branches
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.causal_trace import causal_trace
+    from lalm_lens.experiments.enrich import Enrichment, enrich
+    from lalm_lens.experiments.information_score import (
+        InformationScore,
+        critical_layer,
+        information_score,
+        resolution_correlation,
+    )
+    from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
     from lalm_lens.experiments.moment import Search
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
@@ -36,12 +44,15 @@ _HOME = {
     "Branch": "engine.branches",
     "CausalTrace": "results",
     "Embedded": "inputs",
+    "Enrichment": "experiments.enrich",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
+    "InformationScore": "experiments.information_score",
     "Inputs": "inputs",
     "Knockout": "interventions",
     "LensError": "errors",
     "LogProbs": "readouts",
+    "LogitLens": "experiments.logit_lens",
     "Logits": "readouts",
     "OtherClip": "corrupt",
     "Patch": "interventions",
@@ -59,13 +70,18 @@ _HOME = {
     "Source": "runs",
     "WhiteNoise": "corrupt",
     "causal_trace": "experiments.causal_trace",
+    "critical_layer": "experiments.information_score",
     "cut_to": "datasets",
+    "enrich": "experiments.enrich",
     "from_hf": "loading",
     "from_pretrained": "loading",
+    "information_score": "experiments.information_score",
+    "logit_lens": "experiments.logit_lens",
     "patching": "patching",
     "read_audio": "audio",
     "read_folder": "datasets",
     "read_sample": "datasets",
+    "resolution_correlation": "experiments.information_score",
     "run_branches": "engine.plan",
     "silence": "corrupt",
 }
@@ -78,12 +94,15 @@ __all__ = [
     "Branch",
     "CausalTrace",
     "Embedded",
+    "Enrichment",
     "HookedLALM",
     "HookedTransformer",
+    "InformationScore",
     "Inputs",
     "Knockout",
     "LensError",
     "LogProbs",
+    "LogitLens",
     "Logits",
     "OtherClip",
     "Patch",
@@ -101,13 +120,18 @@ __all__ = [
     "Source",
     "WhiteNoise",
     "causal_trace",
+    "critical_layer",
     "cut_to",
+    "enrich",
     "from_hf",
     "from_pretrained",
+    "information_score",
+    "logit_lens",
     "patching",
     "read_audio",
     "read_folder",
     "read_sample",
+    "resolution_correlation",
     "run_branches",
     "silence",
 ]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, get_args
@@ -67,13 +68,12 @@ COLUMNS = {
 }
 
 
-def plots_module() -> ModuleType:
-    """`lalm_lens.plots`; raises `DataError` where matplotlib, an extra, is missing."""
+def plots_module(name: str = "plots") -> ModuleType:
+    """A module of pictures; raises `DataError` where matplotlib, an extra, is missing."""
     try:
-        from lalm_lens import plots
+        return import_module(f"lalm_lens.{name}")
     except ModuleNotFoundError as error:
         raise DataError(f"Pictures need {error.name}: pip install 'lalm_lens[plots]'.") from None
-    return plots
 
 
 def summarise(rows: pd.DataFrame) -> dict[str, str | int | float]:

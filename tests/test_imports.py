@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors shapes attributes config nn placement offload encoders adapters audio inputs positions pieces prompts "
     "datasets corrupt axes hooks bridge_config words named_weights generation transformer light_cone model seeing "
-    "weights loading verify info runs windows interventions readouts engine patching metrics aggregates plots results "
-    "experiments runner report assets demo cli __init__ __main__"
+    "weights loading verify info runs windows interventions readouts engine patching metrics aggregates plots tables "
+    "lens_plots results experiments runner report assets demo cli __init__ __main__"
 ).split()
 FOR_CONVERSIONS = {"config", "errors", "weights", "nn", "encoders", "adapters", "prompts"}
 

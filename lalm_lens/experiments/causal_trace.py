@@ -151,13 +151,17 @@ def check(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> N
         processor.check_audible(sample.waveform, sample.name)
         if not sample.waveform.any():
             raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
-        if sample.label not in labels:
-            raise PromptError(
-                f"{sample.name} is labelled {sample.label!r}, which is not an option of {settings.attribute.name}: "
-                f"{', '.join(labels)}."
-            )
+        refuse_other_label(sample, settings.attribute)
         prompt_of(processor, sample, settings)
         settings.corruption.of(sample, samples)
+
+
+def refuse_other_label(sample: Sample, attribute: Attribute) -> None:
+    if sample.label not in attribute.labels:
+        raise PromptError(
+            f"{sample.name} is labelled {sample.label!r}, which is not an option of {attribute.name}: "
+            f"{', '.join(attribute.labels)}."
+        )
 
 
 def refuse_foreign_hooks(model: HookedLALM) -> None:

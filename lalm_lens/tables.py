@@ -1,0 +1,58 @@
+"""Tidy tables that are saved whole and know their columns."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import pandas as pd
+from pyarrow import ArrowInvalid
+
+from lalm_lens.errors import DataError
+
+
+@dataclass(frozen=True, repr=False)
+class Table:
+    """A result as a table; its columns and their types are `COLUMNS`."""
+
+    COLUMNS: ClassVar[dict[str, str]]
+    NAME: ClassVar[str]  # as in "is not a causal trace"
+
+    frame: pd.DataFrame
+
+    @classmethod
+    def of(cls, frames: Sequence[pd.DataFrame]) -> Self:
+        """From parts of it, which may lack columns that are empty. Raises `DataError` for none."""
+        if not frames:
+            raise DataError("There is nothing to trace: give at least one sample.")
+        columns = list(cls.COLUMNS)
+        return cls(pd.concat(frames, ignore_index=True).reindex(columns=columns).astype(cls.COLUMNS))
+
+    def to_frame(self) -> pd.DataFrame:
+        """A copy of the table."""
+        return self.frame.copy()
+
+    def save(self, path: str | Path) -> Path:
+        """Write a Parquet file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        try:
+            self.frame.to_parquet(unfinished, index=False)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; raises `DataError` for another table."""
+        try:
+            frame = pd.read_parquet(path)
+        except ArrowInvalid as error:
+            raise DataError(f"{path} is not a Parquet file ({error}).") from None
+        missing = [column for column in cls.COLUMNS if column not in frame]
+        if missing:
+            raise DataError(f"{path} is not {cls.NAME}: it has no column {', '.join(missing)}.")
+        return cls(frame[list(cls.COLUMNS)].astype(cls.COLUMNS))
