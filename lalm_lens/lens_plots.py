@@ -1,5 +1,7 @@
 """Pictures of what layers know: scores by layer, words by layer and position, accuracy under enrichment."""
 
+from textwrap import fill
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -51,7 +53,7 @@ def counts(rows: pd.DataFrame) -> str:
 
 
 def score_curve(ax: Axes, rows: pd.DataFrame, label: str, colour: str, style: str) -> None:
-    ax.plot(rows.layer, rows.score, marker="o", ms=3, color=colour, ls=style, label=label)
+    ax.plot(rows.layer, rows.score, marker="o", ms=3, color=colour, ls=style, label=fill(label, 24))
     ax.fill_between(rows.layer, rows.low, rows.high, color=colour, alpha=0.15, lw=0)
 
 

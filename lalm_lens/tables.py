@@ -4,12 +4,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, TypeVar
 
 import pandas as pd
 from pyarrow import ArrowInvalid
 
 from lalm_lens.errors import DataError
+
+T = TypeVar("T", bound="Table")
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,7 +24,7 @@ class Table:
     frame: pd.DataFrame
 
     @classmethod
-    def of(cls, frames: Sequence[pd.DataFrame]) -> Self:
+    def of(cls: type[T], frames: Sequence[pd.DataFrame]) -> T:
         """From parts of it, which may lack columns that are empty. Raises `DataError` for none."""
         if not frames:
             raise DataError("There is nothing to trace: give at least one sample.")
@@ -46,7 +48,7 @@ class Table:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[T], path: str | Path) -> T:
         """Read what `save` wrote; raises `DataError` for another table."""
         try:
             frame = pd.read_parquet(path)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lalm_lens.experiments.cells import Grid, cells
+from lalm_lens.experiments.lens import Reading, lens
 from lalm_lens.experiments.recovery import Case, Recovery, recover
 from lalm_lens.inputs import Inputs
 from lalm_lens.loading import from_pretrained, our_conversions
@@ -165,17 +166,11 @@ class GoldenSet:
 
     def lens(self, name: str) -> dict[str, Tensor]:
         """Label probabilities from every block's last state, with and without the final norm."""
-        _, cache = self.runs[name]
-        labels = self.label_ids()
-        last = torch.stack(
-            [cache[f"blocks.{layer}.hook_resid_post"][:, -1] for layer in range(self.model.cfg.n_layers)], dim=1
-        )
-        with torch.no_grad():
-            normed, raw = self.model.unembed(self.model.ln_final(last)), self.model.unembed(last)
-        return {
-            "label_probs": normed.double().softmax(-1)[..., labels],
-            "label_probs_no_final_norm": raw.double().softmax(-1)[..., labels],
-        }
+        inputs, labels = self.inputs(name), tuple(self.label_ids().tolist())
+        is_last = torch.arange(inputs.tokens.shape[1]).expand_as(inputs.tokens) == inputs.tokens.shape[1] - 1
+        readings = {"label_probs": Reading(labels), "label_probs_no_final_norm": Reading(labels, norm=False)}
+        said = {key: lens(self.model, inputs, is_last, reading).log_prob for key, reading in readings.items()}
+        return {key: log_prob.transpose(0, 1).double().exp() for key, log_prob in said.items()}
 
     def knocked_out(self, keys: Tensor) -> Tensor:
         """Clean run in which the last position may look at none of `keys`, in any layer or head."""

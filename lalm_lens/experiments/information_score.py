@@ -131,8 +131,8 @@ class InformationScore(Table):
         for name in ("model", "norm"):
             if frame[name].nunique() > 1:
                 raise DataError(f"The table has more than one {name}. Choose the rows of one.")
-        if view != "places":
-            frame = frame[(frame.place == "last") & (frame.knockout == "none")]
+        is_last, is_whole = frame.place == "last", frame.knockout == "none"
+        frame = frame[is_last | is_whole if view == "places" else is_last & is_whole]
         if view != "forms":
             frame = frame[frame.form == frame.form.max()]
         if not len(frame):
@@ -249,11 +249,10 @@ def predictions(
 ) -> Iterator[pd.DataFrame]:
     """A table for every place and label space."""
     n_labels, true = len(attribute.labels), attribute.labels.index(asked.sample.label)
-    places = ("penultimate", "last")[-len(asked.at) :]
-    for at, place in enumerate(places):
+    for at, place in ((-1, "last"), (-2, "penultimate"))[: len(asked.at)]:
         for n, label_space in enumerate(label_spaces):
             own = slice(n * n_labels, (n + 1) * n_labels)
-            chosen = np.argmax(read.logit[:, at, own].numpy(), axis=-1)
+            chosen = np.argmax(read.logit[:, at, own].numpy(), axis=-1)  # the first of the largest
             yield pd.DataFrame(
                 {
                     "sample": asked.sample.name,

@@ -218,8 +218,8 @@ def told(knockouts: Sequence[Knockout]) -> str:
 
 def told_one(knockout: Knockout) -> str:
     heads = "" if knockout.heads is None else f", heads {of_numbers(knockout.heads)}"
-    ends = (its if isinstance(its, str) else of_numbers(its) for its in (knockout.queries, knockout.keys))
-    return "{} -/-> {}".format(*ends) + f" in layers {of_numbers(knockout.layers)}{heads}"
+    queries, keys = (its if isinstance(its, str) else of_numbers(its) for its in (knockout.queries, knockout.keys))
+    return f"{queries} without {keys}, layers {of_numbers(knockout.layers)}{heads}"
 
 
 def of_numbers(numbers: Sequence[int]) -> str:
