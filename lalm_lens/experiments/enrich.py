@@ -92,7 +92,7 @@ class Enrichment(Table):
             for split in ("test", "probing")
         )
 
-    def random_at(self, factor: float) -> dict[str, float]:
+    def random_at(self, factor: float) -> dict[str, int | float]:
         rows = self.frame[(self.frame.arm == "random") & (self.frame.factor == factor)]
         by_seed = rows.groupby("seed").is_right.mean()
         return {"random": by_seed.mean(), "random_sd": by_seed.std()}
@@ -113,7 +113,7 @@ class Enrichment(Table):
         return f"Enrichment({self.frame.model.iloc[0]}, {n['probing']} probing and {n['test']} test clips)\n{table}"
 
 
-def gain(rows: pd.DataFrame, factor: float, n_resamples: int, seed: int) -> dict[str, float]:
+def gain(rows: pd.DataFrame, factor: float, n_resamples: int, seed: int) -> dict[str, int | float]:
     rights = rows.pivot(index="sample", columns="factor", values="is_right")[[0.0, factor]].to_numpy(bool)
 
     def of(means: np.ndarray) -> np.ndarray:

@@ -167,7 +167,7 @@ def rights_of(rows: pd.DataFrame) -> Shaped[np.ndarray, "sample form layer"]:
     return rights.to_numpy(bool).reshape(len(rights), rows.form.nunique(), -1)
 
 
-def point(rows: pd.DataFrame, alpha: float, layer_base: int, n_resamples: int, seed: int) -> dict[str, float]:
+def point(rows: pd.DataFrame, alpha: float, layer_base: int, n_resamples: int, seed: int) -> dict[str, int | float]:
     """Critical layer and accuracy of one prompt, or their means over several."""
     rights, n_labels = rights_of(rows), int(rows.n_labels.iloc[0])
 
@@ -295,7 +295,7 @@ def resolution_correlation(points: pd.DataFrame, without: Sequence[str] = ()) ->
     )
 
 
-def correlated(points: pd.DataFrame) -> dict[str, float]:
+def correlated(points: pd.DataFrame) -> dict[str, int | float]:
     defined = points.dropna(subset=["critical_layer", "accuracy"])
     about = {"n": len(defined), "n_dropped": len(points) - len(defined)}
     if len(defined) < 3 or defined.critical_layer.nunique() < 2 or defined.accuracy.nunique() < 2:
