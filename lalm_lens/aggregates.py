@@ -116,7 +116,7 @@ def intervals(
     clips = np.arange(len(values))
     with warnings.catch_warnings(category=DegenerateDataWarning, action="ignore"):  # not a number, as told above
         found = bootstrap((clips,), statistic, n_resamples=n_resamples, batch=100, method="percentile", rng=rng)
-    return found.confidence_interval.low, found.confidence_interval.high
+    return np.asarray(found.confidence_interval.low), np.asarray(found.confidence_interval.high)
 
 
 def corruption_kinds(frame: pd.DataFrame) -> pd.Series:
