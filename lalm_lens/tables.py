@@ -24,8 +24,8 @@ class Table:
     frame: pd.DataFrame
 
     @classmethod
-    def of(cls: type[T], frames: Sequence[pd.DataFrame]) -> T:
-        """From parts of it, which may lack columns that are empty. Raises `DataError` for none."""
+    def concat(cls: type[T], frames: Sequence[pd.DataFrame]) -> T:
+        """Of its parts, which may lack columns that are empty. Raises `DataError` for none."""
         if not frames:
             raise DataError("There is nothing to trace: give at least one sample.")
         columns = list(cls.COLUMNS)

@@ -146,7 +146,7 @@ def made_up(rights: dict[tuple[str, str, int | None, float], list[bool]]) -> Enr
         )
         for (of, arm, seed, factor), its in rights.items()
     ]
-    return Enrichment.of(frames)
+    return Enrichment.concat(frames)
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def made_up(rights: dict[str, np.ndarray], labels: tuple[str, ...] = ("a", "b"),
             )
     about = {"model": "m", "attribute": "letter", "n_labels": len(labels), "label_space": False, "norm": True}
     frame = pd.concat(frames).assign(**about, knockout="none", place="last", probability=0.5, **columns)
-    return InformationScore.of([frame])
+    return InformationScore.concat([frame])
 
 
 # --- eq. 2 ------------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_pictures_show_the_curves_of_the_first_label_space(scores, planted_score
     (ax,) = outcomes.axes
     assert {line.get_label() for line in ax.lines} >= {"wrong at the end", "chance"}
     assert "tiny_lalm: P3, " in outcomes.get_suptitle()
-    both = InformationScore.of([planted_scores().frame, planted_scores(4).frame])
+    both = InformationScore.concat([planted_scores().frame, planted_scores(4).frame])
     (ax,) = both.plot("places").axes
     lines = {line.get_label().replace("\n", " "): list(line.get_ydata()) for line in ax.lines}
     assert list(lines) == ["last", "penultimate", "last, -1 without audio, layers 4", "chance"]

@@ -203,7 +203,7 @@ def enrich(
             together = clips[start : start + n_together]
             frames.append(enriched(model, together, settings))
             bar.update(len(together))
-    return Enrichment.of(frames)
+    return Enrichment.concat(frames)
 
 
 def split(samples: Sequence[Sample], n_probing: int, seed: int) -> tuple[list[Sample], list[Sample]]:

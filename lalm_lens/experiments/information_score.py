@@ -119,7 +119,7 @@ class InformationScore(Table):
         new = clips.assign(label=of_attribute.transform(lambda labels: drawn.permutation(labels.to_numpy())))
         frame = self.frame.drop(columns="label").merge(new, on=["model", "attribute", "sample"])
         frame = frame.assign(is_right=frame.predicted == frame.label, probability=np.nan)
-        return InformationScore.of([with_outcomes(frame)])
+        return InformationScore.concat([with_outcomes(frame)])
 
     def plot(self, view: ScoreView = "forms") -> "Figure":
         """Scores by layer, a panel per attribute. `forms`: at the last position, by prompt (Fig. 2). `outcomes`: the
@@ -232,7 +232,7 @@ def information_score(
                 frames += [frame.assign(form=form) for frame in predictions(each, its, attribute, label_spaces)]
     about = {"model": model.cfg.model_name, "attribute": attribute.name, "n_labels": len(attribute.labels)}
     frame = pd.concat(frames, ignore_index=True).assign(**about, norm=norm, knockout=told(knockouts))
-    return InformationScore.of([with_outcomes(frame)])
+    return InformationScore.concat([with_outcomes(frame)])
 
 
 def asked_of(processor: Processor, sample: Sample, attribute: Attribute, form: Form) -> Asked:

@@ -138,7 +138,7 @@ def logit_lens(
     with tqdm(total=len(asked), desc=f"reading {attribute.name}", unit="clip", disable=not progress) as bar:
         read = read_all(model, processor, asked, reading, knockouts, token_budget, bar)
     frames = [rows_of(model, each, list(options), its, embed) for each, its in zip(asked, read, strict=True)]
-    return LogitLens.of([frame.assign(**about) for frame in frames])
+    return LogitLens.concat([frame.assign(**about) for frame in frames])
 
 
 def rows_of(model: HookedLALM, asked: Asked, options: list[str], read: Words, embed: bool) -> pd.DataFrame:
