@@ -18,14 +18,10 @@ if TYPE_CHECKING:
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.enrich import Enrichment, enrich
-    from lalm_lens.experiments.information_score import (
-        InformationScore,
-        critical_layer,
-        information_score,
-        resolution_correlation,
-    )
+    from lalm_lens.experiments.information_score import InformationScore, information_score
     from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
     from lalm_lens.experiments.moment import Search
+    from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
@@ -70,7 +66,7 @@ _HOME = {
     "Source": "runs",
     "WhiteNoise": "corrupt",
     "causal_trace": "experiments.causal_trace",
-    "critical_layer": "experiments.information_score",
+    "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
     "enrich": "experiments.enrich",
     "from_hf": "loading",
@@ -81,7 +77,7 @@ _HOME = {
     "read_audio": "audio",
     "read_folder": "datasets",
     "read_sample": "datasets",
-    "resolution_correlation": "experiments.information_score",
+    "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "silence": "corrupt",
 }

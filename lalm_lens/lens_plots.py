@@ -37,7 +37,9 @@ def score_curves(curves: pd.DataFrame) -> Figure:
         ax.set_title(f"{attribute}\n(n = {counts(rows)})", fontsize=10)
     axes[0, 0].set_ylabel("information score\n(band: 95 % bootstrap)")
     axes[0, 0].set_ylim(-0.03, 1.03)
-    axes[0, -1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    drawn = {str(line.get_label()): line for ax in axes[0] for line in ax.lines}  # in any of the panels
+    drawn["chance"] = drawn.pop("chance")
+    axes[0, -1].legend(handles=drawn.values(), frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     space = "with" if curves.label_space.iloc[0] else "without"
     norm = "" if curves.norm.iloc[0] else ", without the final norm"
     forms = ", ".join(sorted(curves.form.unique()))
@@ -47,9 +49,11 @@ def score_curves(curves: pd.DataFrame) -> Figure:
 
 
 def counts(rows: pd.DataFrame) -> str:
-    """How many clips, by line where that differs."""
+    """How many clips, by line where each is of others or of more."""
     by_line = rows.groupby("line", sort=False).n.first()
-    return str(by_line.iloc[0]) if by_line.nunique() == 1 else ", ".join(f"{n} {name}" for name, n in by_line.items())
+    if by_line.nunique() == 1 and "right_at_end" not in rows:
+        return str(by_line.iloc[0])
+    return ", ".join(f"{n} {name}" for name, n in by_line.items())
 
 
 def score_curve(ax: Axes, rows: pd.DataFrame, label: str, colour: str, style: str) -> None:

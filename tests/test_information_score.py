@@ -376,6 +376,9 @@ def test_pictures_show_the_curves_of_the_first_label_space(scores, planted_score
     assert title == "tiny_lalm: P1, P2, P3, first tokens of labels without the space before them"
     outcomes = scores.plot("outcomes")
     (ax,) = outcomes.axes
+    ends = scores.frame[~scores.frame.label_space & (scores.frame.form == "P3")].drop_duplicates("sample")
+    n_wrong = (~ends.right_at_end).sum()
+    assert f"{n_wrong} wrong at the end" in ax.get_title()
     assert {line.get_label() for line in ax.lines} >= {"wrong at the end", "chance"}
     assert "tiny_lalm: P3, " in outcomes.get_suptitle()
     both = InformationScore.concat([planted_scores().frame, planted_scores(4).frame])
@@ -384,5 +387,11 @@ def test_pictures_show_the_curves_of_the_first_label_space(scores, planted_score
     assert list(lines) == ["last", "penultimate", "last, -1 without audio, layers 4", "chance"]
     assert lines["last"] == pytest.approx(at_last(planted_scores()).tolist())
     assert lines["last, -1 without audio, layers 4"] == pytest.approx([0.2] * 8)
+    planted = planted_scores().frame  # all are right at the end, so that a panel has one line
+    mixed = pd.concat([scores.frame, planted.assign(attribute="other", model="tiny_lalm", label_space=False)])
+    legend = InformationScore.concat([mixed]).plot("outcomes").axes[1].get_legend()
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names[-1] == "chance"
+    assert {"wrong at the end", "right at the end"} <= set(names)
     with pytest.raises(DataError, match="nothing to show as forms"):
         planted_scores(4).plot("forms")

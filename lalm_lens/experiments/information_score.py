@@ -1,8 +1,6 @@
-"""Where a model resolves what it hears: information scores and critical layers (arXiv 2506.05140, sections IV, VI).
+"""What every layer knows of what is heard: information scores (arXiv 2506.05140, sections IV-B and VI).
 
     I[l]    = share of clips whose true label is the largest of the labels' logits at layer l       (eq. 2)
-    s[l]    = max(0, I[l] - (1 + alpha) / |Y|)                                                      (eq. 3)
-    l*      = sum_l s[l] l / sum_l s[l], l = 1 ... L                                                (eq. 4)
 
 The logits are the logit lens' at the prompt's last position, or at the penultimate one, which names the attribute. The
 accuracy is the score of the last layer.
@@ -15,7 +13,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Shaped
-from scipy.stats import pearsonr
 from tqdm import tqdm
 
 from lalm_lens.aggregates import intervals
@@ -24,6 +21,7 @@ from lalm_lens.datasets import Sample, refuse_repeated
 from lalm_lens.errors import DataError, InputError, PromptError
 from lalm_lens.experiments.causal_trace import processor_of, refuse_foreign_hooks, refuse_other_label
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, run_of, told
+from lalm_lens.experiments.resolution import critical_layer, mean_defined
 from lalm_lens.interventions import Knockout
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Processor
@@ -38,20 +36,6 @@ ScoreView = Literal["forms", "outcomes", "places"]
 
 ONE_CURVE = ["model", "attribute", "n_labels", "label_space", "norm", "knockout", "place", "form"]
 POINT = ["critical_layer", "critical_low", "critical_high", "accuracy", "accuracy_low", "accuracy_high"]
-
-
-@typed
-def critical_layer(
-    scores: Float[np.ndarray, "*curve layer"], n_labels: int, *, alpha: float = 0.2, layer_base: int = 1
-) -> Float[np.ndarray, "*curve"]:
-    """The mean layer of information scores, each weighted by what it has above (1 + alpha) / n_labels (eq. 3, 4).
-
-    The first layer is counted as `layer_base`. NaN where no layer has more than that.
-    """
-    weights = np.maximum(0, scores - (1 + alpha) / n_labels)
-    layers = np.arange(scores.shape[-1]) + layer_base
-    total = weights.sum(-1)
-    return np.divide((weights * layers).sum(-1), total, out=np.full(total.shape, np.nan), where=total > 0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -182,13 +166,6 @@ def point(rows: pd.DataFrame, alpha: float, layer_base: int, n_resamples: int, s
     return {"n": len(rights), "n_defined": defined, **dict(zip(POINT, map(float, numbers), strict=True))}
 
 
-def mean_defined(layers: Float[np.ndarray, "*curve form"]) -> Float[np.ndarray, "*curve"]:
-    """The mean without what is NaN, and NaN where all are."""
-    is_defined = np.isfinite(layers)
-    n = is_defined.sum(-1)
-    return np.divide(np.where(is_defined, layers, 0).sum(-1), n, out=np.full(n.shape, np.nan), where=n > 0)
-
-
 @typed
 def information_score(
     model: HookedLALM,
@@ -273,32 +250,3 @@ def with_outcomes(frame: pd.DataFrame) -> pd.DataFrame:
     ends = frame[(frame.place == "last") & (frame.layer == frame.groupby("model").layer.transform("max"))]
     ends = ends[[*one_run, "is_right"]].rename(columns={"is_right": "right_at_end"})
     return frame.drop(columns="right_at_end", errors="ignore").merge(ends, on=one_run, how="left")
-
-
-@typed
-def resolution_correlation(points: pd.DataFrame, without: Sequence[str] = ()) -> pd.DataFrame:
-    """Pearson's correlation of accuracy and critical layer over attributes and prompts, and its p (Table III).
-
-    `points` have a row per attribute and form with `critical_layer` and `accuracy`, as `InformationScore.points` makes
-    them. One row for all of them, and one without each attribute that is in `without`. Undefined critical layers are
-    dropped: `n` points are left, and r and p are NaN below three, or where they do not vary.
-    """
-    names = points.attribute.unique()
-    if unknown := [name for name in without if name not in names]:
-        raise DataError(f"There are no points of {', '.join(unknown)}, only of {', '.join(names)}.")
-    by = [name for name in ("model", "label_space", "norm", "knockout", "place") if name in points]
-    groups = points.groupby(by, sort=False) if by else [((), points)]
-    return pd.DataFrame(
-        {**dict(zip(by, key, strict=True)), "without": left_out, **correlated(rows[rows.attribute != left_out])}
-        for key, rows in groups
-        for left_out in ("", *without)
-    )
-
-
-def correlated(points: pd.DataFrame) -> dict[str, int | float]:
-    defined = points.dropna(subset=["critical_layer", "accuracy"])
-    about = {"n": len(defined), "n_dropped": len(points) - len(defined)}
-    if len(defined) < 3 or defined.critical_layer.nunique() < 2 or defined.accuracy.nunique() < 2:
-        return {**about, "r": float("nan"), "p": float("nan")}
-    r, p = np.asarray(pearsonr(defined.accuracy, defined.critical_layer)).tolist()
-    return {**about, "r": r, "p": p}
