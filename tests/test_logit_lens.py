@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from families import FAMILIES
 from reference import chirps, hf_batch, hf_embeds, hf_states
 from torch.testing import assert_close
 from transformer_lens.tools import analysis
@@ -20,6 +21,7 @@ from lalm_lens.experiments import lens as lens_module
 from lalm_lens.experiments.lens import Reading, lens
 from lalm_lens.experiments.logit_lens import LogitLens
 from lalm_lens.inputs import Inputs
+from lalm_lens.loading import from_pretrained
 
 TOKENS = (17, 3, 200)
 
@@ -227,6 +229,29 @@ def test_knockouts_in_a_batch_are_those_of_each_prompt(tiny_lalm, samples):
     ours = torch.tensor(last.log_prob.to_numpy()).reshape(len(samples), len(labels))
     assert_close(ours, outcome.values[:, 0].double(), rtol=1e-4, atol=1e-4)
     assert (outcome.values - outcome.base).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_read_in_batches(name, tmp_path):
+    """Clips in several windows, or none that are padded: the last layer is what each clip's own run predicts."""
+    FAMILIES[name].save(tmp_path)
+    model, attribute = from_pretrained(tmp_path), ATTRIBUTES["gender"]
+    processor, lengths_s = model.processor, [0.7, min(2.7, model.processor.n_samples / 16_000)]
+    clips = [Sample(f"{n}.wav", "male", clip) for n, clip in enumerate(chirps(lengths_s))]
+    found = logit_lens(model, clips, attribute=attribute, positions="last", top_k=1, progress=False)
+    tokens = list(processor.label_tokens(attribute.labels).values())
+    for clip in clips:
+        prompt = processor.prompt(attribute, processor.n_frames(clip.waveform))
+        with torch.no_grad():
+            logits = model(processor.inputs([prompt], [clip.waveform]), logits_at=-1)[0, 0]
+        rows = found.frame[(found.frame["sample"] == clip.name) & (found.frame.layer == model.cfg.n_layers - 1)]
+        assert rows.kind.tolist() == ["label", "label", "top"]
+        assert_close(torch.tensor(rows.logit.to_numpy()[:2]), logits[tokens].double(), rtol=1e-4, atol=1e-4)
+        assert rows.token_id.iloc[2] == logits.argmax()
+    if model.processor.n_samples > 2.7 * 16_000:
+        heard = logit_lens(model, clips, attribute=attribute, positions="audio", top_k=1, progress=False)
+        ends = heard.frame.groupby("sample").end_s.max()
+        assert ends["1.wav"] >= 2.7 - 0.1
 
 
 def test_labels_may_be_others_or_none(tiny_lalm, samples):
