@@ -7,12 +7,14 @@ import torch
 from reference import chirps, hf_batch, hooked, tiny_hf
 from torch.testing import assert_close
 
-from lalm_lens import Enrichment, Logits, Run, enrich, from_hf, information_score, run_branches
+from lalm_lens import Enrichment, InformationScore, Logits, Run, enrich, from_hf, information_score, run_branches
 from lalm_lens.assets.clips import write_clips
+from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.datasets import Sample, read_folder
 from lalm_lens.engine.branches import Branch
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.enrich import enrichment, split
+from lalm_lens.experiments import enrich as enrich_module
+from lalm_lens.experiments.enrich import chosen_layer, enrichment, split
 from lalm_lens.inputs import Inputs
 
 GAP, N_PROBING, N_SEEDS, FACTORS = 3, 4, 3, (0.5, 2)
@@ -100,6 +102,23 @@ def test_the_layer_is_where_wrongly_answered_probing_clips_are_told_apart_best(e
     chosen = frame[frame.arm == "chosen"]
     assert chosen.layer.unique().tolist() == best[:1]
     assert (chosen.gap == GAP).all()
+
+
+def test_a_layer_is_chosen_by_wrong_answers_the_first_of_equals_and_with_one_to_enrich(tiny_lalm, samples, monkeypatch):
+    """Layers 1 and 3 tell the wrongly answered clips apart best, but for 6, whose target would be no layer."""
+    wrong = np.array([[0, 1, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0, 1, 0], [0, 1, 0, 1, 0, 0, 1, 0]], dtype=bool)
+    right = np.array([[0, 0, 1, 0, 1, 1, 1, 1]] * 5, dtype=bool)
+    frame = pd.DataFrame(
+        {"sample": n, "layer": layer, "is_right": its, "right_at_end": row[-1], "place": "last"}
+        for n, row in enumerate([*wrong, *right])
+        for layer, its in enumerate(row)
+    )
+    other = frame.assign(place="penultimate", is_right=frame.layer == 0)
+    scores = InformationScore(pd.concat([frame, other]))
+    monkeypatch.setattr(enrich_module, "information_score", lambda *args, **how: scores)
+    layer = chosen_layer(tiny_lalm, samples, ATTRIBUTES["emotion"], "P3", False, 3, None, False)
+    assert layer == 1
+    assert chosen_layer(tiny_lalm, samples, ATTRIBUTES["emotion"], "P3", False, 1, None, False) == 6
 
 
 def test_random_layers_are_drawn_for_every_clip_and_seed(run, enriched):
