@@ -31,6 +31,13 @@ class Table:
         columns = list(cls.COLUMNS)
         return cls(pd.concat(frames, ignore_index=True).reindex(columns=columns).astype(cls.COLUMNS))
 
+    def refuse_mixed(self, settings: Sequence[str], by: Sequence[str] = ()) -> None:
+        """Raise `DataError` unless settings that are not in `by` are the same in all rows: else there is no mean."""
+        for name in settings:
+            values = [str(value) for value in self.frame[name].unique()]
+            if name not in by and len(values) > 1:
+                raise DataError(f"The table has more than one {name}: {'; '.join(values)}. Choose one, or group by it.")
+
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table."""
         return self.frame.copy()

@@ -393,5 +393,7 @@ def test_pictures_show_the_curves_of_the_first_label_space(scores, planted_score
     names = [text.get_text() for text in legend.get_texts()]
     assert names[-1] == "chance"
     assert {"wrong at the end", "right at the end"} <= set(names)
+    with pytest.raises(DataError, match="more than one model: tiny_lalm; other"):
+        InformationScore.concat([scores.frame, scores.frame.assign(model="other")]).plot()
     with pytest.raises(DataError, match="nothing to show as forms"):
         planted_scores(4).plot("forms")

@@ -310,6 +310,9 @@ def test_the_map_shows_the_top_word_of_every_state(at_audio, samples):
         assert words[layer + 1, x] == word.replace(" ", "\N{OPEN BOX}").replace("\n", "\\n")[:9]
     assert ax.get_xticklabels()[1].get_text() == "0.04 s"
     assert [label.get_text() for label in ax.get_yticklabels()][:2] == ["embed", "0"]
+    mixed = LogitLens.concat([at_audio.frame, at_audio.frame.assign(norm=False)])
+    with pytest.raises(DataError, match="more than one norm: True; False"):
+        mixed.plot(name)
     with pytest.raises(DataError, match=r"no clip 'b\.wav'"):
         at_audio.plot("b.wav")
 

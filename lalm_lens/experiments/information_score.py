@@ -111,10 +111,8 @@ class InformationScore(Table):
         and under knockouts that are in the table (Fig. 4). The last two are of the last of the forms, P3."""
         if view not in get_args(ScoreView):
             raise DataError(f"There is no view {view!r}. Choose one of {', '.join(get_args(ScoreView))}.")
+        self.refuse_mixed(("model", "norm"))
         frame = self.frame[self.frame.label_space == self.frame.label_space.iloc[0]]
-        for name in ("model", "norm"):
-            if frame[name].nunique() > 1:
-                raise DataError(f"The table has more than one {name}. Choose the rows of one.")
         is_last, is_whole = frame.place == "last", frame.knockout == "none"
         frame = frame[is_last | is_whole if view == "places" else is_last & is_whole]
         if view != "forms":

@@ -71,11 +71,9 @@ class LogitLens(Table):
         names = list(rows["sample"].unique())
         if sample is not None and sample not in names:
             raise DataError(f"The table has no clip {sample!r}, only {', '.join(names)}.")
-        chosen = rows[rows["sample"] == (sample or names[0])]
-        for name in ("model", "attribute", "form", "norm", "knockout"):
-            if chosen[name].nunique() > 1:
-                raise DataError(f"The table has more than one {name} of this clip. Choose the rows of one.")
-        return plots_module("lens_plots").word_map(chosen)
+        chosen = LogitLens(rows[rows["sample"] == (sample or names[0])])
+        chosen.refuse_mixed(("model", "attribute", "form", "norm", "knockout"))
+        return plots_module("lens_plots").word_map(chosen.frame)
 
     def __repr__(self) -> str:
         frame = self.frame
