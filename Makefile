@@ -36,6 +36,7 @@ bench: setup
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python -m benchmarks.lens
 	$(BIN)/python -m benchmarks.tracing
 
 tiny: setup

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
     from lalm_lens.experiments.causal_trace import causal_trace
+    from lalm_lens.experiments.enrich import Enrichment, enrich
+    from lalm_lens.experiments.information_score import InformationScore, information_score
     from lalm_lens.experiments.knockout_generation import KnockoutGeneration, knockout_generation
+    from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
     from lalm_lens.experiments.moment import Search
     from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
+    from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
@@ -42,13 +46,16 @@ _HOME = {
     "Branch": "engine.branches",
     "CausalTrace": "results",
     "Embedded": "inputs",
+    "Enrichment": "experiments.enrich",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
+    "InformationScore": "experiments.information_score",
     "Inputs": "inputs",
     "Knockout": "interventions",
     "KnockoutGeneration": "experiments.knockout_generation",
     "LensError": "errors",
     "LogProbs": "readouts",
+    "LogitLens": "experiments.logit_lens",
     "Logits": "readouts",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
@@ -70,15 +77,20 @@ _HOME = {
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
     "causal_trace": "experiments.causal_trace",
+    "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
+    "enrich": "experiments.enrich",
     "from_hf": "loading",
     "from_pretrained": "loading",
+    "information_score": "experiments.information_score",
     "knockout_generation": "experiments.knockout_generation",
+    "logit_lens": "experiments.logit_lens",
     "object_effect": "experiments.object_effect",
     "patching": "patching",
     "read_audio": "audio",
     "read_folder": "datasets",
     "read_sample": "datasets",
+    "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "silence": "corrupt",
     "transcripts": "transcripts",
@@ -94,13 +106,16 @@ __all__ = [
     "Branch",
     "CausalTrace",
     "Embedded",
+    "Enrichment",
     "HookedLALM",
     "HookedTransformer",
+    "InformationScore",
     "Inputs",
     "Knockout",
     "KnockoutGeneration",
     "LensError",
     "LogProbs",
+    "LogitLens",
     "Logits",
     "ObjectEffect",
     "OtherClip",
@@ -122,15 +137,20 @@ __all__ = [
     "attention_share",
     "audio_knockout",
     "causal_trace",
+    "critical_layer",
     "cut_to",
+    "enrich",
     "from_hf",
     "from_pretrained",
+    "information_score",
     "knockout_generation",
+    "logit_lens",
     "object_effect",
     "patching",
     "read_audio",
     "read_folder",
     "read_sample",
+    "resolution_correlation",
     "run_branches",
     "silence",
     "transcripts",

@@ -1,10 +1,12 @@
 """Averages over samples: what stands in a row of a table or at a point of a curve."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
+from jaxtyping import Float, Shaped
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from lalm_lens.errors import DataError
 
@@ -96,6 +98,28 @@ def interval(values: np.ndarray, n_resamples: int, seed: int) -> tuple[float, fl
     rng = np.random.default_rng(seed)
     found = bootstrap((values,), np.mean, n_resamples=n_resamples, method="percentile", rng=rng)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def intervals(
+    values: Shaped[np.ndarray, "sample *rest"],
+    of: Callable[[Float[np.ndarray, "resample *rest"]], Float[np.ndarray, "resample *found"]],
+    n_resamples: int,
+    seed: int,
+) -> tuple[Float[np.ndarray, "*found"], Float[np.ndarray, "*found"]]:
+    """95 % of what is made `of` the means of samples drawn again, whole samples at a time. NaN for one sample, and
+    where what is made of some of the means is not a number."""
+    if len(values) < 2:
+        nothing = np.full(of(values[:1].astype(float)).shape[1:], np.nan)
+        return nothing, nothing
+    rng = np.random.default_rng(seed)
+
+    def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
+        return np.moveaxis(of(values[drawn].mean(1)), 0, -1)
+
+    clips = np.arange(len(values))
+    with warnings.catch_warnings(category=DegenerateDataWarning, action="ignore"):  # not a number, as told above
+        found = bootstrap((clips,), statistic, n_resamples=n_resamples, batch=100, method="percentile", rng=rng)
+    return np.asarray(found.confidence_interval.low), np.asarray(found.confidence_interval.high)
 
 
 def corruption_kinds(frame: pd.DataFrame) -> pd.Series:

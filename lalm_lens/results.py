@@ -1,17 +1,16 @@
 """Results as tidy tables with the views that belong to them."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import pandas as pd
-from pyarrow import ArrowInvalid
 
 from lalm_lens.aggregates import BY_SAMPLE, aggregate, refuse_mixed
 from lalm_lens.errors import DataError
+from lalm_lens.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,13 +69,12 @@ COLUMNS = {
 }
 
 
-def plots_module() -> ModuleType:
-    """`lalm_lens.plots`; raises `DataError` where matplotlib, an extra, is missing."""
+def plots_module(name: str = "plots") -> ModuleType:
+    """A module of pictures; raises `DataError` where matplotlib, an extra, is missing."""
     try:
-        from lalm_lens import plots
+        return import_module(f"lalm_lens.{name}")
     except ModuleNotFoundError as error:
         raise DataError(f"Pictures need {error.name}: pip install 'lalm_lens[plots]'.") from None
-    return plots
 
 
 def summarise(rows: pd.DataFrame) -> dict[str, str | int | float]:
@@ -110,20 +108,11 @@ def outermost(windows: pd.DataFrame) -> pd.DataFrame:
 
 
 @dataclass(frozen=True, repr=False)
-class CausalTrace:
+class CausalTrace(Table):
     """Recovery rates, one row per patched run; columns as in `COLUMNS`."""
 
-    frame: pd.DataFrame
-
-    @classmethod
-    def concat(cls, frames: list[pd.DataFrame]) -> "CausalTrace":
-        if not frames:
-            raise DataError("There is nothing to trace: give at least one sample.")
-        return cls(pd.concat(frames, ignore_index=True).reindex(columns=list(COLUMNS)).astype(COLUMNS))
-
-    def to_frame(self) -> pd.DataFrame:
-        """A copy of the table."""
-        return self.frame.copy()
+    NAME: ClassVar[str] = "a causal trace"
+    COLUMNS: ClassVar[dict[str, str]] = COLUMNS
 
     @property
     def kept(self) -> pd.DataFrame:
@@ -222,30 +211,6 @@ class CausalTrace:
         if view not in self.views:
             raise DataError(f"The table has nothing to show as {view}, only as {', '.join(self.views) or 'a table'}.")
         return views[view](self.frame)
-
-    def save(self, path: str | Path) -> Path:
-        """Write a Parquet file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        try:
-            self.frame.to_parquet(unfinished, index=False)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> "CausalTrace":
-        """Read what `save` wrote; raises `DataError` for another table."""
-        try:
-            frame = pd.read_parquet(path)
-        except ArrowInvalid as error:
-            raise DataError(f"{path} is not a Parquet file ({error}).") from None
-        missing = [column for column in COLUMNS if column not in frame]
-        if missing:
-            raise DataError(f"{path} is not a causal trace: it has no column {', '.join(missing)}.")
-        return cls(frame[list(COLUMNS)].astype(COLUMNS))
 
     def __repr__(self) -> str:
         counts = self.counts().astype(str)

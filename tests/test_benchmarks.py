@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import arithmetic
+from benchmarks import arithmetic, lens
 from benchmarks.hf import PlainHooks
 from benchmarks.rivals import RIVALS
 from benchmarks.task import SHAPES, Task, build
@@ -30,6 +30,18 @@ def test_every_rival_computes_the_same_map(name, task):
     ours_map = RIVALS[name].build(task.hf)(task.clean, task.corrupt, TINY.patches, task.token)
     torch.testing.assert_close(ours_map, theirs_map)
     assert (ours_map - task.log_probability[1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_every_rival_reads_the_same_lens(task):
+    clips = torch.cat([task.clean, task.corrupt])
+    answers = {name: rival() for name, rival in lens.rivals(task.hf, clips).items()}
+    expected = answers[lens.ONE_EACH]
+    assert expected.shape == (TINY.n_layers, 2, len(lens.TOKENS))
+    for answer in answers.values():
+        torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
+    assert (expected[0] - expected[-1]).abs().max() > 0.1
+    assert lens.OURS in lens.compare(TINY, 2, 1, "cpu", "float32")
 
 
 def test_a_sample_takes_each_part_of_the_map():

@@ -21,6 +21,7 @@ from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import run_branches
 from lalm_lens.experiments.cells import Grid, cells
 from lalm_lens.experiments.cuts import cuts
+from lalm_lens.experiments.lens import Reading, lens
 from lalm_lens.experiments.recovery import Case, Recovery, recover
 from lalm_lens.golden import inputs_of, tokens_of
 from lalm_lens.inputs import Inputs
@@ -223,17 +224,11 @@ class GoldenSet:
 
     def lens(self, name: str) -> dict[str, Tensor]:
         """Label probabilities from every block's last state, with and without the final norm."""
-        _, cache = self.runs[name]
-        labels = self.label_ids()
-        last = torch.stack(
-            [cache[f"blocks.{layer}.hook_resid_post"][:, -1] for layer in range(self.model.cfg.n_layers)], dim=1
-        )
-        with torch.no_grad():
-            normed, raw = self.model.unembed(self.model.ln_final(last)), self.model.unembed(last)
-        return {
-            "label_probs": normed.double().softmax(-1)[..., labels],
-            "label_probs_no_final_norm": raw.double().softmax(-1)[..., labels],
-        }
+        inputs, labels = self.inputs(name), tuple(self.label_ids().tolist())
+        is_last = torch.arange(inputs.tokens.shape[1]).expand_as(inputs.tokens) == inputs.tokens.shape[1] - 1
+        readings = {"label_probs": Reading(labels), "label_probs_no_final_norm": Reading(labels, norm=False)}
+        said = {key: lens(self.model, inputs, is_last, reading).log_prob for key, reading in readings.items()}
+        return {key: log_prob.transpose(0, 1).double().exp() for key, log_prob in said.items()}
 
     def knocked_out(self, place: str) -> Tensor:
         """Clean run in which the last position may look at none of the keys of a place, in any layer or head."""

@@ -167,11 +167,7 @@ def check(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> N
         processor.check_audible(sample.waveform, sample.name)
         if not sample.waveform.any():
             raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
-        if sample.label not in labels:
-            raise PromptError(
-                f"{sample.name} is labelled {sample.label!r}, which is not an option of {settings.attribute.name}: "
-                f"{', '.join(labels)}."
-            )
+        refuse_other_label(sample, settings.attribute)
         heard = settings.corruption.of(sample, samples)
         refuse_unaligned(sample, *prompts_of(processor, sample, heard.waveform, settings), settings.grid)
 
@@ -200,6 +196,14 @@ def refuse_unaligned(sample: Sample, clean: Prompt, corrupted: Prompt, grid: Gri
             "corrupted one, so a state of the one has no place in the other: "
             f"{', '.join(grid.of_transcript)} at {grid.site} cannot be patched. Leave them out of the kinds, or let "
             "both runs read the same transcript."
+        )
+
+
+def refuse_other_label(sample: Sample, attribute: Attribute) -> None:
+    if sample.label not in attribute.labels:
+        raise PromptError(
+            f"{sample.name} is labelled {sample.label!r}, which is not an option of {attribute.name}: "
+            f"{', '.join(attribute.labels)}."
         )
 
 

@@ -191,9 +191,10 @@ class Processor:
         for token in tokens.values():
             twins = [other for other, its in tokens.items() if its == token]
             if len(twins) > 1:
+                advice = "Use other words" + ("." if label_space else ", or score them with the space before them.")
                 raise PromptError(
                     f"The labels {twins} begin with the same token {self.tokenizer.decode([token])!r}, so their first "
-                    "token cannot tell them apart. Use other words."
+                    f"token cannot tell them apart. {advice}"
                 )
         return tokens
 
