@@ -6,7 +6,7 @@ Checked against the authors' own code. Its connector is published as a pickle, o
 from collections.abc import Mapping
 from typing import Any
 
-from lalm_lens.config import ConfigReader, LALMConfig
+from lalm_lens.config import ConfigReader, LALMConfig, Llama3Rope
 from lalm_lens.errors import ConversionError
 from lalm_lens.prompts import Desta2Template, PaddedWindow
 from lalm_lens.weights import Conversion, Layout, Part, Under
@@ -33,6 +33,8 @@ def config(hf: Mapping[str, Any]) -> LALMConfig:
     if whisper not in TAPS:
         raise ConversionError(f"config.json: nobody knows what is looked at in {whisper!r}, only in {', '.join(TAPS)}.")
     decoder = own_config(read, "llm", "llama_config", llama_config)
+    if isinstance(decoder.rope, Llama3Rope):
+        raise ConversionError("The part 'llm' is a Llama 3.1, and this model was trained on Llama 3: give that.")
     cfg = lalm_config(
         "DestaModel",
         own_config(read, "whisper", "whisper_config", whisper_part),
@@ -41,8 +43,8 @@ def config(hf: Mapping[str, Any]) -> LALMConfig:
         taps=TAPS[whisper][1],
         n_layers=LAYERS,
         n_queries=read.size("prompt_size", 64),
-        audio_token=decoder.d_vocab
-        - 1,  # ours: the code has no placeholder, and no prompt has Llama's last reserved token
+        # Ours: the code has no placeholder, and no prompt has Llama's last reserved token.
+        audio_token=decoder.d_vocab - 1,
     )
     read.finish()
     return cfg

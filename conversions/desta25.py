@@ -6,7 +6,7 @@ Checked against the authors' own code.
 from collections.abc import Mapping
 from typing import Any
 
-from lalm_lens.config import ConfigReader, LALMConfig
+from lalm_lens.config import ConfigReader, LALMConfig, Llama3Rope
 from lalm_lens.errors import ConversionError
 from lalm_lens.prompts import Desta25Template, PaddedWindow
 from lalm_lens.weights import Conversion, Layout, Part, Under
@@ -39,10 +39,13 @@ def config(hf: Mapping[str, Any]) -> LALMConfig:
     n_mels, blocks = TAPS[whisper]
     if (said := read.sizes("target_layer_ids", blocks)) != blocks:
         raise ConversionError(f"config.json: target_layer_ids = {said}, but of {whisper} the code takes {blocks}.")
+    decoder = own_config(read, "llm", "llm_config", llama_config)
+    if not isinstance(decoder.rope, Llama3Rope):
+        raise ConversionError("The part 'llm' is no Llama 3.1, whose rotary embedding is scaled (rope_type llama3).")
     cfg = lalm_config(
         "desta25",
         own_config(read, "whisper", "encoder_config", whisper_part),
-        own_config(read, "llm", "llm_config", llama_config),
+        decoder,
         n_mels=n_mels,
         taps=tuple(block + 1 for block in blocks),
         n_layers=read.size("qformer_num_hidden_layers", 2),
@@ -54,9 +57,12 @@ def config(hf: Mapping[str, Any]) -> LALMConfig:
 
 
 def placeholder(read: ConfigReader) -> int:
-    """Its token, as the tokenizer of the part has it."""
-    added = read.inner("parts").inner("llm").inner("tokenizer_config").inner("added_tokens_decoder").section
-    tokens = [int(token) for token, its in added.items() if its.get("content") == PLACEHOLDER]
+    """Its token, as the part's tokenizer has it: in tokenizer_config.json, since transformers 5 in tokenizer.json."""
+    files = read.inner("parts").inner("llm")
+    older = files.inner("tokenizer_config").inner("added_tokens_decoder").section
+    added = [{"id": token, **its} for token, its in older.items()]
+    added += files.inner("tokenizer").section.get("added_tokens") or []
+    tokens = [int(its["id"]) for its in added if its.get("content") == PLACEHOLDER]
     return tokens[0] if tokens else 128095
 
 

@@ -232,7 +232,8 @@ def verify_command(
             raise InputError("A golden set has its own clips, and is of float32: leave out --clip and --dtype.")
         from lalm_lens.golden import verify_golden
 
-        report(verify_golden(model, golden, device=device, parts=parts))
+        own = conversion_named(conversion)
+        report(verify_golden(model, golden, device=device, parts=parts, conversion=own))
     if parts:
         raise InputError("transformers has no class for a model of parts: compare with --golden.")
     from lalm_lens.audio import read_audio

@@ -22,6 +22,7 @@ class Corrupted:
 
     name: str
     waveform: Waveform
+    transcript: str | None = None  # where it is known
 
 
 @typed
@@ -79,7 +80,8 @@ class OtherClip:
         other = min(others, key=lambda other: number(self.seed, sample.name, other.name))
         n_samples = len(sample.waveform)
         heard = other.waveform[:n_samples]
-        return Corrupted(f"other_clip {other.name}", pad(heard, (0, n_samples - len(heard))))
+        said = other.transcript if len(heard) == len(other.waveform) else None  # a part of a clip says less
+        return Corrupted(f"other_clip {other.name}", pad(heard, (0, n_samples - len(heard))), said)
 
 
 Corruption = Silence | WhiteNoise | OtherClip

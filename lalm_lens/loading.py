@@ -51,7 +51,10 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportEr
 # No code, and no pickle but this one, whose tensors exist nowhere else.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "qformer_connector.pth")
 UNWANTED = ("consolidated*", "original/*", "*.fp32*")  # the same weights again
-ABOUT = ("config.json",), ("config.json", "tokenizer_config.json")  # what says how a model, and a part, is made
+ABOUT = (
+    ("config.json",),
+    ("config.json", "tokenizer_config.json", "tokenizer.json"),
+)  # what says how a model, and a part, is made
 SPEAKER, LISTENER = "llm", "whisper"  # the parts that answer, and that write down what is said
 
 
@@ -177,7 +180,11 @@ class Files:
         if not folders:
             return cls(folder, {}, config, conversion)
         about = {
-            name: {"config": read_config(its), "tokenizer_config": read_optional(its / "tokenizer_config.json")}
+            name: {
+                "config": read_config(its),
+                "tokenizer_config": read_optional(its / "tokenizer_config.json"),
+                "tokenizer": read_optional(its / "tokenizer.json"),
+            }
             for name, its in folders.items()
         }
         return cls(folder, folders, {**config, "parts": about}, conversion)

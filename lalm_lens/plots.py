@@ -144,7 +144,7 @@ def layer_rows(ax: Axes, frame: pd.DataFrame, lowest: int) -> None:
 def token_maps(frame: pd.DataFrame) -> Figure:
     """Mean recovery by patched layer and text position after the audio, aligned at the last; a map per attribute."""
     attributes = list(frame.attribute.unique())
-    tokens = frame[frame.kind == "token"]
+    tokens = frame[(frame.kind == "token") & (frame.region != "transcript")]  # every clip has its own words there
     width = tokens.groupby("attribute").text_index.nunique().max()
     figure = Figure(figsize=(max(6, 0.24 * width + 2.5), 4.0 * len(attributes)), layout="constrained")
     axes = figure.subplots(len(attributes), 1, squeeze=False)

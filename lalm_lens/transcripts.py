@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import ClassVar, Literal
 
 from lalm_lens.audio import Waveform
+from lalm_lens.corrupt import Corrupted
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import PromptError
 from lalm_lens.pieces import Region
@@ -52,7 +53,7 @@ class Filler:
     def name(self) -> str:
         return "filler" if self.word == "." else f"filler {self.word!r}"
 
-    def of(self, listener: Listener, sample: Sample, heard: Waveform) -> Both:
+    def of(self, listener: Listener, sample: Sample, heard: Corrupted) -> Both:
         token = listener.processor.transcript_tokens(self.word)
         if len(token) != 1:
             raise PromptError(f"A filler is one token, and {self.word!r} is {len(token)}. Take another word.")
@@ -66,7 +67,7 @@ class Clean:
 
     name: ClassVar[str] = "clean"
 
-    def of(self, listener: Listener, sample: Sample, heard: Waveform) -> Both:
+    def of(self, listener: Listener, sample: Sample, heard: Corrupted) -> Both:
         said = listener.tokens(sample)
         return said, said
 
@@ -81,7 +82,7 @@ class Fixed:
     def name(self) -> str:
         return "placeholder" if self.text == NO_SPEECH else f"text {self.text!r}"
 
-    def of(self, listener: Listener, sample: Sample, heard: Waveform) -> Both:
+    def of(self, listener: Listener, sample: Sample, heard: Corrupted) -> Both:
         return self.text, self.text
 
 
@@ -98,8 +99,9 @@ class Own:
     def name(self) -> str:
         return "own" if self.corrupted is None else f"own, corrupted {self.corrupted!r}"
 
-    def of(self, listener: Listener, sample: Sample, heard: Waveform) -> Both:
-        return listener.tokens(sample), listener.said(heard, self.corrupted)
+    def of(self, listener: Listener, sample: Sample, heard: Corrupted) -> Both:
+        given = heard.transcript if self.corrupted is None else self.corrupted
+        return listener.tokens(sample), listener.said(heard.waveform, given)
 
 
 Reading = Filler | Clean | Fixed | Own

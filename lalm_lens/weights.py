@@ -24,7 +24,7 @@ from transformers import ProcessorMixin
 from lalm_lens.config import LALMConfig
 from lalm_lens.encoders.base import AudioEncoder
 from lalm_lens.encoders.vision import VisionEncoder
-from lalm_lens.errors import ConversionError, reason
+from lalm_lens.errors import ConversionError
 from lalm_lens.prompts import Hearing, Template, seeing_processor
 from lalm_lens.shapes import widened
 
@@ -228,6 +228,10 @@ class Checkpoint(Tensors):
     @classmethod
     def open(cls, folder: Path, stack: ExitStack) -> "Checkpoint":
         files, shapes = {}, {}
+        if adapters := sorted(folder.glob("adapter_*.*")):
+            raise ConversionError(
+                f"{folder} holds {adapters[0].name}, of LoRA: merge it into the weights, or take it away."
+            )
         for path in shards_of(folder):
             try:
                 shard = stack.enter_context(safe_open(path, framework="pt"))
@@ -281,8 +285,8 @@ def plain_pickle(path: Path) -> StateDict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError) as error:
         raise ConversionError(
-            f"{path} is no pickle of plain tensors, and what else is in one could run code, so it is not read: "
-            f"{reason(error)}"
+            f"{path} is no pickle of plain tensors, and what else is in one could run code, so it is not read "
+            f"({type(error).__name__}). Take the published file."
         ) from None
     if not isinstance(state, dict) or not state or not all(map(is_plain, state, state.values())):
         raise ConversionError(f"{path} holds something else than float tensors by name. Take the published file.")

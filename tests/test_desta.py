@@ -16,7 +16,7 @@ from reference import chirps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperForConditionalGeneration
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from conversions._llama import rope
@@ -375,6 +375,32 @@ def test_weights_of_lora_are_refused_by_name(saved):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ConversionError, match=f"1 of LoRA, to be merged into what they change: {re.escape(lora)}"):
         from_pretrained(folder, parts=parts)
+
+
+@pytest.mark.parametrize("part", [None, "llm"])
+def test_lora_beside_the_weights_is_refused_by_name(saved, part):
+    folder, parts = saved["desta25_tiny"]
+    (parts.get(part, folder) / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ConversionError, match=r"holds adapter_model\.safetensors, of LoRA: merge it"):
+        from_pretrained(folder, parts=parts)
+
+
+@pytest.mark.parametrize(("name", "says"), [("desta25_tiny", "is no Llama 3.1"), ("desta2_tiny", "is a Llama 3.1")])
+def test_the_llama_of_the_other_is_refused(tmp_path, name, says):
+    """Where config.json says nothing of it: its tensors have the same shapes."""
+    parts = Reference.of(SHAPES[name]).save(tmp_path / "one", copies=False)
+    rope = {} if SHAPES[name].rope else LLAMA3
+    other = Reference.of(replace(SHAPES[name], rope=rope)).save(tmp_path / "other", copies=False)["llm"]
+    with pytest.raises(ConversionError, match=f"The part 'llm' {says}"):
+        from_pretrained(tmp_path / "one", parts={**parts, "llm": other})
+
+
+def test_the_placeholder_is_found_where_transformers_5_writes_it(saved):
+    folder, parts = saved["desta25_tiny"]
+    token = from_pretrained(folder, parts=parts).lalm_cfg.audio_token
+    AutoTokenizer.from_pretrained(parts["llm"]).save_pretrained(parts["llm"])
+    assert "added_tokens_decoder" not in (parts["llm"] / "tokenizer_config.json").read_text()
+    assert from_pretrained(folder, parts=parts).lalm_cfg.audio_token == token != 128095
 
 
 def test_a_tensor_that_is_in_a_part_too_is_refused(saved):

@@ -245,8 +245,8 @@ def test_marks_are_no_words(name):
             processor.prompt(replace(GENDER, question=f"What {mark}?"), 100)
         with pytest.raises(PromptError, match="is a mark of the chat template and no word"):
             processor.prompt(GENDER, 100, transcript=f" so {mark}")
-    for line in (" a\nb", "\r"):
-        with pytest.raises(PromptError, match="is a mark of the chat template"):
+    for line in (" a\nb", "a\r b", "a\u2028b"):
+        with pytest.raises(PromptError, match="A transcript is one line; this one breaks"):
             processor.prompt(GENDER, 100, transcript=line)
     with pytest.raises(PromptError, match="more than to put question and answer prefix"):
         processor.prompt(replace(GENDER, question="Who? "), 100, "P2")  # Llama's template strips a turn
@@ -269,11 +269,13 @@ def with_chat_template(processor: Processor, edit) -> Processor:
     return replace(processor, hf=hf)
 
 
-def test_the_dates_are_those_of_llama_31_or_there_are_none():
+def test_the_dates_are_those_of_llama_31_unless_told_otherwise():
     processor, dates = processor_of("desta25"), "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
     assert dates in processor.tokenizer.chat_template
-    with_chat_template(processor, lambda template: template.replace(dates, "")).check()
+    bare = with_chat_template(processor, lambda template: template.replace(dates, ""))
+    replace(bare, template=replace(bare.template, dates="")).check()
     for edit in (
+        lambda template: template.replace(dates, ""),
         lambda template: template.replace("26 Jul 2024", "27 Jul 2024"),
         lambda template: template.replace("<|eot_id|>", "<|end_of_text|>"),
     ):

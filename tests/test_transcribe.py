@@ -80,6 +80,7 @@ def written(folder: Path, clip: Tensor) -> str:
 
     language = max((en, de), key=lambda token: logits([begin])[token])
     tokens = [begin, language, transcribe, untimed]
+    assert MAX_NEW_TOKENS == 128, "the originals' number"
     for n in range(MAX_NEW_TOKENS):
         scores = logits(tokens)
         if n == 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lalm_lens.attributes import ATTRIBUTES
+from lalm_lens.corrupt import Corrupted, OtherClip
 from lalm_lens.datasets import Sample, cut_to
 from lalm_lens.engine.plan import Engine
 from lalm_lens.errors import ConversionError, InputError, PromptError
@@ -53,7 +54,7 @@ def trace(name: str, transcript: Reading | str | None = None, engine: Engine = "
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_both_runs_read(name):
-    listener, silence = Listener(processor_of(name)), torch.zeros_like(CLIP.waveform)
+    listener, silence = Listener(processor_of(name)), Corrupted("silence", torch.zeros_like(CLIP.waveform))
     words = processor_of(name).transcript_tokens(SAYS)
     (dot,) = processor_of(name).transcript_tokens(".")
     assert len(words) > 3
@@ -81,10 +82,20 @@ def test_each_run_hears_its_own_sound(name, tmp_path, monkeypatch):
     transcriber = Transcriber(tmp_path)
     monkeypatch.setattr(transcriber, "write", lambda clip: " something" if clip.any() else " Thank you.")
     processor = replace(processor_of(name), transcriber=transcriber)
-    clip, silence = replace(CLIP, transcript=None), torch.zeros_like(CLIP.waveform)
+    clip, silence = replace(CLIP, transcript=None), Corrupted("silence", torch.zeros_like(CLIP.waveform))
     something, thanks = (text if name == "desta2" else text.strip() for text in (" something", " Thank you."))
-    assert Own().of(Listener(processor), clip, silence) == (processor.transcript_tokens(something), thanks)
-    assert Own().of(Listener(processor), CLIP, silence) == (processor.transcript_tokens(SAYS), thanks)
+    assert Own().of(Listener(processor), clip, silence) == (
+        processor.transcript_tokens(something),
+        thanks,
+    )
+    assert Own().of(Listener(processor), CLIP, silence) == (
+        processor.transcript_tokens(SAYS),
+        thanks,
+    )
+    other = Sample("other.wav", "female", CLIP.waveform[:-9], " and so on")
+    for heard, its in ((other, " and so on"), (replace(other, waveform=torch.cat([CLIP.waveform] * 2)), something)):
+        corrupted = OtherClip().of(CLIP, [CLIP, heard])
+        assert Own().of(Listener(processor), CLIP, corrupted)[1] == its, "of a clip that is cut, nobody knows it"
     monkeypatch.setattr("lalm_lens.transcripts.has_speech", lambda clip: bool(clip.any()))
     assert Own().of(Listener(processor, True), clip, silence) == (processor.transcript_tokens(something), " ")
     monkeypatch.setattr("lalm_lens.transcripts.has_speech", lambda clip: False)

@@ -19,8 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
-from lalm_lens.audio import Waveform
-from lalm_lens.corrupt import Corruption, Silence
+from lalm_lens.corrupt import Corrupted, Corruption, Silence
 from lalm_lens.datasets import Sample, refuse_repeated
 from lalm_lens.engine.plan import Engine
 from lalm_lens.engine.recorded import Recorded
@@ -169,7 +168,7 @@ def check(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> N
             raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
         refuse_other_label(sample, settings.attribute)
         heard = settings.corruption.of(sample, samples)
-        refuse_unaligned(sample, *prompts_of(processor, sample, heard.waveform, settings), settings.grid)
+        refuse_unaligned(sample, *prompts_of(processor, sample, heard, settings), settings.grid)
 
 
 def read_of(
@@ -225,7 +224,7 @@ def processor_of(model: HookedLALM) -> Processor:
     return model.processor
 
 
-def prompts_of(processor: Processor, sample: Sample, heard: Waveform, settings: Settings) -> tuple[Prompt, Prompt]:
+def prompts_of(processor: Processor, sample: Sample, heard: Corrupted, settings: Settings) -> tuple[Prompt, Prompt]:
     """Of the clean and the corrupted run."""
     listener = Listener(processor, settings.voice_activity)
     both = (None, None) if settings.transcript is None else settings.transcript.of(listener, sample, heard)
@@ -259,7 +258,7 @@ def case_of(
 ) -> Traced:
     processor = processor_of(model)
     heard, answer = settings.corruption.of(sample, samples), answer_of(processor, sample.label, settings)
-    prompts = prompts_of(processor, sample, heard.waveform, settings)
+    prompts = prompts_of(processor, sample, heard, settings)
     forced, of_corrupted = (processor.begun(prompt, answer.tokens[:-1]) for prompt in prompts)
     clean = Run(processor.inputs([forced], [sample.waveform]), forced)
     key = (of_corrupted.tokens, heard.waveform.numpy().tobytes())  # silence of one length is one run for all clips

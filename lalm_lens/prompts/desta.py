@@ -42,8 +42,12 @@ class DestaTemplate(ChatTemplate):
     def transcript_tokens(self, hf: Any) -> tuple[int, ...]:
         """Raises `PromptError` for words that would not stay by themselves."""
         if isinstance(self.transcript, tuple):
+            if not all(0 <= token < len(hf.tokenizer) for token in self.transcript):
+                raise PromptError(f"Tokens of a transcript are among {len(hf.tokenizer)}; got {self.transcript}.")
             return self.transcript
-        refuse_marks(self.transcript, self.marks(hf) | {"\n", "\r"})
+        if len(self.transcript.splitlines()) > 1:
+            raise PromptError(f"A transcript is one line; this one breaks: {self.transcript!r}. Join its lines.")
+        refuse_marks(self.transcript, self.marks(hf))
         return tuple(hf.tokenizer(self.transcript, add_special_tokens=False)["input_ids"])
 
     def insert_transcript(self, hf: Any, prompt: Prompt, at: int) -> Prompt:
@@ -63,6 +67,7 @@ class Desta25Template(DestaTemplate):
     before: str = "<start_audio>"
     after: str = "<end_audio>"
     system: str = "Focus on the audio clips and instructions."
+    dates: str = DATES  # of the chat template; some copies of Llama 3.1 have none: ""
 
     @property
     def clip(self) -> str:
@@ -80,7 +85,7 @@ class Desta25Template(DestaTemplate):
 
     def expected(self, user: str, answer: str) -> tuple[str, ...]:
         said = turn("user", f"{self.clip}\n{user}") + header("assistant") + answer
-        return tuple(f"<|begin_of_text|>{turn('system', dates + self.system)}{said}" for dates in (DATES, ""))
+        return (f"<|begin_of_text|>{turn('system', self.dates + self.system)}{said}",)
 
     def render(self, hf: Any, user: str | None, answer: str, pictures: Sequence[Picture] = ()) -> str:
         messages = [
