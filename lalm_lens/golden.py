@@ -1,19 +1,21 @@
 """`verify_golden`: a checkpoint run by us, beside arrays that the original implementation computed and somebody stored.
+`verify_original`: beside the original itself, where it is installed.
 
 For models that transformers has no class for. A golden set is a folder: inputs.safetensors with `input_ids`,
 `attention_mask` and, for the runs `clean` and `corrupted`, `{run}.input_features`; expected.safetensors with
 `{run}.projector_output`, `embeds`, `resid_post` [layer, batch, pos, d_model] and `logits`, all of them float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lalm_lens.errors import DataError, reason
 from lalm_lens.inputs import Inputs
@@ -21,7 +23,7 @@ from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
 from lalm_lens.placement import usable_device
 from lalm_lens.shapes import typed
-from lalm_lens.verify import Verification, our_states, real_positions
+from lalm_lens.verify import Verification, our_states, real_positions, states_of
 from lalm_lens.weights import Conversion
 
 RUNS = ("clean", "corrupted")
@@ -52,6 +54,43 @@ def verify_golden(
         inputs = inputs_of(files, run, model.lalm_cfg.audio_token)
         rows += compared(run, model, inputs.to(model.device), theirs[run])
     return Verification(model.cfg.model_name, torch.float32, pd.DataFrame(rows), f"the golden set {golden}")
+
+
+@typed
+def verify_original(
+    model: HookedLALM, inputs: Inputs, blocks: Iterable[nn.Module], run: Callable[[], Any]
+) -> Verification:
+    """Compare with the authors' own code, which you have installed and run: embeddings, decoder blocks and logits.
+
+    `blocks` are the original's decoder blocks in their order. `run` runs it once on the prompts of `inputs`, and
+    returns its logits or something that has them:
+
+        verify_original(model, inputs, original.llm_model.model.layers, lambda: original(**theirs))
+
+    Two places agree as in `verify_golden`, which is of float32: bring both models to it. Raises `DataError` where the
+    original has other blocks, does not run them, or sees prompts of another length.
+    """
+    n_layers, blocks = model.decoder_cfg.n_layers, list(blocks)
+    if len(blocks) != n_layers:
+        raise DataError(f"This model has {n_layers} decoder blocks, and the original {len(blocks)}: give them all.")
+
+    def logits() -> Tensor:
+        said = run()
+        return said if isinstance(said, Tensor) else said.logits
+
+    theirs = states_of({f"blocks.{n}": block for n, block in enumerate(blocks)}, logits)
+    mine, is_token = our_states(model, inputs.to(model.device)), inputs.attention_mask.cpu()
+    rows = []
+    for what in (its for its in mine if its in ("hook_embed", "logits") or its.startswith("blocks.")):
+        if what not in theirs:
+            raise DataError("The original did not run all of these blocks: give those that `run` goes through.")
+        if mine[what].shape != theirs[what].shape:
+            raise DataError(
+                f"{what} is {tuple(theirs[what].shape)} in the original, and {tuple(mine[what].shape)} here: give both "
+                "the same prompts."
+            )
+        rows.append(row(what, mine[what][is_token].float(), theirs[what][is_token].float()))
+    return Verification(model.cfg.model_name, torch.float32, pd.DataFrame(rows), "the original in memory")
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """`verify`: a checkpoint run by us and by transformers' own class, compared block by block."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -218,8 +218,13 @@ def counterparts(hf: nn.Module, places: Iterable[str], conversion: Conversion, c
     return {what: hf.get_submodule(".".join(path)) for what, path in common.items()}
 
 
+def hf_states(hf: nn.Module, modules: Mapping[str, nn.Module], batch: dict[str, Tensor]) -> States:
+    return states_of(modules, lambda: hf(**batch, use_cache=False).logits)
+
+
 @torch.no_grad()
-def hf_states(hf: nn.Module, modules: dict[str, nn.Module], batch: dict[str, Tensor]) -> States:
+def states_of(modules: Mapping[str, nn.Module], run: Callable[[], Tensor]) -> States:
+    """What modules put out while something runs, what enters the first decoder block, and the logits that come back."""
     states: States = {}
 
     def keep(what: str, state: Tensor | tuple) -> None:  # before transformers 5, a decoder block returned a tuple
@@ -234,7 +239,7 @@ def hf_states(hf: nn.Module, modules: dict[str, nn.Module], batch: dict[str, Ten
     handles = [module.register_forward_hook(partial(left, what)) for what, module in modules.items()]
     handles.append(modules["blocks.0"].register_forward_pre_hook(entered, with_kwargs=True))
     try:
-        keep("logits", hf(**batch, use_cache=False).logits)
+        keep("logits", run())
     finally:
         for handle in handles:
             handle.remove()

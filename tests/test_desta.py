@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from desta import GOLDEN, LLAMA3, SHAPES, Connector, Reference, Shape
 from engine_cases import assert_same, branches
 from reference import chirps
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -28,7 +29,7 @@ from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Plan
 from lalm_lens.errors import AudioError, ConversionError, DataError, HookError, InputError
 from lalm_lens.experiments.causal_trace import causal_trace
-from lalm_lens.golden import verify_golden
+from lalm_lens.golden import verify_golden, verify_original
 from lalm_lens.info import info
 from lalm_lens.inputs import Inputs
 from lalm_lens.interventions import Knockout, Patch, Scale
@@ -780,6 +781,33 @@ def test_it_is_no_model_in_memory(opened):
     hf = opened.theirs.llama
     with pytest.raises(ConversionError, match="is made of several checkpoints: open it by from_pretrained"):
         from_hf(hf, conversion=conversion_of(opened))
+
+
+def test_the_original_in_memory_can_be_asked(opened):
+    """Llama, Whisper and BERT of transformers stand for it here."""
+    one, theirs = opened.inputs(1), opened.theirs
+    blocks = theirs.llama.model.layers
+
+    def run(tokens=one.tokens):
+        return theirs.states(tokens, one.mel, opened.ours.lalm_cfg.audio_token)["logits"]
+
+    found = verify_original(opened.ours, one, blocks, run)
+    assert found.passed, found
+    assert len(found.frame) == len(blocks) + 2
+    assert "agrees with the original in memory" in found.verdict
+    weight = blocks[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[0] += 0.1
+        broken = verify_original(opened.ours, one, blocks, lambda: SimpleNamespace(logits=run()))
+        weight[0] -= 0.1
+    assert "DIFFERS from the original in memory in torch.float32: first in blocks.1" in broken.verdict
+    for says, given, asked in (
+        (f"has {len(blocks)} decoder blocks, and the original 1", blocks[:1], run),
+        ("did not run all of these blocks", [nn.Linear(2, 2)] * len(blocks), run),
+        ("give both the same prompts", blocks, lambda: run(one.tokens[:, 1:])),
+    ):
+        with pytest.raises(DataError, match=says):
+            verify_original(opened.ours, one, given, asked)
 
 
 def test_the_command_line_takes_parts(opened, capsys, monkeypatch):
