@@ -379,8 +379,9 @@ def our_conversions() -> dict[str, Conversion]:
 def read_processor(files: Files) -> ProcessorMixin | None:
     """The model's own tokenizer and feature extractor; None for a checkpoint that ships without them."""
     folder, conversion = files.parts.get(SPEAKER, files.folder), files.conversion
+    where = " or ".join(map(str, files.parts.values())) or folder
     readable = Readable(
-        f"The tokenizer or feature extractor in {folder} cannot be read",
+        f"The tokenizer or feature extractor in {where} cannot be read",
         "Put the model's own processor files beside its weights.",
     )
     if conversion.processor is not None:

@@ -338,7 +338,7 @@ def test_what_does_not_fit_is_refused(model, prompts, clean_cache):
     with pytest.raises(InputError, match="longer than 0 s"):
         ours.get_act_patch_encoder(model, corrupted, clean_cache, difference, window_s=-1)
     for deaf in (Run(model.embed_inputs(corrupted)), Inputs(torch.ones(1, 4).long(), torch.ones(1, 4).bool())):
-        with pytest.raises(InputError, match="hears one clip"):
+        with pytest.raises(InputError, match="hears a clip"):
             ours.get_act_patch_encoder(model, deaf, clean_cache, difference)
     two = Inputs.from_hf(hf_batch(chirps([0.1, 0.1]), n_text_after=2))
     with pytest.raises(InputError, match="A run is of one prompt"):

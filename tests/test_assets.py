@@ -18,6 +18,8 @@ from lalm_lens.assets.speech import EMOTIONS, VOICES
 from lalm_lens.assets.train import attention, chat_loss, train
 from lalm_lens.attributes import ATTRIBUTES
 
+pytestmark = pytest.mark.numbers
+
 SMOKE = {
     "n_processes": 1,
     "n_speech": 64,

@@ -18,6 +18,8 @@ from lalm_lens.loading import from_pretrained
 from lalm_lens.report import write_report
 from lalm_lens.results import COLUMNS, CausalTrace
 
+pytestmark = pytest.mark.numbers
+
 N_CLIPS = 4
 
 

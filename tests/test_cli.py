@@ -31,6 +31,8 @@ from lalm_lens.metrics import Metric, Predict
 from lalm_lens.results import CausalTrace, GridKind
 from lalm_lens.transcripts import Side
 
+pytestmark = pytest.mark.numbers
+
 PNG = b"\x89PNG"
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -16,6 +16,8 @@ from lalm_lens.errors import DataError, PromptError
 from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.metrics import METRICS, Answer, Metric, is_right, log_probabilities
 
+pytestmark = pytest.mark.numbers
+
 LABELS = ("someone unheard of", "male", "female", "a hen")  # the first and last have several tokens
 OWN = Attribute("who", "Who is it?", LABELS, "Answer:")
 SAMPLES = [

@@ -18,6 +18,8 @@ from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import OneWindow
 
+pytestmark = pytest.mark.numbers
+
 FOLDERS = (TINY_LALM, TINY_LALM_PLANTED, TINY_LALM_RELAY)
 HELD_OUT = Recipe()  # the clips that the model cards were measured on: speakers and seeds that training never saw
 

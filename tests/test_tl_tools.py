@@ -25,6 +25,8 @@ from lalm_lens.inputs import Inputs
 from lalm_lens.interventions import Patch
 from lalm_lens.transformer import HookedTransformer
 
+pytestmark = pytest.mark.numbers
+
 TARGET = 77
 
 
