@@ -1,6 +1,6 @@
 """What DeSTA2 and DeSTA2.5-Audio share: Whisper and Llama from their own repositories, and the connector between."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -61,6 +61,7 @@ OF_DECODER = (
     "mask_time_length mask_time_min_masks mask_feature_prob mask_feature_length mask_feature_min_masks"
 ).split()
 Config = TypeVar("Config", EncoderConfig, DecoderConfig)
+Taps = tuple[int, tuple[int, ...]]  # mel bins of a Whisper, and which of its states are looked at
 
 
 def rows(cfg: LALMConfig, connector: str) -> tuple[Row, ...]:
@@ -108,6 +109,13 @@ def own_config(read: ConfigReader, part: str, repeated: str, of: Callable[[Confi
             "belongs to the model."
         )
     return cfg
+
+
+def looked_at(whisper: str, taps: Mapping[str, Taps]) -> Taps:
+    """What a connector that was trained with this Whisper takes."""
+    if whisper not in taps:
+        raise ConversionError(f"config.json: nobody knows what is looked at in {whisper!r}, only in {', '.join(taps)}.")
+    return taps[whisper]
 
 
 def lalm_config(

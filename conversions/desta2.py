@@ -11,7 +11,7 @@ from lalm_lens.errors import ConversionError
 from lalm_lens.prompts import Desta2Template, PaddedWindow
 from lalm_lens.weights import Conversion, Layout, Part, Under
 
-from ._desta import adapter, encoder, lalm_config, own_config, rows, whisper_part
+from ._desta import adapter, encoder, lalm_config, looked_at, own_config, rows, whisper_part
 from ._llama import llama_config
 
 LAYERS = 2  # of the Q-Former: written into the code
@@ -29,9 +29,7 @@ def config(hf: Mapping[str, Any]) -> LALMConfig:
     read = ConfigReader(hf, "config.json")
     read.expect("model_type", "DestaModel")
     read.ignore("llama_model_id")
-    whisper = read("whisper_model_id", "openai/whisper-small")
-    if whisper not in TAPS:
-        raise ConversionError(f"config.json: nobody knows what is looked at in {whisper!r}, only in {', '.join(TAPS)}.")
+    n_mels, taps = looked_at(read("whisper_model_id", "openai/whisper-small"), TAPS)
     decoder = own_config(read, "llm", "llama_config", llama_config)
     if isinstance(decoder.rope, Llama3Rope):
         raise ConversionError("The part 'llm' is a Llama 3.1, and this model was trained on Llama 3: give that.")
@@ -39,8 +37,8 @@ def config(hf: Mapping[str, Any]) -> LALMConfig:
         "DestaModel",
         own_config(read, "whisper", "whisper_config", whisper_part),
         decoder,
-        n_mels=TAPS[whisper][0],
-        taps=TAPS[whisper][1],
+        n_mels=n_mels,
+        taps=taps,
         n_layers=LAYERS,
         n_queries=read.size("prompt_size", 64),
         # Ours: the code has no placeholder, and no prompt has Llama's last reserved token.

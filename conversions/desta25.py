@@ -11,7 +11,7 @@ from lalm_lens.errors import ConversionError
 from lalm_lens.prompts import Desta25Template, PaddedWindow
 from lalm_lens.weights import Conversion, Layout, Part, Under
 
-from ._desta import adapter, encoder, lalm_config, own_config, rows, whisper_part
+from ._desta import adapter, encoder, lalm_config, looked_at, own_config, rows, whisper_part
 from ._llama import llama_config
 
 # By the Whisper that a connector was trained with: its mel bins, and the blocks whose output is looked at, the last
@@ -34,9 +34,7 @@ def config(hf: Mapping[str, Any]) -> LALMConfig:
     read.expect("placeholder_token", PLACEHOLDER)
     read.ignore("llm_model_id", "info")
     whisper = read("encoder_model_id", "openai/whisper-large-v3")
-    if whisper not in TAPS:
-        raise ConversionError(f"config.json: nobody knows what is looked at in {whisper!r}, only in {', '.join(TAPS)}.")
-    n_mels, blocks = TAPS[whisper]
+    n_mels, blocks = looked_at(whisper, TAPS)
     if (said := read.sizes("target_layer_ids", blocks)) != blocks:
         raise ConversionError(f"config.json: target_layer_ids = {said}, but of {whisper} the code takes {blocks}.")
     decoder = own_config(read, "llm", "llm_config", llama_config)

@@ -21,7 +21,7 @@ Status = Literal["kept", "clean_wrong", "corrupted_right", "no_gap"]
 View = Literal["layers", "segments", "tokens", "heads", "windows", "moments"]
 EMBED_LAYER = -1  # rows of site "embed": the merged embedding, before block 0
 
-COLUMNS = {
+QUESTION_COLUMNS = {
     "model": "str",
     "attribute": "str",
     "sample": "str",  # path of the clip, relative to its folder
@@ -31,6 +31,9 @@ COLUMNS = {
     "labels": "str",
     "prefix": "str",  # how the answer was forced to begin
     "label_space": "bool",
+}
+COLUMNS = {
+    **QUESTION_COLUMNS,
     "corruption": "str",  # what the corrupted run heard
     "seed": "Int64",  # of noise, or of the choice of another clip
     "transcript": "str",  # what both runs read of the clip, where the prompt holds it

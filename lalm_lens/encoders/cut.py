@@ -1,8 +1,6 @@
 """Qwen-Audio's encoder (arXiv 2311.07919): Whisper's, which hears a clip and nothing behind it."""
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -28,12 +26,9 @@ class CutWhisperEncoder(PooledWhisperEncoder):
         resid = self.run_blocks(torch.where(is_heard[:, None], mel, 0), is_sound[:, None, None, :])
         return self.hook_out(self.ln_post(in_pairs(resid)))
 
-    def embed(self, mel: Float[Tensor, "clip mel frames"]) -> Float[Tensor, "clip pos d_model"]:
+    def check(self, mel: Float[Tensor, "clip mel frames"]) -> None:
         if mel.shape[1] != self.cfg.n_mels or mel.shape[2] % 2 or mel.shape[2] > self.cfg.n_frames:
             raise InputError(
                 f"The encoder takes {self.cfg.n_mels} mel bins x an even number of frames up to {self.cfg.n_frames}, "
                 f"got {mel.shape[1]} x {mel.shape[2]}. Use the feature extractor that belongs to the model."
             )
-        sound = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))
-        sound = self.hook_embed(rearrange(sound, "clip d_model pos -> clip pos d_model"))
-        return sound + self.W_pos[: sound.shape[1]]

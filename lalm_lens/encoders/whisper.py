@@ -62,14 +62,18 @@ class WhisperEncoder(AudioEncoder):
         self.W_pos.data.copy_(sinusoids(*self.W_pos.shape))
 
     def embed(self, mel: Float[Tensor, "clip mel frames"]) -> Float[Tensor, "clip pos d_model"]:
+        self.check(mel)
+        sound = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))
+        sound = self.hook_embed(rearrange(sound, "clip d_model pos -> clip pos d_model"))
+        return (sound + self.W_pos[: sound.shape[1]]).to(sound.dtype)  # Voxtral's table stays in float32
+
+    def check(self, mel: Float[Tensor, "clip mel frames"]) -> None:
+        """Raise `InputError` for features of another shape than the encoder takes."""
         if mel.shape[1:] != (self.cfg.n_mels, self.cfg.n_frames):
             raise InputError(
                 f"The encoder takes {self.cfg.n_mels} mel bins x {self.cfg.n_frames} frames, got "
                 f"{mel.shape[1]} x {mel.shape[2]}. Use the feature extractor that belongs to the model."
             )
-        sound = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))
-        sound = self.hook_embed(rearrange(sound, "clip d_model pos -> clip pos d_model"))
-        return (sound + self.W_pos).to(sound.dtype)  # Voxtral's table stays in float32
 
     def run_blocks(self, mel: Float[Tensor, "clip mel frames"], mask: Mask | None) -> Float[Tensor, "clip pos d_model"]:
         return deque(self.states(mel, mask), maxlen=1).pop()

@@ -9,24 +9,17 @@ from torch import Tensor
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.datasets import Sample, refuse_repeated
-from lalm_lens.errors import PromptError
-from lalm_lens.experiments.causal_trace import processor_of, refuse_foreign_hooks, said_by_user
+from lalm_lens.experiments.causal_trace import (
+    processor_of,
+    question_columns,
+    refuse_foreign_hooks,
+    refuse_one_label,
+    refuse_other_label,
+)
 from lalm_lens.metrics import METRICS, Answer, LogP, Predict, log_probabilities
 from lalm_lens.model import HookedLALM
 from lalm_lens.readouts import Score
 from lalm_lens.runs import Run
-
-QUESTION_COLUMNS = {
-    "model": "str",
-    "attribute": "str",
-    "sample": "str",
-    "label": "str",
-    "form": "str",  # P1, P2, P3
-    "question": "str",  # what the user says beside the clip
-    "labels": "str",
-    "prefix": "str",  # how the answer was forced to begin
-    "label_space": "bool",
-}
 
 
 @dataclass(frozen=True)
@@ -52,16 +45,11 @@ class Question:
         refuse_foreign_hooks(self.model)
         refuse_repeated(samples)
         processor = processor_of(self.model)
-        if len(self.labels) < 2:
-            raise PromptError(f"An answer is right or wrong among two labels or more; got {list(self.labels)}.")
+        refuse_one_label(self.attribute)
         processor.label_tokens(self.labels, self.label_space)
         for sample in samples:
             processor.check_audible(sample.waveform, sample.name)
-            if sample.label not in self.labels:
-                raise PromptError(
-                    f"{sample.name} is labelled {sample.label!r}, which is not an option of {self.attribute.name}: "
-                    f"{', '.join(self.labels)}."
-                )
+            refuse_other_label(sample, self.attribute)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -80,17 +68,7 @@ class Question:
 
     def columns(self, sample: Sample) -> dict[str, str | bool]:
         """What says all of this in a table."""
-        return {
-            "model": self.model.cfg.model_name,
-            "attribute": self.attribute.name,
-            "sample": sample.name,
-            "label": sample.label,
-            "form": self.form,
-            "question": said_by_user(self.attribute, self.form),
-            "labels": ", ".join(self.labels),
-            "prefix": self.attribute.prefix,
-            "label_space": self.label_space,
-        }
+        return question_columns(self.model, sample, self.attribute, self.form, self.label_space)
 
 
 @dataclass(frozen=True)

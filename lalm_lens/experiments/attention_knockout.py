@@ -20,12 +20,12 @@ from lalm_lens.datasets import Sample
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, Outcome, Plan
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.asked import QUESTION_COLUMNS, Question, Told
+from lalm_lens.experiments.asked import Question, Told
 from lalm_lens.experiments.cuts import Chain, Cut, Heads, LayerSets, cuts
 from lalm_lens.interventions import Recompute
 from lalm_lens.metrics import Predict
 from lalm_lens.model import HookedLALM
-from lalm_lens.results import plots_module
+from lalm_lens.results import QUESTION_COLUMNS, plots_module
 from lalm_lens.runs import Run
 from lalm_lens.shapes import typed
 from lalm_lens.tables import Table

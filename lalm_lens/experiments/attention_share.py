@@ -19,10 +19,10 @@ from transformer_lens.hook_points import HookPoint
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import InputError
-from lalm_lens.experiments.asked import QUESTION_COLUMNS, Question
+from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.cuts import Place, place_name, positions
 from lalm_lens.model import HookedLALM
-from lalm_lens.results import plots_module
+from lalm_lens.results import QUESTION_COLUMNS, plots_module
 from lalm_lens.runs import Run
 from lalm_lens.shapes import at_least_float32, typed
 from lalm_lens.tables import Table

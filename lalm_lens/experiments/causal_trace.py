@@ -159,13 +159,11 @@ def check(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> N
     if settings.n_together < 1:
         raise InputError(f"n_together is a number of clips, 1 or more; got {settings.n_together}.")
     processor, labels = processor_of(model), settings.attribute.labels
-    if len(labels) < 2:
-        raise PromptError(f"An answer is right or wrong among two labels or more; got {list(labels)}.")
+    refuse_one_label(settings.attribute)
     processor.label_tokens(labels, settings.label_space)
     for sample in samples:
         processor.check_audible(sample.waveform, sample.name)
-        if not sample.waveform.any():
-            raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
+        refuse_silence(sample)
         refuse_other_label(sample, settings.attribute)
         heard = settings.corruption.of(sample, samples)
         refuse_unaligned(sample, *prompts_of(processor, sample, heard, settings), settings.grid)
@@ -196,6 +194,16 @@ def refuse_unaligned(sample: Sample, clean: Prompt, corrupted: Prompt, grid: Gri
             f"{', '.join(grid.of_transcript)} at {grid.site} cannot be patched. Leave them out of the kinds, or let "
             "both runs read the same transcript."
         )
+
+
+def refuse_one_label(attribute: Attribute) -> None:
+    if len(attribute.labels) < 2:
+        raise PromptError(f"An answer is right or wrong among two labels or more; got {list(attribute.labels)}.")
+
+
+def refuse_silence(sample: Sample) -> None:
+    if not sample.waveform.any():
+        raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
 
 
 def refuse_other_label(sample: Sample, attribute: Attribute) -> None:
@@ -274,16 +282,8 @@ def frame_of(
     assert case.clean.prompt is not None
     is_right_in = {name: is_right(its, case.answer, settings.predict) for name, its in recovery.logits.items()}
     about = {
-        "model": model.cfg.model_name,
-        "attribute": settings.attribute.name,
-        "sample": sample.name,
-        "label": sample.label,
-        "form": settings.form,
-        "question": said_by_user(settings.attribute, settings.form),
-        "labels": ", ".join(settings.attribute.labels),
-        "prefix": settings.attribute.prefix,
+        **question_columns(model, sample, settings.attribute, settings.form, settings.label_space),
         "seed": getattr(settings.corruption, "seed", None),
-        "label_space": settings.label_space,
         "corruption": heard,
         **transcript_columns(settings),
         "metric": settings.metric,
@@ -306,8 +306,21 @@ def transcript_columns(settings: Settings) -> dict[str, str | bool]:
     }
 
 
-def said_by_user(attribute: Attribute, form: Form) -> str:
-    return "".join(piece.text for piece in user_pieces(attribute, form, attribute.labels))
+def question_columns(
+    model: HookedLALM, sample: Sample, attribute: Attribute, form: Form, label_space: bool
+) -> dict[str, str | bool]:
+    """What a table says of what was asked: its `QUESTION_COLUMNS`."""
+    return {
+        "model": model.cfg.model_name,
+        "attribute": attribute.name,
+        "sample": sample.name,
+        "label": sample.label,
+        "form": form,
+        "question": "".join(piece.text for piece in user_pieces(attribute, form, attribute.labels)),
+        "labels": ", ".join(attribute.labels),
+        "prefix": attribute.prefix,
+        "label_space": label_space,
+    }
 
 
 def exclusions(recovery: Recovery, clean_right: bool, corrupted_right: bool) -> dict[str, bool | str]:

@@ -21,13 +21,14 @@ from lalm_lens.datasets import Sample, refuse_repeated
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, Plan
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.causal_trace import processor_of, refuse_other_label
+from lalm_lens.experiments.asked import Question
+from lalm_lens.experiments.causal_trace import refuse_other_label
 from lalm_lens.experiments.information_score import information_score
 from lalm_lens.interventions import Add
 from lalm_lens.model import HookedLALM
 from lalm_lens.readouts import Logits
 from lalm_lens.results import plots_module
-from lalm_lens.runs import OWN, Run, Source
+from lalm_lens.runs import OWN, Source
 from lalm_lens.shapes import typed
 from lalm_lens.tables import Table
 
@@ -136,9 +137,7 @@ def gain(rows: pd.DataFrame, factor: float, n_resamples: int, seed: int) -> dict
 class Settings:
     """What is the same for all clips."""
 
-    attribute: Attribute
-    form: Form
-    label_space: bool
+    question: Question
     gap: int
     factors: tuple[float, ...]
     engine: Engine
@@ -199,12 +198,12 @@ def enrich(
         Clip("test", sample, {None: layer, **{n: its[at] for n, its in enumerate(drawn)}})
         for at, sample in enumerate(test)
     ]
-    settings = Settings(attribute, form, label_space, gap, tried, engine, token_budget)
+    settings = Settings(Question(model, attribute, form, label_space), gap, tried, engine, token_budget)
     frames = []
     with tqdm(total=len(clips), desc="enriching", unit="clip", disable=not progress) as bar:
         for start in range(0, len(clips), n_together):
             together = clips[start : start + n_together]
-            frames.append(enriched(model, together, settings))
+            frames.append(enriched(together, settings))
             bar.update(len(together))
     return Enrichment.concat(frames)
 
@@ -242,27 +241,25 @@ def chosen_layer(
     return int(np.argmax(scores[: model.decoder_cfg.n_layers - gap]))
 
 
-def enriched(model: HookedLALM, clips: Sequence[Clip], settings: Settings) -> pd.DataFrame:
+def enriched(clips: Sequence[Clip], settings: Settings) -> pd.DataFrame:
     """What is answered about some clips, with each of their layers added by every factor."""
-    branches, rows = [], []
+    question, branches, rows = settings.question, [], []
     for clip in clips:
-        run = run_of(model, clip.sample, settings)
+        run = question.run(clip.sample)
         for (seed, layer), factor in product(clip.layers.items(), settings.factors):
             branches.append(Branch(run, (enrichment(layer, factor, settings.gap),)))
             arm = "chosen" if seed is None else "random"
             about = {"split": clip.split, "sample": clip.sample.name, "label": clip.sample.label}
             rows.append({**about, "arm": arm, "seed": seed, "layer": layer, "factor": factor})
-    labels = settings.attribute.labels
-    tokens = processor_of(model).label_tokens(labels, settings.label_space)
     how = {"engine": settings.engine, "token_budget": settings.token_budget}
-    outcome = Plan(model, branches, Logits(tokens=tuple(tokens.values())), **how).run()
-    predicted = np.array(labels)[np.argmax(outcome.values[:, 0].float().cpu().numpy(), axis=-1)]
+    outcome = Plan(question.model, branches, Logits(tokens=tuple(question.tokens)), **how).run()
+    predicted = np.array(question.labels)[np.argmax(outcome.values[:, 0].float().cpu().numpy(), axis=-1)]
     frame = pd.DataFrame(rows).assign(predicted=predicted)
     return frame.assign(
-        model=model.cfg.model_name,
-        attribute=settings.attribute.name,
-        form=settings.form,
-        label_space=settings.label_space,
+        model=question.model.cfg.model_name,
+        attribute=question.attribute.name,
+        form=question.form,
+        label_space=question.label_space,
         engine=outcome.engine,
         gap=settings.gap,
         is_right=frame.predicted == frame.label,
@@ -272,9 +269,3 @@ def enriched(model: HookedLALM, clips: Sequence[Clip], settings: Settings) -> pd
 def enrichment(layer: int, factor: float, gap: int) -> Add:
     """Eq. 5."""
     return Add("resid_post", layer + gap, (-1,), Source(OWN, layer=layer), factor=factor)
-
-
-def run_of(model: HookedLALM, sample: Sample, settings: Settings) -> Run:
-    processor = processor_of(model)
-    prompt = processor.prompt(settings.attribute, processor.n_frames(sample.waveform), settings.form)
-    return Run(processor.inputs([prompt], [sample.waveform]), prompt)

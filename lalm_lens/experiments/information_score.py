@@ -18,8 +18,8 @@ from tqdm import tqdm
 from lalm_lens.aggregates import intervals
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.datasets import Sample, refuse_repeated
-from lalm_lens.errors import DataError, InputError, PromptError
-from lalm_lens.experiments.causal_trace import processor_of, refuse_foreign_hooks, refuse_other_label
+from lalm_lens.errors import DataError, InputError
+from lalm_lens.experiments.causal_trace import processor_of, refuse_foreign_hooks, refuse_one_label, refuse_other_label
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, run_of, told
 from lalm_lens.experiments.resolution import critical_layer, mean_defined
 from lalm_lens.interventions import Knockout
@@ -193,8 +193,7 @@ def information_score(
     processor = processor_of(model)
     if not forms or not label_spaces:
         raise InputError("Nothing is scored: name at least one of the forms, and of the label spaces.")
-    if len(attribute.labels) < 2:
-        raise PromptError(f"An answer is right or wrong among two labels or more; got {list(attribute.labels)}.")
+    refuse_one_label(attribute)
     for sample in samples:
         refuse_other_label(sample, attribute)
     tokens = [token for space in label_spaces for token in processor.label_tokens(attribute.labels, space).values()]

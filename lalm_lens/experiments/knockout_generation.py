@@ -21,7 +21,7 @@ from lalm_lens.datasets import Sample
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, Plan
 from lalm_lens.errors import InputError
-from lalm_lens.experiments.asked import QUESTION_COLUMNS, Question
+from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.attention_knockout import CELL, RUN_COLUMNS, SETTINGS, changes
 from lalm_lens.experiments.cuts import Chain, Cut, Heads, LayerSets, cuts
 from lalm_lens.generation import Generated
@@ -29,6 +29,7 @@ from lalm_lens.inputs import Inputs
 from lalm_lens.interventions import Knockout
 from lalm_lens.model import HookedLALM
 from lalm_lens.readouts import Score
+from lalm_lens.results import QUESTION_COLUMNS
 from lalm_lens.runs import Run
 from lalm_lens.shapes import at_least_float32, typed
 from lalm_lens.tables import Table

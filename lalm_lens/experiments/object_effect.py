@@ -20,13 +20,15 @@ from lalm_lens.corrupt import Corruption, Silence
 from lalm_lens.datasets import Sample
 from lalm_lens.engine.plan import Engine
 from lalm_lens.engine.recorded import Recorded
-from lalm_lens.errors import AudioError, DataError
-from lalm_lens.experiments.asked import QUESTION_COLUMNS, Question, Told
+from lalm_lens.errors import DataError
+from lalm_lens.experiments.asked import Question, Told
+from lalm_lens.experiments.causal_trace import refuse_silence
 from lalm_lens.experiments.cells import Cell
 from lalm_lens.experiments.recovery import Case, Direction, Recovery, recover
 from lalm_lens.interventions import hook_name
 from lalm_lens.metrics import Answer
 from lalm_lens.model import HookedLALM
+from lalm_lens.results import QUESTION_COLUMNS
 from lalm_lens.runs import Run
 from lalm_lens.shapes import typed
 from lalm_lens.tables import Table
@@ -56,8 +58,8 @@ def object_effect(
     """
     question = Question.about(model, samples, attribute, "P3", label_space)
     for sample in samples:
-        if isinstance(corruption, Silence) and not sample.waveform.any():
-            raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
+        if isinstance(corruption, Silence):
+            refuse_silence(sample)
     frames = []
     how: dict = {"metric": metric, "direction": direction}
     for sample in tqdm(samples, f"tracing options, {question.attribute.name}", unit="clip", disable=not progress):
