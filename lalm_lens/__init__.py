@@ -93,6 +93,7 @@ _HOME = {
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "silence": "corrupt",
+    "transcribed": "transcripts",
     "transcripts": "transcripts",
 }
 
@@ -153,6 +154,7 @@ __all__ = [
     "resolution_correlation",
     "run_branches",
     "silence",
+    "transcribed",
     "transcripts",
 ]
 

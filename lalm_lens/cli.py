@@ -296,7 +296,7 @@ def cut_to_hearing(lens: "HookedLALM", samples: "list[Sample]") -> "list[Sample]
     """The clips as far as the model hears them; a line for each that is cut."""
     from lalm_lens.audio import RATE_HZ
     from lalm_lens.datasets import cut_to
-    from lalm_lens.experiments.causal_trace import processor_of
+    from lalm_lens.experiments.asked import processor_of
 
     heard = cut_to(samples, processor_of(lens).n_samples)
     for before, after in zip(samples, heard, strict=True):

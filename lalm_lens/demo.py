@@ -15,7 +15,8 @@ from lalm_lens.assets import TINY_LALM, TINY_LALM_PLANTED, TINY_LALM_RELAY
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.datasets import Sample, read_folder
-from lalm_lens.experiments.causal_trace import causal_trace, processor_of
+from lalm_lens.experiments.asked import processor_of
+from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.light_cone import light_cone
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM

@@ -87,7 +87,7 @@ def word_map(top: pd.DataFrame) -> Figure:
 
 def place(row: dict) -> str:
     """What stands at a position: of the audio, when."""
-    return printable(row["token"]) if pd.isna(row["start_s"]) else f"{row['start_s']:.2f} s"
+    return printable(row["token"] or row["region"]) if pd.isna(row["start_s"]) else f"{row['start_s']:.2f} s"
 
 
 def factor_curves(rows: pd.DataFrame, title: str) -> Figure:

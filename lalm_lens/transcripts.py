@@ -4,7 +4,8 @@ With silence in place of the clip, the transcript, and with it the length of the
 transcript that stays tells the corrupted run what was said.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import ClassVar, Literal
 
@@ -15,6 +16,7 @@ from lalm_lens.errors import PromptError
 from lalm_lens.pieces import Region
 from lalm_lens.prompts import Processor, Transcript
 from lalm_lens.prompts.desta import NO_SPEECH
+from lalm_lens.shapes import typed
 from lalm_lens.transcribe import has_speech
 
 Side = Literal["audio", "text"]  # what a transcript counts as
@@ -37,6 +39,22 @@ class Listener:
 
     def tokens(self, sample: Sample) -> tuple[int, ...]:
         return self.processor.transcript_tokens(self.said(sample.waveform, sample.transcript))
+
+
+@typed
+def transcribed(
+    processor: Processor, samples: Sequence[Sample], *, text: str | None = None, voice_activity: bool = False
+) -> list[Sample]:
+    """The clips with the transcripts that a model reads (DeSTA): `text` for all of them, as " ", or what is said in
+    them, as by `Listener`. Analyses of a single run read a clip's transcript, and ask Whisper only where it has none.
+
+    Raises `PromptError` for a model that reads no transcript.
+    """
+    if not processor.template.has_transcript:
+        raise PromptError(f"The prompts of a {processor.cfg.model_type} model hold no transcript: leave it out.")
+    listener = Listener(processor, voice_activity)
+    said = (listener.said(sample.waveform, sample.transcript if text is None else text) for sample in samples)
+    return [replace(sample, transcript=its) for sample, its in zip(samples, said, strict=True)]
 
 
 Both = tuple[Transcript, Transcript]  # what the clean and the corrupted run read

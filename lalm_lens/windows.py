@@ -31,13 +31,18 @@ def audio_windows(model: HookedLALM, run: Run, window_s: float) -> list[Window]:
 
 def position_s(model: HookedLALM) -> float:
     """How much of the clip one audio position holds. Raises `InputError` where each of them looks at all of it."""
-    if model.lalm_cfg.qformer is not None:
+    if (each_s := span_s(model)) is None:
         raise InputError(
             f"The audio positions of a {model.lalm_cfg.model_type} model have no place in time: each is a query that "
             "looks at the whole clip. Patch all of them, or the states of the encoder: kinds=['encoder_window']."
         )
+    return each_s
+
+
+def span_s(model: HookedLALM) -> float | None:
+    """How much of the clip one audio position holds; None where each of them looks at all of it."""
     n_frames = model.lalm_cfg.encoder.n_frames
-    return 0.01 * n_frames / model.audio_encoder.n_audio(n_frames)
+    return None if model.lalm_cfg.qformer else 0.01 * n_frames / model.audio_encoder.n_audio(n_frames)
 
 
 def encoder_windows(model: HookedLALM, run: Run, window_s: float) -> list[Window]:

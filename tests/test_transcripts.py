@@ -15,15 +15,18 @@ from lalm_lens.corrupt import Corrupted, OtherClip
 from lalm_lens.datasets import Sample, cut_to
 from lalm_lens.engine.plan import Engine
 from lalm_lens.errors import ConversionError, InputError, PromptError
+from lalm_lens.experiments.attention_knockout import attention_knockout
 from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.experiments.cells import Grid, cells
+from lalm_lens.experiments.logit_lens import logit_lens
+from lalm_lens.experiments.object_effect import object_effect
 from lalm_lens.experiments.recovery import Case, recover
 from lalm_lens.metrics import Answer
 from lalm_lens.prompts import Processor, Prompt
 from lalm_lens.results import EMBED_LAYER, CausalTrace
 from lalm_lens.runs import Run
 from lalm_lens.transcribe import Transcriber
-from lalm_lens.transcripts import Clean, Filler, Fixed, Listener, Own, Reading, reading
+from lalm_lens.transcripts import Clean, Filler, Fixed, Listener, Own, Reading, reading, transcribed
 
 GENDER = ATTRIBUTES["gender"]
 SAYS = " they say so"
@@ -285,3 +288,63 @@ def test_without_a_whisper_that_writes_the_user_is_told_what_to_give():
         model_of("desta2"), [clip], attribute="gender", transcript="placeholder", kinds=kinds, progress=False
     )
     assert set(placed.frame.transcript) == {"placeholder"}
+
+
+# --- analyses of a single run -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_run_reads_what_is_said_in_its_clip(name):
+    model, processor = model_of(name), processor_of(name)
+
+    def logits(words: str) -> Tensor:
+        prompt = processor.prompt(GENDER, processor.n_frames(CLIP.waveform), answer="male", transcript=words)
+        tokens = list(processor.label_tokens(GENDER.labels).values())
+        return model(processor.inputs([prompt], [CLIP.waveform]))[0, -1, tokens].double()
+
+    def read(sample: Sample) -> tuple[Tensor, float]:
+        how: dict = {"attribute": "gender", "progress": False}
+        lens = logit_lens(model, [sample], top_k=0, **how).frame
+        cut = attention_knockout(model, [sample], layers=["all"], **how).frame
+        last = lens[lens.layer == lens.layer.max()].sort_values("option", key=lambda at: at.map(GENDER.labels.index))
+        return torch.tensor(last.logit.to_numpy()), float(cut.logit_difference_before.iloc[0])
+
+    (mine,) = transcribed(processor, [CLIP], text=" never mind")
+    for sample, words in ((CLIP, SAYS), (mine, " never mind")):
+        expected = logits(words)
+        lens, difference = read(sample)
+        assert_close(lens, expected, atol=2e-5, rtol=0)
+        assert_close(difference, float(expected[0] - expected[1]), atol=2e-5, rtol=0)
+    assert (logits(SAYS) - logits(" never mind")).abs().max() > 1e-3
+
+
+def test_what_looks_at_the_whole_clip_has_no_place_in_time():
+    lens = logit_lens(model_of("desta2"), [CLIP], attribute="gender", positions="audio", top_k=1, progress=False)
+    assert (lens.frame.region == "audio").all()
+    assert lens.frame.start_s.isna().all()
+    assert lens.frame.end_s.isna().all()
+
+
+def test_clips_are_transcribed_beforehand(monkeypatch, tiny_lalm):
+    monkeypatch.setattr("lalm_lens.transcripts.has_speech", lambda waveform: waveform.equal(CLIP.waveform))
+    said = transcribed(processor_of("desta25"), [CLIP, OTHER], voice_activity=True)
+    assert [sample.transcript for sample in said] == [SAYS, " "]
+    with pytest.raises(PromptError, match="prompts of a qwen2_audio model hold no transcript"):
+        transcribed(tiny_lalm.processor, [CLIP])
+
+
+@pytest.mark.parametrize(("transcript", "words"), [(None, "."), ("clean", SAYS)])
+def test_the_effect_of_options_is_measured_with_one_transcript_in_both_runs(transcript, words):
+    model, processor = model_of("desta2"), processor_of("desta2")
+    reads = processor.transcript_tokens(words) * (n_tokens("desta2", SAYS) if words == "." else 1)
+    prompt = processor.prompt(GENDER, processor.n_frames(CLIP.waveform), transcript=reads)
+    tokens = list(processor.label_tokens(GENDER.labels).values())
+    clean, silent = (
+        model(processor.inputs([prompt], [waveform]))[0, -1].log_softmax(-1)[tokens]
+        for waveform in (CLIP.waveform, torch.zeros_like(CLIP.waveform))
+    )
+    how: dict = {"metric": "log_probability", "transcript": transcript, "progress": False}
+    found = object_effect(model, [CLIP], attribute="gender", **how).frame
+    chosen = int(clean.argmax())
+    assert_close(float(found.m_clean.iloc[0]), float(clean[chosen]), atol=2e-5, rtol=0)
+    assert_close(float(found.m_corrupted.iloc[0]), float(silent[chosen]), atol=2e-5, rtol=0)

@@ -8,18 +8,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
+from lalm_lens.corrupt import Corrupted
 from lalm_lens.datasets import Sample, refuse_repeated
-from lalm_lens.experiments.causal_trace import (
-    processor_of,
-    question_columns,
-    refuse_foreign_hooks,
-    refuse_one_label,
-    refuse_other_label,
-)
+from lalm_lens.errors import HookError, InputError, PromptError
 from lalm_lens.metrics import METRICS, Answer, LogP, Predict, log_probabilities
 from lalm_lens.model import HookedLALM
+from lalm_lens.pieces import user_pieces
+from lalm_lens.prompts import Processor, Prompt
 from lalm_lens.readouts import Score
 from lalm_lens.runs import Run
+from lalm_lens.transcripts import Listener, Reading, Side, reading
 
 
 @dataclass(frozen=True)
@@ -37,19 +35,8 @@ class Question:
     ) -> "Question":
         """Raises as `causal_trace` does for all that can be known to be wrong before the work begins."""
         attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
-        question = cls(model, attribute, form, label_space)
-        question.check(samples)
-        return question
-
-    def check(self, samples: Sequence[Sample]) -> None:
-        refuse_foreign_hooks(self.model)
-        refuse_repeated(samples)
-        processor = processor_of(self.model)
-        refuse_one_label(self.attribute)
-        processor.label_tokens(self.labels, self.label_space)
-        for sample in samples:
-            processor.check_audible(sample.waveform, sample.name)
-            refuse_other_label(sample, self.attribute)
+        check_asked(model, samples, attribute, [label_space])
+        return cls(model, attribute, form, label_space)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -61,14 +48,127 @@ class Question:
         return list(processor_of(self.model).label_tokens(self.labels, self.label_space).values())
 
     def run(self, sample: Sample) -> Run:
+        prompt = prompt_of(processor_of(self.model), sample, self.attribute, self.form)
+        return Run(processor_of(self.model).inputs([prompt], [sample.waveform]), prompt)
+
+    def both(self, sample: Sample, heard: Corrupted, read: Reading | None) -> tuple[Run, Run]:
+        """The clip, and what is heard in its place, with the transcripts that they read (`read_of`)."""
         processor = processor_of(self.model)
-        n_frames = processor.n_frames(sample.waveform)
-        prompt = processor.prompt(self.attribute, n_frames, self.form, answer=sample.label)
-        return Run(processor.inputs([prompt], [sample.waveform]), prompt)
+        prompts = both_prompts(processor, sample, heard, self.attribute, self.form, read)
+        waveforms = sample.waveform, heard.waveform
+        clean, corrupted = (
+            Run(processor.inputs([prompt], [waveform]), prompt)
+            for prompt, waveform in zip(prompts, waveforms, strict=True)
+        )
+        return clean, corrupted
 
     def columns(self, sample: Sample) -> dict[str, str | bool]:
         """What says all of this in a table."""
         return question_columns(self.model, sample, self.attribute, self.form, self.label_space)
+
+
+def check_asked(
+    model: HookedLALM, samples: Sequence[Sample], attribute: Attribute, label_spaces: Sequence[bool]
+) -> None:
+    """Everything of a question and the clips it is about that can be known to be wrong before the work begins."""
+    refuse_foreign_hooks(model)
+    refuse_repeated(samples)
+    processor = processor_of(model)
+    refuse_one_label(attribute)
+    for label_space in label_spaces:
+        processor.label_tokens(attribute.labels, label_space)
+    for sample in samples:
+        processor.check_audible(sample.waveform, sample.name)
+        refuse_other_label(sample, attribute)
+
+
+def refuse_foreign_hooks(model: HookedLALM) -> None:
+    attached = model.list_hooks()
+    if attached:
+        raise HookError(
+            f"A hook on {min(attached)} would be part of every run. `model.reset_hooks(including_permanent=True)` "
+            "removes it."
+        )
+
+
+def refuse_one_label(attribute: Attribute) -> None:
+    if len(attribute.labels) < 2:
+        raise PromptError(f"An answer is right or wrong among two labels or more; got {list(attribute.labels)}.")
+
+
+def refuse_other_label(sample: Sample, attribute: Attribute) -> None:
+    if sample.label not in attribute.labels:
+        raise PromptError(
+            f"{sample.name} is labelled {sample.label!r}, which is not an option of {attribute.name}: "
+            f"{', '.join(attribute.labels)}."
+        )
+
+
+def processor_of(model: HookedLALM) -> Processor:
+    if model.processor is None:
+        raise InputError(
+            "This checkpoint came without tokenizer and feature extractor, so no prompt can be made: save the "
+            "processor of the model into the same folder."
+        )
+    return model.processor
+
+
+def question_columns(
+    model: HookedLALM, sample: Sample, attribute: Attribute, form: Form, label_space: bool
+) -> dict[str, str | bool]:
+    """What a table says of what was asked: its `QUESTION_COLUMNS`."""
+    return {
+        "model": model.cfg.model_name,
+        "attribute": attribute.name,
+        "sample": sample.name,
+        "label": sample.label,
+        "form": form,
+        "question": "".join(piece.text for piece in user_pieces(attribute, form, attribute.labels)),
+        "labels": ", ".join(attribute.labels),
+        "prefix": attribute.prefix,
+        "label_space": label_space,
+    }
+
+
+def read_of(
+    model: HookedLALM,
+    transcript: Reading | str | None,
+    transcript_is: Side | None = None,
+    voice_activity: bool = False,
+) -> Reading | None:
+    """What transcripts are read; None for a model that reads none, of which none may be asked."""
+    processor = processor_of(model)
+    if processor.template.has_transcript:
+        return reading("filler" if transcript is None else transcript)
+    if (transcript, transcript_is, voice_activity) != (None, None, False):
+        raise PromptError(
+            f"The prompts of a {processor.cfg.model_type} model hold no transcript: leave out transcript, "
+            "transcript_is and voice_activity."
+        )
+    return None
+
+
+def both_prompts(
+    processor: Processor,
+    sample: Sample,
+    heard: Corrupted,
+    attribute: Attribute,
+    form: Form,
+    read: Reading | None,
+    voice_activity: bool = False,
+) -> tuple[Prompt, Prompt]:
+    """What is asked about a clip and about what is heard in its place, each with the transcript that it reads."""
+    both = (None, None) if read is None else read.of(Listener(processor, voice_activity), sample, heard)
+    asked = attribute, processor.n_frames(sample.waveform), form
+    clean, corrupted = (processor.prompt(*asked, answer=sample.label, transcript=its) for its in both)
+    return clean, corrupted
+
+
+def prompt_of(processor: Processor, sample: Sample, attribute: Attribute, form: Form) -> Prompt:
+    """What is asked about a clip alone. Where the model reads a transcript (DeSTA), it is the sample's, else Whisper's:
+    `transcribed` may say otherwise."""
+    read = Listener(processor).tokens(sample) if processor.template.has_transcript else None
+    return processor.prompt(attribute, processor.n_frames(sample.waveform), form, answer=sample.label, transcript=read)
 
 
 @dataclass(frozen=True)

@@ -20,22 +20,22 @@ from tqdm import tqdm
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.corrupt import Corrupted, Corruption, Silence
-from lalm_lens.datasets import Sample, refuse_repeated
+from lalm_lens.datasets import Sample
 from lalm_lens.engine.plan import Engine
 from lalm_lens.engine.recorded import Recorded
-from lalm_lens.errors import AudioError, HookError, InputError, PromptError
+from lalm_lens.errors import AudioError, InputError
+from lalm_lens.experiments.asked import both_prompts, check_asked, processor_of, question_columns, read_of
 from lalm_lens.experiments.cells import Cell, Grid, cells, len_prompt
 from lalm_lens.experiments.moment import Search, find_moments
 from lalm_lens.experiments.recovery import Case, Direction, Recovery, recover
 from lalm_lens.interventions import BlockSite
 from lalm_lens.metrics import Answer, Metric, Predict, is_right
 from lalm_lens.model import HookedLALM
-from lalm_lens.pieces import user_pieces
 from lalm_lens.prompts import Processor, Prompt
 from lalm_lens.results import EMBED_LAYER, CausalTrace, GridKind
 from lalm_lens.runs import Run
 from lalm_lens.shapes import typed
-from lalm_lens.transcripts import Listener, Own, Reading, Side, reading
+from lalm_lens.transcripts import Own, Reading, Side
 
 Audio = Literal["whole", "windows", "coarse-to-fine"]
 Traced = tuple[Sample, str, Case]  # what is traced, what the corrupted run hears, how
@@ -152,36 +152,16 @@ def frames_of(
 
 def check(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> None:
     """Everything that can be known to be wrong before the long work begins."""
-    refuse_foreign_hooks(model)
-    refuse_repeated(samples)
+    check_asked(model, samples, settings.attribute, [settings.label_space])
     if not settings.grid.chosen and settings.search is None:
         raise InputError('Nothing is traced: name kinds, or look for a moment with audio="coarse-to-fine".')
     if settings.n_together < 1:
         raise InputError(f"n_together is a number of clips, 1 or more; got {settings.n_together}.")
-    processor, labels = processor_of(model), settings.attribute.labels
-    refuse_one_label(settings.attribute)
-    processor.label_tokens(labels, settings.label_space)
+    processor = processor_of(model)
     for sample in samples:
-        processor.check_audible(sample.waveform, sample.name)
         refuse_silence(sample)
-        refuse_other_label(sample, settings.attribute)
         heard = settings.corruption.of(sample, samples)
         refuse_unaligned(sample, *prompts_of(processor, sample, heard, settings), settings.grid)
-
-
-def read_of(
-    model: HookedLALM, transcript: Reading | str | None, transcript_is: Side | None, voice_activity: bool
-) -> Reading | None:
-    """What transcripts are read; None for a model that reads none, of which none may be asked."""
-    processor = processor_of(model)
-    if processor.template.has_transcript:
-        return reading("filler" if transcript is None else transcript)
-    if (transcript, transcript_is, voice_activity) != (None, None, False):
-        raise PromptError(
-            f"The prompts of a {processor.cfg.model_type} model hold no transcript: leave out transcript, "
-            "transcript_is and voice_activity."
-        )
-    return None
 
 
 def refuse_unaligned(sample: Sample, clean: Prompt, corrupted: Prompt, grid: Grid) -> None:
@@ -196,49 +176,15 @@ def refuse_unaligned(sample: Sample, clean: Prompt, corrupted: Prompt, grid: Gri
         )
 
 
-def refuse_one_label(attribute: Attribute) -> None:
-    if len(attribute.labels) < 2:
-        raise PromptError(f"An answer is right or wrong among two labels or more; got {list(attribute.labels)}.")
-
-
 def refuse_silence(sample: Sample) -> None:
     if not sample.waveform.any():
         raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
 
 
-def refuse_other_label(sample: Sample, attribute: Attribute) -> None:
-    if sample.label not in attribute.labels:
-        raise PromptError(
-            f"{sample.name} is labelled {sample.label!r}, which is not an option of {attribute.name}: "
-            f"{', '.join(attribute.labels)}."
-        )
-
-
-def refuse_foreign_hooks(model: HookedLALM) -> None:
-    attached = model.list_hooks()
-    if attached:
-        raise HookError(
-            f"A hook on {min(attached)} would be part of every run. `model.reset_hooks(including_permanent=True)` "
-            "removes it."
-        )
-
-
-def processor_of(model: HookedLALM) -> Processor:
-    if model.processor is None:
-        raise InputError(
-            "This checkpoint came without tokenizer and feature extractor, so no prompt can be made: save the "
-            "processor of the model into the same folder."
-        )
-    return model.processor
-
-
 def prompts_of(processor: Processor, sample: Sample, heard: Corrupted, settings: Settings) -> tuple[Prompt, Prompt]:
     """Of the clean and the corrupted run."""
-    listener = Listener(processor, settings.voice_activity)
-    both = (None, None) if settings.transcript is None else settings.transcript.of(listener, sample, heard)
-    asked = settings.attribute, processor.n_frames(sample.waveform), settings.form
-    clean, corrupted = (processor.prompt(*asked, answer=sample.label, transcript=read) for read in both)
-    return clean, corrupted
+    asked = settings.attribute, settings.form, settings.transcript, settings.voice_activity
+    return both_prompts(processor, sample, heard, *asked)
 
 
 def answer_of(processor: Processor, label: str, settings: Settings) -> Answer:
@@ -303,23 +249,6 @@ def transcript_columns(settings: Settings) -> dict[str, str | bool]:
         "transcript": settings.transcript.name,
         "transcript_is": settings.grid.transcript_is,
         "voice_activity": settings.voice_activity,
-    }
-
-
-def question_columns(
-    model: HookedLALM, sample: Sample, attribute: Attribute, form: Form, label_space: bool
-) -> dict[str, str | bool]:
-    """What a table says of what was asked: its `QUESTION_COLUMNS`."""
-    return {
-        "model": model.cfg.model_name,
-        "attribute": attribute.name,
-        "sample": sample.name,
-        "label": sample.label,
-        "form": form,
-        "question": "".join(piece.text for piece in user_pieces(attribute, form, attribute.labels)),
-        "labels": ", ".join(attribute.labels),
-        "prefix": attribute.prefix,
-        "label_space": label_space,
     }
 
 

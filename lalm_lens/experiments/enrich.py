@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from lalm_lens.aggregates import interval, intervals
 from lalm_lens.attributes import Attribute, Form, attribute_named
-from lalm_lens.datasets import Sample, refuse_repeated
+from lalm_lens.datasets import Sample
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, Plan
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.causal_trace import refuse_other_label
+from lalm_lens.experiments.asked import Question, check_asked
 from lalm_lens.experiments.information_score import information_score
 from lalm_lens.interventions import Add
 from lalm_lens.model import HookedLALM
@@ -187,9 +186,7 @@ def enrich(
         raise InputError(f"A gap is from 1 to {n_layers - 1}, one less than there are layers; got {gap}.")
     if n_together < 1 or n_seeds < 0:
         raise InputError(f"n_together is 1 or more and n_seeds 0 or more; got {n_together} and {n_seeds}.")
-    refuse_repeated(samples)
-    for sample in samples:
-        refuse_other_label(sample, attribute)
+    check_asked(model, samples, attribute, [label_space])
     probing, test = split(samples, n_probing, seed)
     layer = chosen_layer(model, probing, attribute, form, label_space, gap, token_budget, progress)
     drawn = [np.random.default_rng([seed, n]).integers(0, n_layers - gap, len(test)).tolist() for n in range(n_seeds)]

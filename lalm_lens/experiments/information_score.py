@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from lalm_lens.aggregates import intervals
 from lalm_lens.attributes import Attribute, Form, attribute_named
-from lalm_lens.datasets import Sample, refuse_repeated
+from lalm_lens.datasets import Sample
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.causal_trace import processor_of, refuse_foreign_hooks, refuse_one_label, refuse_other_label
+from lalm_lens.experiments.asked import check_asked, processor_of
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, run_of, told
 from lalm_lens.experiments.resolution import critical_layer, mean_defined
 from lalm_lens.interventions import Knockout
@@ -187,15 +187,11 @@ def information_score(
     Raises `PromptError` for labels that cannot be told apart or are not the attribute's, `AudioError` for a clip that
     the model cannot hear, `DataError` for a clip that comes twice.
     """
-    refuse_foreign_hooks(model)
-    refuse_repeated(samples)
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
-    processor = processor_of(model)
     if not forms or not label_spaces:
         raise InputError("Nothing is scored: name at least one of the forms, and of the label spaces.")
-    refuse_one_label(attribute)
-    for sample in samples:
-        refuse_other_label(sample, attribute)
+    check_asked(model, samples, attribute, label_spaces)
+    processor = processor_of(model)
     tokens = [token for space in label_spaces for token in processor.label_tokens(attribute.labels, space).values()]
     frames = []
     with tqdm(total=len(samples) * len(forms), desc=f"reading {attribute.name}", disable=not progress) as bar:

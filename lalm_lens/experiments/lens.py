@@ -20,6 +20,7 @@ from lalm_lens.datasets import Sample
 from lalm_lens.engine.branches import indexed
 from lalm_lens.engine.plan import ran_out, usual_budget
 from lalm_lens.errors import InputError
+from lalm_lens.experiments.asked import prompt_of
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.interventions import Knockout, NamedHook
 from lalm_lens.model import HookedLALM
@@ -127,7 +128,7 @@ class Asked:
         cls, processor: Processor, sample: Sample, attribute: Attribute, form: Form, *positions: Positions
     ) -> "Asked":
         processor.check_audible(sample.waveform, sample.name)
-        prompt = processor.prompt(attribute, processor.n_frames(sample.waveform), form, answer=sample.label)
+        prompt = prompt_of(processor, sample, attribute, form)
         run = run_of(prompt)
         return cls(sample, prompt, tuple(sorted({index for its in positions for index in run.indices(its)})))
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.datasets import Sample, refuse_repeated
 from lalm_lens.errors import DataError
-from lalm_lens.experiments.causal_trace import processor_of, refuse_foreign_hooks
+from lalm_lens.experiments.asked import processor_of, refuse_foreign_hooks
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, told
 from lalm_lens.interventions import Knockout
 from lalm_lens.model import HookedLALM
@@ -20,7 +20,7 @@ from lalm_lens.results import plots_module
 from lalm_lens.runs import Positions
 from lalm_lens.shapes import typed
 from lalm_lens.tables import Table
-from lalm_lens.windows import position_s
+from lalm_lens.windows import span_s
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,7 +144,7 @@ def rows_of(model: HookedLALM, asked: Asked, options: list[str], read: Words, em
     layer, at, word = (axis.ravel() for axis in np.indices(read.token.shape))
     decoded = {token: processor_of(model).tokenizer.decode([token]) for token in read.token.unique().tolist()}
     ids = read.token.numpy().ravel()
-    places = positions_frame(asked.prompt, asked.at, position_s(model)).iloc[at].reset_index(drop=True)
+    places = positions_frame(asked.prompt, asked.at, span_s(model)).iloc[at].reset_index(drop=True)
     said_of = pd.DataFrame(
         {
             "sample": asked.sample.name,
@@ -164,10 +164,12 @@ def rows_of(model: HookedLALM, asked: Asked, options: list[str], read: Words, em
     return pd.concat([places, said_of], axis="columns")
 
 
-def positions_frame(prompt: Prompt, at: Sequence[int], each_s: float) -> pd.DataFrame:
-    """What stands at some positions, and the stretch of the clip that those of the audio hold."""
+def positions_frame(prompt: Prompt, at: Sequence[int], each_s: float | None) -> pd.DataFrame:
+    """What stands at some positions, and the stretch of the clip that those of the audio hold, if they hold one."""
     audio = np.flatnonzero(prompt.is_region("audio").numpy())
-    nth = {int(position): n for n, position in enumerate(audio)}
+    spans = (
+        {} if each_s is None else {int(position): (n * each_s, (n + 1) * each_s) for n, position in enumerate(audio)}
+    )
     return pd.DataFrame(
         {
             "position": position,
@@ -175,8 +177,8 @@ def positions_frame(prompt: Prompt, at: Sequence[int], each_s: float) -> pd.Data
             "token": prompt.positions[position].token,
             "region": prompt.positions[position].region,
             "segment": prompt.positions[position].segment,
-            "start_s": nth[position] * each_s if position in nth else None,
-            "end_s": (nth[position] + 1) * each_s if position in nth else None,
+            "start_s": spans.get(position, (None, None))[0],
+            "end_s": spans.get(position, (None, None))[1],
         }
         for position in at
     )

@@ -6,7 +6,7 @@ itself chooses. Its rival is what needs no tracing at all, the probability of th
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from lalm_lens.datasets import Sample
 from lalm_lens.engine.plan import Engine
 from lalm_lens.engine.recorded import Recorded
 from lalm_lens.errors import DataError
-from lalm_lens.experiments.asked import Question, Told
+from lalm_lens.experiments.asked import Question, Told, read_of
 from lalm_lens.experiments.causal_trace import refuse_silence
 from lalm_lens.experiments.cells import Cell
 from lalm_lens.experiments.recovery import Case, Direction, Recovery, recover
@@ -32,6 +32,7 @@ from lalm_lens.results import QUESTION_COLUMNS
 from lalm_lens.runs import Run
 from lalm_lens.shapes import typed
 from lalm_lens.tables import Table
+from lalm_lens.transcripts import Reading
 
 PARTS = ("object", "object_chosen")  # the tokens of all options; of the one that the model chooses
 
@@ -47,6 +48,7 @@ def object_effect(
     direction: Direction = "denoise",
     label_space: bool = True,
     engine: Engine = "auto",
+    transcript: Reading | str | None = None,
     progress: bool = True,
 ) -> "ObjectEffect":
     """What the clean states of the option tokens, at one layer, bring to the corrupted run (`denoise`), or their
@@ -54,9 +56,10 @@ def object_effect(
     or m(clean) - m(patched).
 
     All tokens of the part are patched together, at `resid_post` of each layer, in P3 prompts, which name the options.
-    No clip is excluded. Raises as `causal_trace` does.
+    No clip is excluded. `transcript` is what both runs read where the model reads one. Raises as `causal_trace` does.
     """
     question = Question.about(model, samples, attribute, "P3", label_space)
+    read = read_of(model, transcript)
     for sample in samples:
         if isinstance(corruption, Silence):
             refuse_silence(sample)
@@ -64,7 +67,7 @@ def object_effect(
     how: dict = {"metric": metric, "direction": direction}
     for sample in tqdm(samples, f"tracing options, {question.attribute.name}", unit="clip", disable=not progress):
         heard, recorded = corruption.of(sample, samples), Recorded(model)
-        clean, corrupted = question.run(sample), question.run(replace(sample, waveform=heard.waveform))
+        clean, corrupted = question.both(sample, heard, read)
         chosen = choice(question, sample, clean, recorded)
         case = case_of(question, clean, corrupted, str(chosen["chosen"]))
         (recovery,) = recover(model, [case], **how, engine=engine, recorded=recorded)
