@@ -20,6 +20,7 @@ from lalm_lens import verify as lalm_lens_verify
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
+from lalm_lens.commands.base import CHOICES
 from lalm_lens.corrupt import OtherClip
 from lalm_lens.datasets import read_folder
 from lalm_lens.engine.plan import Engine
@@ -177,7 +178,7 @@ def test_long_clips_are_cut_on_demand(monkeypatch, tmp_path, capsys):
     }.items(),
 )
 def test_the_choices_are_those_of_the_library(option, type_):
-    assert cli.CHOICES[option] == get_args(type_)
+    assert CHOICES[option] == get_args(type_)
 
 
 def test_the_dtype_is_that_of_the_weights(monkeypatch, folder, tmp_path):

@@ -1,0 +1,1 @@
+"""The commands of `lalm-lens`, one file for those that belong together."""
