@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
+    from lalm_lens.experiments.audiolens import AudioLens, audiolens
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.enrich import Enrichment, enrich
     from lalm_lens.experiments.information_score import InformationScore, information_score
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lalm_lens.readouts import Logits, LogProbs, Probabilities, Resid, Score
     from lalm_lens.results import CausalTrace
     from lalm_lens.runs import OWN, Run, Source
+    from lalm_lens.transcripts import transcribed
     from lalm_lens.transformer import HookedTransformer
 
 _HOME = {
@@ -43,6 +45,7 @@ _HOME = {
     "AttentionKnockout": "experiments.attention_knockout",
     "AttentionShare": "experiments.attention_share",
     "Attribute": "attributes",
+    "AudioLens": "experiments.audiolens",
     "Branch": "engine.branches",
     "CausalTrace": "results",
     "Embedded": "inputs",
@@ -76,6 +79,7 @@ _HOME = {
     "attention_knockout": "experiments.attention_knockout",
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
+    "audiolens": "experiments.audiolens",
     "causal_trace": "experiments.causal_trace",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
@@ -104,6 +108,7 @@ __all__ = [
     "AttentionKnockout",
     "AttentionShare",
     "Attribute",
+    "AudioLens",
     "Branch",
     "CausalTrace",
     "Embedded",
@@ -137,6 +142,7 @@ __all__ = [
     "attention_knockout",
     "attention_share",
     "audio_knockout",
+    "audiolens",
     "causal_trace",
     "critical_layer",
     "cut_to",

@@ -47,6 +47,20 @@ def read_folder(folder: str | Path) -> list[Sample]:
     return samples
 
 
+def read_attributes(folder: str | Path, names: Sequence[str]) -> dict[str, list[Sample]]:
+    """The clips of each folder inside `folder` that has one of these names, in capitals or not.
+
+    Raises `DataError` if there is none, and what `read_folder` raises.
+    """
+    inside = {path.name.lower(): path for path in Path(folder).iterdir() if path.is_dir()}
+    found = {name: read_folder(inside[name]) for name in names if name in inside}
+    if not found:
+        raise DataError(
+            f"{folder} has neither metadata.jsonl nor a folder of an attribute ({', '.join(names)}) that has one."
+        )
+    return found
+
+
 def cut_to(samples: Sequence[Sample], n_samples: int) -> list[Sample]:
     """The clips without what is behind their first `n_samples` (16 kHz) samples, and then without the transcript of the
     whole; shorter ones are as they were."""

@@ -1,5 +1,6 @@
 """Pictures of what layers know: scores by layer, words by layer and position, accuracy under enrichment."""
 
+from collections.abc import Mapping
 from textwrap import fill
 
 import numpy as np
@@ -105,4 +106,23 @@ def factor_curves(rows: pd.DataFrame, title: str) -> Figure:
     ax.set_ylabel("accuracy")
     ax.set_title(f"{title}\n(n = {chosen.n.iloc[0]} test clips)", fontsize=10)
     ax.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def resolution(heard: pd.DataFrame, correlation: Mapping[str, float]) -> Figure:
+    """Accuracy over critical layer, a point for each attribute and prompt."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    ax = figure.subplots()
+    for colour, (attribute, rows) in enumerate(heard.groupby("attribute", sort=False)):
+        for marker, (form, row) in zip("os^Dv", rows.groupby("form"), strict=False):
+            ax.scatter(row.critical_layer, row.accuracy, 34, f"C{colour}", marker=marker, label=f"{attribute}, {form}")
+    ax.set_xlabel("critical layer")
+    ax.set_ylabel("accuracy")
+    ax.set_ylim(-0.06, 1.06)
+    r, p, n, n_dropped = (correlation[name] for name in ("r", "p", "n", "n_dropped"))
+    undefined = f", {n_dropped} without a critical layer" if n_dropped else ""
+    space = "with" if heard.label_space.iloc[0] else "without"
+    about = f"{heard.model.iloc[0]}, labels {space} the space before them"
+    ax.set_title(f"{about}\nr = {r:.2f}, p = {p:.2g} (n = {n}{undefined})", fontsize=10)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

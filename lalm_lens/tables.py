@@ -1,7 +1,7 @@
 """Tidy tables that are saved whole and know their columns."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -65,3 +65,19 @@ class Table:
         if missing:
             raise DataError(f"{path} is not {cls.NAME}: it has no column {', '.join(missing)}.")
         return cls(frame[list(cls.COLUMNS)].astype(cls.COLUMNS))
+
+
+def write_tables(out: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path]:
+    """Each as Parquet, CSV and Markdown."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, frame in tables.items():
+        frame.to_parquet(out / f"{name}.parquet", index=False)
+        frame.to_csv(out / f"{name}.csv", index=False)
+        (out / f"{name}.md").write_text(markdown(frame) + "\n", encoding="utf-8")
+        paths += [out / f"{name}.{ending}" for ending in ("parquet", "csv", "md")]
+    return paths
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    return frame.astype(object).where(frame.notna(), "-").to_markdown(index=False, floatfmt=".3f")
