@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.corrupt import Corrupted
-from lalm_lens.datasets import Sample, refuse_repeated
+from lalm_lens.datasets import Sample, heard, refuse_repeated
 from lalm_lens.errors import HookError, InputError, PromptError
 from lalm_lens.metrics import METRICS, Answer, LogP, Predict, log_probabilities
 from lalm_lens.model import HookedLALM
 from lalm_lens.pieces import user_pieces
-from lalm_lens.prompts import Processor, Prompt
+from lalm_lens.prompts import Processor, Prompt, Transcript
 from lalm_lens.readouts import Score
 from lalm_lens.runs import Run
 from lalm_lens.transcripts import Listener, Reading, Side, reading
@@ -49,22 +49,23 @@ class Question:
 
     def run(self, sample: Sample) -> Run:
         prompt = prompt_of(processor_of(self.model), sample, self.attribute, self.form)
-        return Run(processor_of(self.model).inputs([prompt], [sample.waveform]), prompt)
+        return Run(processor_of(self.model).inputs([prompt], heard([sample])), prompt)
 
-    def both(self, sample: Sample, heard: Corrupted, read: Reading | None) -> tuple[Run, Run]:
+    def both(self, sample: Sample, instead: Corrupted, read: Reading | None) -> tuple[Run, Run]:
         """The clip, and what is heard in its place, with the transcripts that they read (`read_of`)."""
         processor = processor_of(self.model)
-        prompts = both_prompts(processor, sample, heard, self.attribute, self.form, read)
-        waveforms = sample.waveform, heard.waveform
+        prompts = both_prompts(processor, sample, instead, self.attribute, self.form, read)
+        waveforms = sample.waveform, instead.waveform
         clean, corrupted = (
             Run(processor.inputs([prompt], [waveform]), prompt)
             for prompt, waveform in zip(prompts, waveforms, strict=True)
         )
         return clean, corrupted
 
-    def columns(self, sample: Sample) -> dict[str, str | bool]:
+    def columns(self, sample: Sample) -> dict[str, str | bool | None]:
         """What says all of this in a table."""
-        return question_columns(self.model, sample, self.attribute, self.form, self.label_space)
+        asked = question_columns(self.model, sample, self.attribute, self.form, self.label_space)
+        return {**asked, **sample.columns}
 
 
 def check_asked(
@@ -78,7 +79,8 @@ def check_asked(
     for label_space in label_spaces:
         processor.label_tokens(attribute.labels, label_space)
     for sample in samples:
-        processor.check_audible(sample.waveform, sample.name)
+        if sample.is_heard:
+            processor.check_audible(sample.waveform, sample.name)
         refuse_other_label(sample, attribute)
 
 
@@ -151,24 +153,34 @@ def read_of(
 def both_prompts(
     processor: Processor,
     sample: Sample,
-    heard: Corrupted,
+    instead: Corrupted,
     attribute: Attribute,
     form: Form,
     read: Reading | None,
     voice_activity: bool = False,
 ) -> tuple[Prompt, Prompt]:
     """What is asked about a clip and about what is heard in its place, each with the transcript that it reads."""
-    both = (None, None) if read is None else read.of(Listener(processor, voice_activity), sample, heard)
-    asked = attribute, processor.n_frames(sample.waveform), form
-    clean, corrupted = (processor.prompt(*asked, answer=sample.label, transcript=its) for its in both)
+    both = (None, None) if read is None else read.of(Listener(processor, voice_activity), sample, instead)
+    clean, corrupted = (prompt_about(processor, sample, attribute, form, its) for its in both)
     return clean, corrupted
 
 
 def prompt_of(processor: Processor, sample: Sample, attribute: Attribute, form: Form) -> Prompt:
     """What is asked about a clip alone. Where the model reads a transcript (DeSTA), it is the sample's, else Whisper's:
     `transcribed` may say otherwise."""
-    read = Listener(processor).tokens(sample) if processor.template.has_transcript else None
-    return processor.prompt(attribute, processor.n_frames(sample.waveform), form, answer=sample.label, transcript=read)
+    is_stated = sample.statement is not None and sample.statement.is_transcript
+    reads = processor.template.has_transcript and sample.is_heard and not is_stated
+    read = Listener(processor).tokens(sample) if reads else None
+    return prompt_about(processor, sample, attribute, form, read)
+
+
+def prompt_about(
+    processor: Processor, sample: Sample, attribute: Attribute, form: Form, transcript: Transcript | None = None
+) -> Prompt:
+    """The question about one clip, with what is stated of it."""
+    n_frames = processor.n_frames(sample.waveform) if sample.is_heard else None
+    its = {"answer": sample.label, "statement": sample.statement}
+    return processor.prompt(attribute, n_frames, form, transcript=transcript, **its)
 
 
 @dataclass(frozen=True)
