@@ -26,8 +26,9 @@ class StrictHooks(HookedRootModule):
         """What has to be called before a hook point fires; None for one that fires as the model is set now."""
         raise NotImplementedError
 
-    def switched_off(self, name: str) -> bool:
-        return self.switch_of(name) is not None
+    def switched_on(self) -> set[str]:
+        """The hook points that fire as the model is set now."""
+        raise NotImplementedError
 
     def live(self, *args: Any, **kwargs: Any) -> set[str]:
         """The hook points that fire in a run with these arguments."""
@@ -142,7 +143,7 @@ class StrictHooks(HookedRootModule):
         matched = {name for name in self.hook_dict if names_filter(name)}
         if not matched:
             raise HookError("The names filter matches no hook point. `model.hook_dict` lists them all.")
-        on = {name for name in matched if not self.switched_off(name)}
+        on = matched & self.switched_on()
         if not on:
             self.check_name(min(matched))
         return on
@@ -154,8 +155,9 @@ class StrictHooks(HookedRootModule):
         self.check_switch(name)
 
     def check_switch(self, name: str) -> None:
-        if self.switched_off(name):
-            raise HookError(f"{name} never fires: call `model.{self.switch_of(name)}` first.")
+        switch = self.switch_of(name)
+        if switch is not None:
+            raise HookError(f"{name} never fires: call `model.{switch}` first.")
 
     def silent(self, name: str) -> HookError:
         return HookError(
@@ -205,9 +207,6 @@ class StrictHooks(HookedRootModule):
     def add_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> dict:
         names = self.chosen(names_filter, self.switched_on())
         return super().add_caching_hooks(names.__contains__, *args, **kwargs)
-
-    def switched_on(self) -> set[str]:
-        return {name for name in self.hook_dict if not self.switched_off(name)}
 
     def add_hook(self, name: str | Callable[[str], bool], *args: Any, **kwargs: Any) -> None:
         for chosen in [name] if isinstance(name, str) else sorted(self.matched(name)):

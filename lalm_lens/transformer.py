@@ -194,16 +194,10 @@ class HookedTransformer(Generates, NamedWeights):
         self, inputs: Any = None, *, start_at_layer: int | None = None, stop_at_layer: int | None = None, **_: Any
     ) -> set[str]:
         layers = self.layers(start_at_layer, stop_at_layer)
-        passed = {
-            "blocks": lambda name: int(name.split(".")[1]) in layers,
-            "hook_embed": lambda name: start_at_layer is None,
-            "ln_final": lambda name: stop_at_layer is None,
-        }
-        return {
-            name
-            for name in self.hook_dict
-            if passed.get(name.split(".")[0], lambda name: True)(name) and not self.switched_off(name)
-        }
+        skipped = [f"blocks.{layer}." for layer in range(self.decoder_cfg.n_layers) if layer not in layers]
+        skipped += [] if start_at_layer is None else ["hook_embed"]
+        skipped += [] if stop_at_layer is None else ["ln_final."]
+        return {name for name in self.switched_on() if not name.startswith(tuple(skipped))}
 
     def sizes(self, inputs: Any = None, *_: Any) -> dict[str, dict[str, int]]:
         cfg, shape = self.decoder_cfg, self.shape_of(inputs)
@@ -235,6 +229,11 @@ class HookedTransformer(Generates, NamedWeights):
             return None
         switch = SWITCHES.get(name.split(".", 2)[2])
         return None if switch is None or switch in self.switched else f"set_{switch}(True)"
+
+    def switched_on(self) -> set[str]:
+        layers = range(self.decoder_cfg.n_layers)
+        off = [point for point, switch in SWITCHES.items() if switch not in self.switched]
+        return self.hook_dict.keys() - {f"blocks.{layer}.{point}" for layer in layers for point in off}
 
     def switch(self, name: str, on: bool) -> None:
         """Let the blocks do what the switches say. `cfg` is told, and never asked: setting it switches nothing."""

@@ -174,7 +174,8 @@ def test_turning_one_switch_off_leaves_the_others_on(switched, inputs, first, se
     if second != first:
         getattr(model, f"set_use_{second}")(False)
     _, cache = model.run_with_cache(inputs)
-    on = set(model.hook_dict) - {name for name in model.hook_dict if model.switched_off(name)}
+    on = {name for name in model.hook_dict if model.switch_of(name) is None}
+    assert model.switched_on() == on
     assert set(cache.keys()) == on
     before = model(inputs)
     new = on - switched().live(inputs)
