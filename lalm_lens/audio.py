@@ -1,6 +1,7 @@
 """Sound files in, 16 kHz mono waveforms out."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -30,27 +31,31 @@ def read_audio(path: str | Path, rate_hz: int = RATE_HZ) -> Waveform:
     path = Path(path)
     if not path.is_file():
         raise AudioError(f"There is no audio file {path}.")
+    return decode_audio(path.read_bytes(), str(path), rate_hz)
+
+
+@typed
+def decode_audio(data: bytes, name: str, rate_hz: int = RATE_HZ) -> Waveform:
+    """What `read_audio` makes of a file, of its content."""
     try:
-        samples, source_hz = soundfile.read(path, dtype="float32", always_2d=True)
+        samples, source_hz = soundfile.read(BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(
-            f"{path} is not readable audio ({error.error_string}). Give a wav, flac, ogg or mp3."
+            f"{name} is not readable audio ({error.error_string}). Give a wav, flac, ogg or mp3."
         ) from None
-    check_whole(path)
-    check_samples(samples, str(path))
+    check_whole(data, name)
+    check_samples(samples, name)
     mono = samples.mean(axis=1)
     return torch.from_numpy(mono if source_hz == rate_hz else soxr.resample(mono, source_hz, rate_hz))
 
 
-def check_whole(path: Path) -> None:
+def check_whole(data: bytes, name: str) -> None:
     """Refuse a wav that ends before its header says: libsndfile reads what there is and says nothing."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    declared = int.from_bytes(head[4:8], "little")
-    is_wav = head[:4] == b"RIFF" and head[8:] == b"WAVE"
+    declared = int.from_bytes(data[4:8], "little")
+    is_wav = data[:4] == b"RIFF" and data[8:12] == b"WAVE"
     streamed = declared >= 0x7FFFF000  # written to a pipe, where nobody knew the length
-    if is_wav and not streamed and declared + 8 > path.stat().st_size + 1:  # a last odd byte may go without its pad
-        raise AudioError(f"{path} ends after {path.stat().st_size} of {declared + 8} bytes. Copy it again.")
+    if is_wav and not streamed and declared + 8 > len(data) + 1:  # a last odd byte may go without its pad
+        raise AudioError(f"{name} ends after {len(data)} of {declared + 8} bytes. Copy it again.")
 
 
 def check_samples(samples: np.ndarray, name: str) -> None:

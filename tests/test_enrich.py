@@ -10,11 +10,11 @@ from torch.testing import assert_close
 from lalm_lens import Enrichment, InformationScore, Logits, Run, enrich, from_hf, information_score, run_branches
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES
-from lalm_lens.datasets import Sample, read_folder
+from lalm_lens.datasets import Sample, read_folder, split
 from lalm_lens.engine.branches import Branch
 from lalm_lens.errors import DataError, InputError, PromptError
 from lalm_lens.experiments import enrich as enrich_module
-from lalm_lens.experiments.enrich import chosen_layer, enrichment, split
+from lalm_lens.experiments.enrich import chosen_layer, enrichment
 from lalm_lens.inputs import Inputs
 
 GAP, N_PROBING, N_SEEDS, FACTORS = 3, 4, 3, (0.5, 2)

@@ -1,7 +1,7 @@
 """What is asked about every clip of an experiment, and what a run says to it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -119,6 +119,7 @@ def question_columns(
     model: HookedLALM, sample: Sample, attribute: Attribute, form: Form, label_space: bool
 ) -> dict[str, str | bool]:
     """What a table says of what was asked: its `QUESTION_COLUMNS`."""
+    attribute = attribute if sample.question is None else replace(attribute, question=sample.question)
     return {
         "model": model.cfg.model_name,
         "attribute": attribute.name,
@@ -177,7 +178,8 @@ def prompt_of(processor: Processor, sample: Sample, attribute: Attribute, form: 
 def prompt_about(
     processor: Processor, sample: Sample, attribute: Attribute, form: Form, transcript: Transcript | None = None
 ) -> Prompt:
-    """The question about one clip, with what is stated of it."""
+    """The question about one clip, its own if it has one, with what is stated of it."""
+    attribute = attribute if sample.question is None else replace(attribute, question=sample.question)
     n_frames = processor.n_frames(sample.waveform) if sample.is_heard else None
     its = {"answer": sample.label, "statement": sample.statement}
     return processor.prompt(attribute, n_frames, form, transcript=transcript, **its)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lalm_lens.aggregates import interval, intervals
 from lalm_lens.attributes import Attribute, Form, attribute_named
-from lalm_lens.datasets import Sample
+from lalm_lens.datasets import Sample, split
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, Plan
 from lalm_lens.errors import DataError, InputError
@@ -64,10 +64,10 @@ class Enrichment(Table):
         """Accuracy by factor: of the chosen layer with its 95 % bootstrap interval over clips, of random layers as the
         mean over seeds with their standard deviation."""
         found = []
-        for (split, arm, factor), rows in self.frame.groupby(["split", "arm", "factor"]):
+        for (part, arm, factor), rows in self.frame.groupby(["split", "arm", "factor"]):
             by_clip, by_seed = (rows.groupby(name, dropna=False).is_right.mean() for name in ("sample", "seed"))
             low, high = interval(by_clip.to_numpy(), n_resamples, seed)
-            its = {"split": split, "arm": arm, "factor": factor, "n": len(by_clip), "accuracy": by_clip.mean()}
+            its = {"split": part, "arm": arm, "factor": factor, "n": len(by_clip), "accuracy": by_clip.mean()}
             found.append({**its, "low": low, "high": high, "sd": by_seed.std() if len(by_seed) > 1 else np.nan})
         return pd.DataFrame(found)
 
@@ -203,19 +203,6 @@ def enrich(
             frames.append(enriched(together, settings))
             bar.update(len(together))
     return Enrichment.concat(frames)
-
-
-def split(samples: Sequence[Sample], n_probing: int, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Disjoint probing and test clips, both in the proportions of the labels, up to one clip of each."""
-    if not 0 < n_probing < len(samples):
-        raise DataError(f"{len(samples)} clips cannot be split into {n_probing} for probing and some for the test.")
-    rng = np.random.default_rng(seed)
-    drawn = pd.DataFrame({"label": [sample.label for sample in samples]}).iloc[rng.permutation(len(samples))]
-    by_label = drawn.groupby("label").label
-    share = (by_label.cumcount() + 0.5) / by_label.transform("size")
-    probing = set(share.sort_values(kind="stable").index[:n_probing])
-    inside, outside = ([sample for n, sample in enumerate(samples) if (n in probing) == side] for side in (True, False))
-    return inside, outside
 
 
 def chosen_layer(

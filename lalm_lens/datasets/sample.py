@@ -1,0 +1,90 @@
+"""A clip with the label that is true of it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol
+
+from lalm_lens.audio import Waveform, read_audio
+from lalm_lens.errors import DataError
+from lalm_lens.pieces import Statement
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A clip and the label that is true of it; what it says too, where that is known and a model reads it; what the
+    prompt states of it beside the question, true or not; who speaks; and its own question, if it has one."""
+
+    name: str
+    label: str
+    waveform: Waveform = field(repr=False)
+    transcript: str | None = None
+    statement: Statement | None = None
+    speaker: str | None = None
+    question: str | None = None  # in place of the attribute's
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the clip is in the prompt at all."""
+        return True
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that a model is given of it, and its label."""
+        told = (self.label, self.transcript, self.statement, self.question)
+        return digest(self.waveform.numpy().tobytes(), *(repr(each).encode() for each in told))
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """What a table says of it, beside its name and label."""
+        return {}
+
+
+def digest(*parts: bytes) -> str:
+    """A stable hash of some bytes, each with its length."""
+    whole = sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little") + part)
+    return whole.hexdigest()
+
+
+def read_sample(path: str | Path, label: str, transcript: str | None = None) -> Sample:
+    return Sample(name=Path(path).name, label=label, waveform=read_audio(path), transcript=transcript)
+
+
+def cut_to(samples: Sequence[Sample], n_samples: int) -> list[Sample]:
+    """The clips without what is behind their first `n_samples` (16 kHz) samples, and then without the transcript of the
+    whole; shorter ones are as they were."""
+    return [
+        replace(sample, waveform=sample.waveform[:n_samples], transcript=None)
+        if len(sample.waveform) > n_samples
+        else sample
+        for sample in samples
+    ]
+
+
+def heard(samples: Sequence[Sample]) -> list[Waveform]:
+    """The clips of those that have one in their prompt."""
+    return [sample.waveform for sample in samples if sample.is_heard]
+
+
+class Named(Protocol):
+    """What is listed: a clip, read or not."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def label(self) -> str: ...
+
+
+def refuse_repeated(samples: Sequence[Named]) -> None:
+    """A clip listed twice would count twice, or contradict itself. Raises `DataError`; also if there are no clips."""
+    if not samples:
+        raise DataError("There is nothing to trace: no clip is listed.")
+    name, n = Counter(sample.name for sample in samples).most_common(1)[0]
+    if n > 1:
+        labels = sorted({sample.label for sample in samples if sample.name == name})
+        raise DataError(f"{name} is listed {n} times, labelled {', '.join(labels)}. Name every clip once.")
