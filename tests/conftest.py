@@ -1,5 +1,6 @@
 """Options and fixtures that more than one test file needs."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: n
 os.environ["PIP_NO_INDEX"] = "1"  # nor install anything, as TransformerLens' bridge does where it misses torchvision
 
 import pytest
+import shape_checks  # noqa: F401  before anything imports lalm_lens
 import torch
 from filelock import FileLock
 from reference import tiny_hf
@@ -42,6 +44,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays; looking through it again and again takes a tenth of the time
 
 
 @pytest.fixture(scope="session")

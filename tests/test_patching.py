@@ -65,24 +65,27 @@ def everywhere(ours: HookedLALM, run: Run, site: str, *places: tuple[int, ...]) 
     return [Cell("token", site, layer, where) for layer in range(first, ours.cfg.n_layers) for where in places]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize("site", SITES)
-def test_every_site_matches_plain_hf_hooks(models, example, batches, site, direction, engine):
+def test_every_site_matches_plain_hf_hooks(models, example, batches, site, direction):
     hf, (ours, *runs) = models[0], example
     order = slice(None) if direction == "denoise" else slice(None, None, -1)
     (source, base), (source_batch, base_batch) = runs[order], batches[order]
     audio, n_pos = runs[0].indices("audio"), runs[0].n_pos
     text = tuple(pos for pos in range(n_pos) if pos not in audio)
     where = everywhere(ours, base, site, text, audio, (3,), (n_pos - 9,), (n_pos - 4,), (n_pos - 1,))
-    found = patched(ours, source, base, where, engine)
-    assert found.engine == engine
-    for cell, logits in zip(where, found.values[:, 0], strict=True):
-        states = hf_embeds(hf, source_batch) if cell.layer < 0 else hf_state(hf, source_batch, cell.layer, site)
+    states = {layer: hf_state(hf, source_batch, layer, site) for layer in range(ours.cfg.n_layers)}
+    states[-1] = hf_embeds(hf, source_batch)
+    theirs = []
+    for cell in where:
         at = torch.zeros(1, n_pos, dtype=torch.bool)
         at[0, list(cell.positions)] = True
-        theirs = hf_patched(hf, base_batch, cell.layer, at, states, site)[0]
-        assert_close(logits, theirs, rtol=1e-5, atol=2e-5)  # logits up to 4: two sums in another order
+        theirs.append(hf_patched(hf, base_batch, cell.layer, at, states[cell.layer], site)[0])
+    for engine in ENGINES:
+        found = patched(ours, source, base, where, engine)
+        assert found.engine == engine
+        for logits, expected in zip(found.values[:, 0], theirs, strict=True):
+            assert_close(logits, expected, rtol=1e-5, atol=2e-5)  # logits up to 4: two sums in another order
 
 
 @pytest.mark.parametrize("site", RESID)
