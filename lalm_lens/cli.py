@@ -35,6 +35,8 @@ lalm-lens info Qwen/Qwen2-Audio-7B-Instruct
 lalm-lens trace ./checkpoint ./clips --question "Is it calm?" --labels yes,no --prefix Answer: --out traced
 
 lalm-lens trace ./checkpoint ./clips --attribute animal --form P2 --corrupt clip --metric logit_difference --out traced
+
+lalm-lens reproduce ./scored ./traced --as checkpoint=Qwen2-Audio-Instruct --out reproduced
 """
 
 # Written out, because importing the types takes seconds; a test compares them.
@@ -260,6 +262,44 @@ def info_command(model: Model, part: Part = None, conversion: Own = None) -> Non
     print(info(model, parts=parts_named(part), conversion=conversion_named(conversion)))
 
 
+@app.command("reproduce", epilog=EXAMPLES)
+def reproduce_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders with result tables (.parquet), in any depth.")],
+    named: Annotated[
+        list[str] | None,
+        typer.Option("--as", help="Which published model a table's model is, as FOLDER=Qwen2-Audio-Instruct; repeat."),
+    ] = None,
+    claims: Annotated[
+        bool, typer.Option("--claims", help="Evaluate the papers' claims on any model; this reproduces nothing.")
+    ] = False,
+    layer_base: Annotated[
+        int | None, typer.Option(help="Number of the first layer; else 1 for AudioLens, 0 for causal tracing.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the clips.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the resamples.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the table as Parquet, CSV and Markdown.")] = None,
+) -> None:
+    """Compare result tables with the numbers and claims of AudioLens and of Causal Tracing."""
+    names = names_given(named or [])
+    if claims and names:
+        raise InputError("--claims evaluates every model as what it is: leave out --as.")
+    if out is not None:
+        writable(out)
+    from lalm_lens.reproduce import evaluate_claims, reproduce, show_reproduction
+
+    how = {"layer_base": layer_base, "n_resamples": resamples, "seed": seed}
+    found = evaluate_claims(folders, **how) if claims else reproduce(folders, named=names, **how)
+    show_reproduction(found, out)
+
+
+def names_given(named: list[str]) -> dict[str, str]:
+    """name=published, of each."""
+    pairs = {name: its for name, _, its in (each.rpartition("=") for each in named)}
+    if not all(name and its for name, its in pairs.items()) or len(pairs) < len(named):
+        raise InputError(f"--as names each model once, as FOLDER=Qwen2-Audio-Instruct; got {', '.join(named)}.")
+    return pairs
+
+
 def asked_about(attribute: str | None, question: str | None, labels: str | None, prefix: str | None) -> Attribute:
     """The attribute of that name, or the user's own question."""
     own = (question, labels, prefix)
@@ -327,6 +367,10 @@ def ready(out: Path) -> None:
     from lalm_lens.results import plots_module
 
     plots_module()
+    writable(out)
+
+
+def writable(out: Path) -> None:
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise DataError(f"Nothing can be written to {out}: {there} is no folder that you may write to.")

@@ -65,3 +65,16 @@ class Table:
         if missing:
             raise DataError(f"{path} is not {cls.NAME}: it has no column {', '.join(missing)}.")
         return cls(frame[list(cls.COLUMNS)].astype(cls.COLUMNS))
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table for people, numbers with three decimals; nothing where there is nothing."""
+
+    def cell(value: object) -> str:
+        if value is None or value is pd.NA or value != value:
+            return ""
+        return f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+    lines = [list(map(str, frame.columns)), ["---"] * frame.shape[1]]
+    lines += [list(map(cell, row)) for row in frame.astype(object).itertuples(index=False)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
