@@ -64,19 +64,25 @@ class Evidence:
         return 1 / self.n_labels[group]
 
     def find(self, measure: Callable[..., Numbers], n_resamples: int = 1000, seed: int = 0) -> Finding:
+        return self.find_all([measure], n_resamples, seed)[0]
+
+    def find_all(self, measures: Sequence[Callable[..., Numbers]], n_resamples: int, seed: int) -> list[Finding]:
+        """Several measures of the same resamples."""
         weights = self.weights or tuple(np.ones(len(group)) for group in self.groups)
         weighted = [
             np.column_stack([weight, (weight.reshape(-1, *[1] * (group.ndim - 1)) * group).reshape(len(group), -1)])
             for group, weight in zip(self.groups, weights, strict=True)
         ]
 
-        def of(*means: Float[np.ndarray, "resample _"]) -> Numbers:
-            groups = zip(means, self.groups, strict=True)
-            return measure(self, *((its[:, 1:] / its[:, :1]).reshape(-1, *group.shape[1:]) for its, group in groups))
+        def of(*means: Float[np.ndarray, "resample _"]) -> Float[np.ndarray, "resample measure"]:
+            both = zip(means, self.groups, strict=True)
+            groups = [(its[:, 1:] / its[:, :1]).reshape(-1, *group.shape[1:]) for its, group in both]
+            return np.stack([measure(self, *groups) for measure in measures], axis=-1)
 
-        low, high = intervals_of(weighted, of, n_resamples, seed)
-        measured = of(*(its.mean(0, keepdims=True) for its in weighted))
-        return Finding(float(measured[0]), float(low), float(high), self.n)
+        lows, highs = intervals_of(weighted, of, n_resamples, seed)
+        found = of(*(its.mean(0, keepdims=True) for its in weighted))[0]
+        numbers = np.stack([found, lows, highs], axis=-1).tolist()
+        return [Finding(measured, low, high, self.n) for measured, low, high in numbers]
 
 
 @dataclass(frozen=True)
