@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from scipy.stats import DegenerateDataWarning, bootstrap
 
 from lalm_lens.errors import DataError
@@ -108,18 +108,36 @@ def intervals(
 ) -> tuple[Float[np.ndarray, "*found"], Float[np.ndarray, "*found"]]:
     """95 % of what is made `of` the means of samples drawn again, whole samples at a time. NaN for one sample, and
     where what is made of some of the means is not a number."""
-    if len(values) < 2:
-        nothing = np.full(of(values[:1].astype(float)).shape[1:], np.nan)
+    return intervals_of((values,), of, n_resamples, seed)
+
+
+def intervals_of(
+    groups: Sequence[Shaped[np.ndarray, "_ ..."]],
+    of: Callable[..., Float[np.ndarray, "resample *found"]],
+    n_resamples: int,
+    seed: int,
+) -> tuple[Float[np.ndarray, "*found"], Float[np.ndarray, "*found"]]:
+    """The same of several groups of samples, each drawn again by itself: `of` takes the means of each."""
+    if min(map(len, groups)) < 2:
+        nothing = np.full(of(*(values[:1].astype(float) for values in groups)).shape[1:], np.nan)
         return nothing, nothing
     rng = np.random.default_rng(seed)
 
-    def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
-        return np.moveaxis(of(values[drawn].mean(1)), 0, -1)
+    def statistic(*drawn: np.ndarray, axis: int) -> np.ndarray:
+        return np.moveaxis(of(*map(means_of, groups, drawn)), 0, -1)
 
-    clips = np.arange(len(values))
+    clips = tuple(np.arange(len(values)) for values in groups)
     with warnings.catch_warnings(category=DegenerateDataWarning, action="ignore"):  # not a number, as told above
-        found = bootstrap((clips,), statistic, n_resamples=n_resamples, batch=100, method="percentile", rng=rng)
+        found = bootstrap(clips, statistic, n_resamples=n_resamples, batch=100, method="percentile", rng=rng)
     return np.asarray(found.confidence_interval.low), np.asarray(found.confidence_interval.high)
+
+
+def means_of(
+    values: Shaped[np.ndarray, "sample *rest"], drawn: Int[np.ndarray, "*resample sample"]
+) -> Float[np.ndarray, "..."]:
+    """Means of the samples that were drawn, each counted as often as it was: one product of matrices."""
+    times = np.apply_along_axis(np.bincount, -1, drawn, minlength=len(values))
+    return np.tensordot(times, values.astype(float), axes=1) / drawn.shape[-1]
 
 
 def corruption_kinds(frame: pd.DataFrame) -> pd.Series:

@@ -80,4 +80,8 @@ def write_tables(out: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path]:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    return frame.astype(object).where(frame.notna(), "-").to_markdown(index=False, floatfmt=".3f")
+    """A table for people: numbers with three decimals."""
+    cells = frame.astype(object).where(frame.notna(), "-")
+    return cells.map(lambda cell: cell.replace("|", "\\|") if isinstance(cell, str) else cell).to_markdown(
+        index=False, floatfmt=".3f"
+    )

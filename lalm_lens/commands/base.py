@@ -155,6 +155,11 @@ def ready(out: Path) -> None:
     from lalm_lens.results import plots_module
 
     plots_module()
+    writable(out)
+
+
+def writable(out: Path) -> None:
+    """Raise `DataError` for a folder that nothing can be written to."""
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise DataError(f"Nothing can be written to {out}: {there} is no folder that you may write to.")

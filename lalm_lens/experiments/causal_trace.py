@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
+from lalm_lens.audio import Waveform
 from lalm_lens.corrupt import Corrupted, Corruption, Silence
 from lalm_lens.datasets import Sample
 from lalm_lens.engine.plan import Engine
@@ -214,11 +215,16 @@ def case_of(
     heard, answer = settings.corruption.of(sample, samples), answer_of(processor, sample.label, settings)
     prompts = prompts_of(processor, sample, heard, settings)
     forced, of_corrupted = (processor.begun(prompt, answer.tokens[:-1]) for prompt in prompts)
-    clean = Run(processor.inputs([forced], [sample.waveform]), forced)
-    key = (of_corrupted.tokens, heard.waveform.numpy().tobytes())  # silence of one length is one run for all clips
-    if key not in runs:
-        runs[key] = Run(processor.inputs([of_corrupted], [heard.waveform]), of_corrupted)
-    return sample, heard.name, Case(clean, runs[key], answer, cells(model, settings.grid, clean))
+
+    def run_of(key: tuple, prompt: Prompt, waveform: Waveform) -> Run:
+        if key not in runs:
+            runs[key] = Run(processor.inputs([prompt], [waveform]), prompt)
+        return runs[key]
+
+    clean = run_of((sample.name, forced.tokens), forced, sample.waveform)  # marked by its own label: no other's
+    silence = (of_corrupted.tokens, heard.waveform.numpy().tobytes())  # of one length is one run for all clips
+    corrupted = run_of(silence, of_corrupted, heard.waveform)
+    return sample, heard.name, Case(clean, corrupted, answer, cells(model, settings.grid, clean))
 
 
 def frame_of(

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.cost import Cost
-from lalm_lens.engine.plan import Engine, Outcome, Plan
+from lalm_lens.engine.plan import Engine, Plan
 from lalm_lens.engine.recorded import Recorded
 from lalm_lens.experiments.cells import Cell
 from lalm_lens.interventions import Patch, Recompute
@@ -69,6 +69,51 @@ class Recovery:
     cost: Cost
 
 
+@dataclass(frozen=True)
+class Patched:
+    """The patched runs of one example as log-probabilities of some tokens, from which every metric of every answer
+    among them can be read. `patched` belongs to the cells, one to one, and behind them is a run in which nothing is
+    patched; `base` is the run that they all branch off."""
+
+    case: Case
+    tokens: Sequence[int]
+    direction: Direction
+    logits: dict[str, Float[Tensor, "at d_vocab"]]
+    base: Float[Tensor, "at token"]
+    patched: Float[Tensor, "branch at token"]
+    engine: str
+    cost: Cost
+
+    def recovery(self, metric: Metric, answer: Answer | None = None) -> Recovery:
+        """By one metric; of another answer than the example's, if it has as many tokens that are read."""
+        whole = answer or self.case.answer
+        answer = among(self.tokens, whole.against(self.logits["corrupted"][0].cpu()))
+
+        def read(log_p: LogP) -> Float[Tensor, "*batch score"]:
+            return torch.stack([METRICS["probability"](log_p, answer), METRICS[metric](log_p, answer)], dim=-1)
+
+        p_clean, m_clean = read(log_probabilities(self.logits["clean"], self.tokens)).tolist()
+        p_corrupted, m_corrupted = read(log_probabilities(self.logits["corrupted"], self.tokens)).tolist()
+        patched, base = read(self.patched), read(self.base)
+        gap = (m_clean - m_corrupted if self.direction == "denoise" else m_corrupted - m_clean) or float("nan")
+        *rates, nothing = ((patched - base)[:, 1] / gap).unbind()
+        p_patched, m_patched = patched[:-1].unbind(-1)
+        return Recovery(
+            p_clean,
+            p_corrupted,
+            m_clean,
+            m_corrupted,
+            noise=abs(float(nothing)),
+            cells=self.case.cells,
+            p_patched=p_patched,
+            m_patched=m_patched,
+            rate=torch.stack(rates) if rates else nothing.new_empty(0),
+            logits={name: its[0].cpu() for name, its in self.logits.items()},
+            engine=self.engine,
+            cost=self.cost,
+        )
+
+
 @typed
 def recover(
     model: HookedLALM,
@@ -85,8 +130,24 @@ def recover(
 
     The answers must have the same number of tokens that are read, which stand at the ends of the runs.
     """
-    recorded, readout = Recorded(model) if recorded is None else recorded, readout_of(cases)
-    branches = branches_of(cases, direction)
+    how = {"direction": direction, "engine": engine, "token_budget": token_budget}
+    return [its.recovery(metric) for its in patch_all(model, cases, **how, recorded=recorded, progress=progress)]
+
+
+def patch_all(
+    model: HookedLALM,
+    cases: Sequence[Case],
+    *,
+    tokens: Sequence[int] = (),
+    direction: Direction = "denoise",
+    engine: Engine = "auto",
+    token_budget: int | None = None,
+    recorded: Recorded | None = None,
+    progress: bool = False,
+) -> list[Patched]:
+    """The same before a metric is read; `tokens` are read beside those of the answers."""
+    recorded, read = Recorded(model) if recorded is None else recorded, sorted({*tokens_of(cases), *tokens})
+    readout, branches = readout_of(cases, read), branches_of(cases, direction)
     plan = Plan(model, branches, readout, engine=engine, token_budget=token_budget, recorded=recorded)
     with tqdm(total=0, bar_format="{desc}", leave=False, disable=not progress) as line:
         line.set_description_str(str(plan.cost()))
@@ -98,7 +159,8 @@ def recover(
             name: recorded.of(run, set(), readout)[0][0]
             for name, run in (("clean", case.clean), ("corrupted", case.corrupted))
         }
-        found.append(recovery(case, logits, outcome, slice(start, end), tokens_of(cases), metric, direction))
+        values = outcome.base[start], outcome.values[start:end]
+        found.append(Patched(case, read, direction, logits, *values, outcome.engine, outcome.cost))
         start = end
     return found
 
@@ -108,8 +170,8 @@ def tokens_of(cases: Sequence[Case]) -> list[int]:
     return sorted({token for case in cases for token in (*case.answer.tokens, *case.answer.others)})
 
 
-def readout_of(cases: Sequence[Case]) -> Score:
-    tokens, n_read = tokens_of(cases), len(cases[0].answer.tokens)
+def readout_of(cases: Sequence[Case], tokens: Sequence[int]) -> Score:
+    n_read = len(cases[0].answer.tokens)
     assert all(len(case.answer.tokens) == n_read for case in cases), "a plan reads the same positions of all"
     return Score(lambda logits: log_probabilities(logits, tokens), tuple(range(-n_read, 0)))
 
@@ -124,43 +186,7 @@ def branches_of(cases: Sequence[Case], direction: Direction) -> list[Branch]:
     return branches
 
 
-def recovery(
-    case: Case,
-    logits: dict[str, Float[Tensor, "at d_vocab"]],
-    outcome: Outcome,
-    mine: slice,
-    tokens: list[int],
-    metric: Metric,
-    direction: Direction,
-) -> Recovery:
-    answer = among(tokens, case.answer.against(logits["corrupted"][0].cpu()))
-
-    def read(log_p: LogP) -> Float[Tensor, "*batch score"]:
-        return torch.stack([METRICS["probability"](log_p, answer), METRICS[metric](log_p, answer)], dim=-1)
-
-    p_clean, m_clean = read(log_probabilities(logits["clean"], tokens)).tolist()
-    p_corrupted, m_corrupted = read(log_probabilities(logits["corrupted"], tokens)).tolist()
-    patched, base = read(outcome.values[mine]), read(outcome.base[mine])
-    gap = (m_clean - m_corrupted if direction == "denoise" else m_corrupted - m_clean) or float("nan")
-    *rates, nothing = ((patched - base)[:, 1] / gap).unbind()
-    p_patched, m_patched = patched[:-1].unbind(-1)
-    return Recovery(
-        p_clean,
-        p_corrupted,
-        m_clean,
-        m_corrupted,
-        noise=abs(float(nothing)),
-        cells=case.cells,
-        p_patched=p_patched,
-        m_patched=m_patched,
-        rate=torch.stack(rates) if rates else nothing.new_empty(0),
-        logits={name: its[0].cpu() for name, its in logits.items()},
-        engine=outcome.engine,
-        cost=outcome.cost,
-    )
-
-
-def among(tokens: list[int], answer: Answer) -> Answer:
+def among(tokens: Sequence[int], answer: Answer) -> Answer:
     """The answer by places among the tokens that are read."""
     place = {token: n for n, token in enumerate(tokens)}
     return replace(
