@@ -126,7 +126,7 @@ class GoldenSet:
             "encoder_output": self.heard(cache["audio_encoder.hook_out"], name, "encoder_output"),
             "projector_output": self.heard(cache["adapter.hook_out"], name, "projector_output"),
             "audio_embeds": self.audio_embeds(cache, name),
-            "logits_f64": self.wide_logits(name)[:, self.text_after],
+            "logits_f64": self.wide_logits[name][:, self.text_after],
         }
 
     def heard(self, states: Tensor, name: str, key: str) -> Tensor:
@@ -148,10 +148,11 @@ class GoldenSet:
         stored = self.stored.get(f"{name}.audio_embeds", ())
         return next((its for its in rows.values() if len(its) == len(stored)), cache["hook_audio_embed"])
 
-    def wide_logits(self, name: str) -> Tensor:
+    @cached_property
+    def wide_logits(self) -> dict[str, Tensor]:
         wide = self.load(torch.float64)
         with torch.no_grad():
-            return wide(self.inputs(name))
+            return {name: wide(self.inputs(name)) for name in RUNS}
 
     @cached_property
     def targets(self) -> Tensor:
@@ -230,17 +231,20 @@ class GoldenSet:
         said = {key: lens(self.model, inputs, is_last, reading).log_prob for key, reading in readings.items()}
         return {key: log_prob.transpose(0, 1).double().exp() for key, log_prob in said.items()}
 
-    def knocked_out(self, place: str) -> Tensor:
+    @cached_property
+    def knocked_out(self) -> dict[str, Tensor]:
         """Clean run in which the last position may look at none of the keys of a place, in any layer or head."""
-        runs = [Run(self.alone("clean", row), self.prompt(row)) for row in range(len(self.is_token))]
-        whole = [cut for run in runs for cut in cuts(self.model, run, [(place, (-1,))], ["all"], "all")]
-        branches = [Branch(run, cut.knockouts) for run, cut in zip(runs, whole, strict=True)]
-        return run_branches(self.model, branches, Logits(), engine="sweep").values[:, 0]
+        runs, found = [Run(self.alone("clean", row), self.prompt(row)) for row in range(len(self.is_token))], {}
+        for side in ("audio", "audio_side"):
+            whole = [cut for run in runs for cut in cuts(self.model, run, [(side, (-1,))], ["all"], "all")]
+            branches = [Branch(run, cut.knockouts) for run, cut in zip(runs, whole, strict=True)]
+            found[side] = run_branches(self.model, branches, Logits(), engine="sweep").values[:, 0]
+        return found
 
     def computed(self) -> dict[str, Tensor]:
         arrays = {f"{name}.{key}": value for name in RUNS for key, value in self.states(name).items()}
         arrays |= {f"lens.{name}.{key}": value for name in RUNS for key, value in self.lens(name).items()}
-        arrays |= {f"knockout.{side}.logits_last": self.knocked_out(side) for side in ("audio", "audio_side")}
+        arrays |= {f"knockout.{side}.logits_last": logits for side, logits in self.knocked_out.items()}
         return arrays | self.traces()
 
 

@@ -1,5 +1,6 @@
 """Which moment decided: on clips whose cue sits in one known 0.3 s."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ CLIP_S = 2.0
 N_CLIPS = 45
 
 
-def clips() -> list[tuple[Sample, float]]:
+@cache
+def clips() -> tuple[tuple[Sample, float], ...]:
     """The loudest 0.3 s of an animal's call somewhere in faint noise, and where."""
     found = []
     for index in range(N_CLIPS):
@@ -41,7 +43,7 @@ def clips() -> list[tuple[Sample, float]]:
         samples[start : start + n_cue] += call[loudest : loudest + n_cue]
         waveform = torch.from_numpy(samples.astype(np.float32))
         found.append((Sample(f"{name}_{index}.wav", name, waveform), start / RATE_HZ))
-    return found
+    return tuple(found)
 
 
 def search(model, direction: str, n_clips: int = N_CLIPS):

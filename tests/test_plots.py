@@ -9,6 +9,8 @@ import pytest
 from lalm_lens.errors import DataError
 from lalm_lens.results import CausalTrace
 
+pytestmark = pytest.mark.numbers
+
 VIEWS = ["layers", "segments", "tokens"]
 
 
