@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lalm_lens import patching, transcripts
+    from lalm_lens.alme import read_alme
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
+    from lalm_lens.conflict import ConflictItem, Framing, make_conflict
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
     from lalm_lens.datasets import Sample, cut_to, read_folder, read_sample
     from lalm_lens.engine.branches import Branch
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
+    from lalm_lens.experiments.audio_sensitivity import AudioSensitivity, audio_sensitivity
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.enrich import Enrichment, enrich
     from lalm_lens.experiments.information_score import InformationScore, information_score
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.moment import Search
     from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
+    from lalm_lens.experiments.text_dominance import TextDominance, compare_dominance, text_dominance
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
@@ -43,10 +47,13 @@ _HOME = {
     "AttentionKnockout": "experiments.attention_knockout",
     "AttentionShare": "experiments.attention_share",
     "Attribute": "attributes",
+    "AudioSensitivity": "experiments.audio_sensitivity",
     "Branch": "engine.branches",
     "CausalTrace": "results",
+    "ConflictItem": "conflict",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
+    "Framing": "conflict",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
     "InformationScore": "experiments.information_score",
@@ -72,11 +79,14 @@ _HOME = {
     "Search": "experiments.moment",
     "Silence": "corrupt",
     "Source": "runs",
+    "TextDominance": "experiments.text_dominance",
     "WhiteNoise": "corrupt",
     "attention_knockout": "experiments.attention_knockout",
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
+    "audio_sensitivity": "experiments.audio_sensitivity",
     "causal_trace": "experiments.causal_trace",
+    "compare_dominance": "experiments.text_dominance",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
     "enrich": "experiments.enrich",
@@ -85,14 +95,17 @@ _HOME = {
     "information_score": "experiments.information_score",
     "knockout_generation": "experiments.knockout_generation",
     "logit_lens": "experiments.logit_lens",
+    "make_conflict": "conflict",
     "object_effect": "experiments.object_effect",
     "patching": "patching",
+    "read_alme": "alme",
     "read_audio": "audio",
     "read_folder": "datasets",
     "read_sample": "datasets",
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "silence": "corrupt",
+    "text_dominance": "experiments.text_dominance",
     "transcripts": "transcripts",
 }
 
@@ -103,10 +116,13 @@ __all__ = [
     "AttentionKnockout",
     "AttentionShare",
     "Attribute",
+    "AudioSensitivity",
     "Branch",
     "CausalTrace",
+    "ConflictItem",
     "Embedded",
     "Enrichment",
+    "Framing",
     "HookedLALM",
     "HookedTransformer",
     "InformationScore",
@@ -132,11 +148,14 @@ __all__ = [
     "Search",
     "Silence",
     "Source",
+    "TextDominance",
     "WhiteNoise",
     "attention_knockout",
     "attention_share",
     "audio_knockout",
+    "audio_sensitivity",
     "causal_trace",
+    "compare_dominance",
     "critical_layer",
     "cut_to",
     "enrich",
@@ -145,14 +164,17 @@ __all__ = [
     "information_score",
     "knockout_generation",
     "logit_lens",
+    "make_conflict",
     "object_effect",
     "patching",
+    "read_alme",
     "read_audio",
     "read_folder",
     "read_sample",
     "resolution_correlation",
     "run_branches",
     "silence",
+    "text_dominance",
     "transcripts",
 ]
 

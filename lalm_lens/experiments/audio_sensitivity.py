@@ -114,7 +114,7 @@ def audio_sensitivity(
         raise DataError(f"There is no clip to replace in {absent[0]}. Leave out what is not heard.")
     asked = [each for sample in samples for each in replaced(sample, samples, seed)]
     with tqdm(total=len(asked), desc=f"replacing the audio, {question.attribute.name}", disable=not progress) as bar:
-        read = answers(question, [sample for _, _, sample in asked], (), token_budget, bar)
+        read = answers([(question, sample) for _, _, sample in asked], (), token_budget, bar)
     rows = []
     for (heard, clip, sample), words in zip(asked, read, strict=True):
         at, answer = question.labels.index(sample.label), answer_of(question, words, predict)
