@@ -69,7 +69,7 @@ class AudioSensitivity(Table):
         return f"AudioSensitivity({self.frame.model.iloc[0]}, {table.n.sum()} clips)\n{shown}"
 
 
-def summarised(rows: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, float]:
+def summarised(rows: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, int | float]:
     runs = rows.pivot_table(index=["attribute", "sample"], columns="heard", values="right", aggfunc="size")
     if set(runs) != set(HEARD) or (runs != 1).any(axis=None):
         raise DataError("Some clips lack one of their three runs, or have one twice. Ask all of them at once.")

@@ -76,7 +76,7 @@ class TextDominance(Table):
         `DataError` without conflicting items, and if other settings vary.
         """
         self.check(by)
-        conflict = self.frame[self.frame.condition == "conflict"].assign(is_valid=self.text_is_right())
+        conflict = self.frame.assign(is_valid=self.text_is_right())[self.frame.condition == "conflict"]
         if not len(conflict):
             raise DataError("No item is in conflict, so there is no text dominance: make_conflict makes them.")
         TextDominance(conflict).refuse_mixed((*SETTINGS, *FRAME), by)
@@ -132,18 +132,20 @@ def keys(frame: pd.DataFrame) -> list[tuple]:
     return list(its.where(its.notna(), None).itertuples(index=False, name=None))
 
 
-def grouped(frame: pd.DataFrame, by: Sequence[str], of: Callable[[pd.DataFrame], dict[str, float]]) -> pd.DataFrame:
+def grouped(
+    frame: pd.DataFrame, by: Sequence[str], of: Callable[[pd.DataFrame], dict[str, int | float]]
+) -> pd.DataFrame:
     """One row per group of `by`; what has nothing in one of these columns is a group as well."""
     groups = frame.groupby(list(by), sort=False, dropna=False) if by else [((), frame)]
     found = [{**dict(zip(by, key, strict=True)), **of(rows)} for key, rows in groups]
     return pd.DataFrame(found).astype({name: frame[name].dtype for name in by})
 
 
-def accuracy(rows: pd.DataFrame) -> dict[str, float]:
+def accuracy(rows: pd.DataFrame) -> dict[str, int | float]:
     return {"n": len(rows), **share("accuracy", int(rows.right.sum()), len(rows))}
 
 
-def dominance(rows: pd.DataFrame) -> dict[str, float]:
+def dominance(rows: pd.DataFrame) -> dict[str, int | float]:
     n = {name: int((rows.follows == name).sum()) for name in ("text", "audio", "other")}
     clear = n["text"] + n["audio"]
     valid = rows[rows.is_valid]
