@@ -2,8 +2,10 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 from lalm_lens.alme import read_alme
 from lalm_lens.assets import TINY_LALM
+from lalm_lens.assets.clips import write_clips
 from lalm_lens.conflict import make_conflict
 from lalm_lens.datasets import Sample, read_folder
 from lalm_lens.errors import AudioError, DataError, InputError
@@ -230,6 +233,8 @@ def test_a_table_that_is_mixed_or_repeated_has_no_rates():
     assert len(two.tdr(["form", "framing", "strength", "order"])) == 8
     with pytest.raises(DataError, match=r"items, as .* are in the table twice"):
         TextDominance.concat([table.frame, table.frame]).tdr()
+    with pytest.raises(DataError, match="more than one order: audio_first; text_first"):
+        table.accuracies(["condition", "framing"])
     with pytest.raises(DataError, match=r"not by \['nothing'\]"):
         table.tdr(["nothing"])
     with pytest.raises(DataError, match="No item is in conflict"):
@@ -298,6 +303,20 @@ def test_a_table_is_saved_and_drawn(tmp_path):
     drawn = np.concatenate([container.lines[0].get_xdata() for container in left.containers])
     np.testing.assert_allclose(sorted(drawn), sorted(rates.tdr))
     assert "0." in repr(table)
+
+
+def test_the_snippets_of_the_page_run(tmp_path, monkeypatch):
+    page = Path(__file__).parent.parent / "docs" / "conflict.md"
+    monkeypatch.chdir(tmp_path)
+    write_clips(tmp_path / "clips" / "gender", "gender", 2, seed=3)
+    how = {"framing": ["statement"], "strength": ["baseline", "explicit_ignore"]}
+    names: dict = {"folder": TINY_LALM}
+    first, second = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(first, names)
+    assert (tmp_path / "gender.png").is_file()
+    assert set(names["table"].tdr().framing) == {"statement", "transcript"}
+    items = make_conflict(names["samples"], "gender", conditions=["conflict"], **how)
+    exec(second, {**names, "table": text_dominance(names["model"], items, **QUIET)})
 
 
 # --- audio sensitivity --------------------------------------------------------------------------------------

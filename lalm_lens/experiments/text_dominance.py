@@ -88,6 +88,8 @@ class TextDominance(Table):
         the audio's."""
         self.check(by)
         self.refuse_mixed((*SETTINGS, "condition"), by)
+        for name in FRAME:  # what has no text has no framing
+            TextDominance(self.frame.dropna(subset=[name])).refuse_mixed([name], by)
         return grouped(self.frame, by, accuracy)
 
     def text_is_right(self) -> pd.Series:
