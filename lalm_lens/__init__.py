@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lalm_lens import patching, transcripts
+    from lalm_lens.alme import read_alme
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
+    from lalm_lens.conflict import ConflictItem, Framing, make_conflict
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
     from lalm_lens.datasets import (
         Clip,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
+    from lalm_lens.experiments.audio_sensitivity import AudioSensitivity, audio_sensitivity
     from lalm_lens.experiments.audiolens import AudioLens, audiolens
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.enrich import Enrichment, enrich
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.moment import Search
     from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
+    from lalm_lens.experiments.text_dominance import TextDominance, compare_dominance, text_dominance
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
@@ -59,11 +63,14 @@ _HOME = {
     "AttentionShare": "experiments.attention_share",
     "Attribute": "attributes",
     "AudioLens": "experiments.audiolens",
+    "AudioSensitivity": "experiments.audio_sensitivity",
     "Branch": "engine.branches",
     "CausalTrace": "results",
     "Clip": "datasets",
+    "ConflictItem": "conflict",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
+    "Framing": "conflict",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
     "InformationScore": "experiments.information_score",
@@ -89,13 +96,16 @@ _HOME = {
     "Search": "experiments.moment",
     "Silence": "corrupt",
     "Source": "runs",
+    "TextDominance": "experiments.text_dominance",
     "WhiteNoise": "corrupt",
     "attention_knockout": "experiments.attention_knockout",
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
+    "audio_sensitivity": "experiments.audio_sensitivity",
     "audiolens": "experiments.audiolens",
     "balance": "datasets",
     "causal_trace": "experiments.causal_trace",
+    "compare_dominance": "experiments.text_dominance",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
     "enrich": "experiments.enrich",
@@ -107,8 +117,10 @@ _HOME = {
     "list_folder": "datasets",
     "list_hub": "datasets",
     "logit_lens": "experiments.logit_lens",
+    "make_conflict": "conflict",
     "object_effect": "experiments.object_effect",
     "patching": "patching",
+    "read_alme": "alme",
     "read_audio": "audio",
     "read_clips": "datasets",
     "read_folder": "datasets",
@@ -118,6 +130,7 @@ _HOME = {
     "sakura": "datasets",
     "silence": "corrupt",
     "split": "datasets",
+    "text_dominance": "experiments.text_dominance",
     "transcribed": "transcripts",
     "transcripts": "transcripts",
 }
@@ -130,11 +143,14 @@ __all__ = [
     "AttentionShare",
     "Attribute",
     "AudioLens",
+    "AudioSensitivity",
     "Branch",
     "CausalTrace",
     "Clip",
+    "ConflictItem",
     "Embedded",
     "Enrichment",
+    "Framing",
     "HookedLALM",
     "HookedTransformer",
     "InformationScore",
@@ -160,13 +176,16 @@ __all__ = [
     "Search",
     "Silence",
     "Source",
+    "TextDominance",
     "WhiteNoise",
     "attention_knockout",
     "attention_share",
     "audio_knockout",
+    "audio_sensitivity",
     "audiolens",
     "balance",
     "causal_trace",
+    "compare_dominance",
     "critical_layer",
     "cut_to",
     "enrich",
@@ -178,8 +197,10 @@ __all__ = [
     "list_folder",
     "list_hub",
     "logit_lens",
+    "make_conflict",
     "object_effect",
     "patching",
+    "read_alme",
     "read_audio",
     "read_clips",
     "read_folder",
@@ -189,6 +210,7 @@ __all__ = [
     "sakura",
     "silence",
     "split",
+    "text_dominance",
     "transcribed",
     "transcripts",
 ]
