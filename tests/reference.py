@@ -246,18 +246,21 @@ def hf_cut(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits and patterns of a run of one prompt whose decoder attends under an additive mask made here.
 
-    `closed` says by layer, [head or 1, query_pos, key_pos], which queries may not look at which keys.
+    `closed` says by layer, [head or 1, query_pos, key_pos], which queries may not look at which keys, or what is added
+    to their scores.
     """
     assert hf.config.text_config._attn_implementation == "eager", "another kernel may drop the mask"
     n_pos = batch["input_ids"].shape[1]
     causal, patterns, handles = torch.ones(n_pos, n_pos).tril().bool(), {}, []
 
     def masked(layer: int):
-        shut = ~causal | closed.get(layer, torch.zeros(1, n_pos, n_pos, dtype=torch.bool))
+        its = closed.get(layer, torch.zeros(1, n_pos, n_pos))
+        shut = ~causal | its if its.dtype == torch.bool else ~causal.expand_as(its)
+        added = torch.zeros(shut.shape) if its.dtype == torch.bool else its
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
             assert kwargs["attention_mask"].shape == (1, 1, n_pos, n_pos)
-            mask = torch.zeros(1, *shut.shape).masked_fill(shut, torch.finfo(torch.float32).min)
+            mask = added.masked_fill(shut, torch.finfo(torch.float32).min)[None]
             return args, {**kwargs, "attention_mask": mask}
 
         def leave(module: nn.Module, args: tuple, out: tuple) -> None:
