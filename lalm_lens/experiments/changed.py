@@ -93,7 +93,8 @@ def run_all(
     branches = []
     for run, its in zip(runs, variants, strict=True):
         branches += [Branch(run, each.changes) for each in its]
-        branches.append(Branch(run, (Recompute("resid_pre", 0, (run.indices("audio")[-1] + 1,)),)))
+        again = (run.indices("audio")[-1] + 1,) if run.has("audio") else (-1,)
+        branches.append(Branch(run, (Recompute("resid_pre", 0, again),)))
     readout = Told.readout(question.tokens)
     plan = Plan(question.model, branches, readout, engine=how.engine, token_budget=how.token_budget)
     bar.set_postfix_str(str(plan.cost()))
