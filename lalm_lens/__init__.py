@@ -16,19 +16,32 @@ if TYPE_CHECKING:
     from lalm_lens.engine.branches import Branch
     from lalm_lens.engine.plan import Plan, run_branches
     from lalm_lens.errors import LensError
+    from lalm_lens.experiments.ablate import Ablation, ablate
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
+    from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.enrich import Enrichment, enrich
     from lalm_lens.experiments.information_score import InformationScore, information_score
     from lalm_lens.experiments.knockout_generation import KnockoutGeneration, knockout_generation
     from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
     from lalm_lens.experiments.moment import Search
+    from lalm_lens.experiments.neurons import NeuronGain, neuron_gain, neuron_scores
     from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
+    from lalm_lens.experiments.patchscope import Patchscope, patchscope
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
+    from lalm_lens.experiments.scale_attention import ScaledAttention, scale_attention
+    from lalm_lens.experiments.steer import (
+        Direction,
+        Steering,
+        audio_minus_silence,
+        mean_difference,
+        prompt_contrast,
+        steer,
+    )
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
-    from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
+    from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale, ScaleAttention
     from lalm_lens.loading import from_hf, from_pretrained
     from lalm_lens.model import HookedLALM
     from lalm_lens.readouts import Logits, LogProbs, Probabilities, Resid, Score
@@ -38,13 +51,16 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ATTRIBUTES": "attributes",
-    "OWN": "runs",
+    "Ablation": "experiments.ablate",
     "Add": "interventions",
     "AttentionKnockout": "experiments.attention_knockout",
     "AttentionShare": "experiments.attention_share",
     "Attribute": "attributes",
+    "BackPatch": "experiments.back_patch",
+    "BackPatchChoice": "experiments.back_patch",
     "Branch": "engine.branches",
     "CausalTrace": "results",
+    "Direction": "experiments.steer",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
     "HookedLALM": "model",
@@ -57,9 +73,12 @@ _HOME = {
     "LogProbs": "readouts",
     "LogitLens": "experiments.logit_lens",
     "Logits": "readouts",
+    "NeuronGain": "experiments.neurons",
+    "OWN": "runs",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
+    "Patchscope": "experiments.patchscope",
     "Plan": "engine.plan",
     "Probabilities": "readouts",
     "Recompute": "interventions",
@@ -68,14 +87,20 @@ _HOME = {
     "Sample": "datasets",
     "Sampling": "generation",
     "Scale": "interventions",
+    "ScaleAttention": "interventions",
+    "ScaledAttention": "experiments.scale_attention",
     "Score": "readouts",
     "Search": "experiments.moment",
     "Silence": "corrupt",
     "Source": "runs",
+    "Steering": "experiments.steer",
     "WhiteNoise": "corrupt",
+    "ablate": "experiments.ablate",
     "attention_knockout": "experiments.attention_knockout",
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
+    "audio_minus_silence": "experiments.steer",
+    "back_patch": "experiments.back_patch",
     "causal_trace": "experiments.causal_trace",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
@@ -85,26 +110,37 @@ _HOME = {
     "information_score": "experiments.information_score",
     "knockout_generation": "experiments.knockout_generation",
     "logit_lens": "experiments.logit_lens",
+    "mean_difference": "experiments.steer",
+    "neuron_gain": "experiments.neurons",
+    "neuron_scores": "experiments.neurons",
     "object_effect": "experiments.object_effect",
     "patching": "patching",
+    "patchscope": "experiments.patchscope",
+    "prompt_contrast": "experiments.steer",
     "read_audio": "audio",
     "read_folder": "datasets",
     "read_sample": "datasets",
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
+    "scale_attention": "experiments.scale_attention",
     "silence": "corrupt",
+    "steer": "experiments.steer",
     "transcripts": "transcripts",
 }
 
 __all__ = [
     "ATTRIBUTES",
     "OWN",
+    "Ablation",
     "Add",
     "AttentionKnockout",
     "AttentionShare",
     "Attribute",
+    "BackPatch",
+    "BackPatchChoice",
     "Branch",
     "CausalTrace",
+    "Direction",
     "Embedded",
     "Enrichment",
     "HookedLALM",
@@ -117,9 +153,11 @@ __all__ = [
     "LogProbs",
     "LogitLens",
     "Logits",
+    "NeuronGain",
     "ObjectEffect",
     "OtherClip",
     "Patch",
+    "Patchscope",
     "Plan",
     "Probabilities",
     "Recompute",
@@ -128,14 +166,20 @@ __all__ = [
     "Sample",
     "Sampling",
     "Scale",
+    "ScaleAttention",
+    "ScaledAttention",
     "Score",
     "Search",
     "Silence",
     "Source",
+    "Steering",
     "WhiteNoise",
+    "ablate",
     "attention_knockout",
     "attention_share",
     "audio_knockout",
+    "audio_minus_silence",
+    "back_patch",
     "causal_trace",
     "critical_layer",
     "cut_to",
@@ -145,14 +189,21 @@ __all__ = [
     "information_score",
     "knockout_generation",
     "logit_lens",
+    "mean_difference",
+    "neuron_gain",
+    "neuron_scores",
     "object_effect",
     "patching",
+    "patchscope",
+    "prompt_contrast",
     "read_audio",
     "read_folder",
     "read_sample",
     "resolution_correlation",
     "run_branches",
+    "scale_attention",
     "silence",
+    "steer",
     "transcripts",
 ]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Shaped
-from scipy.stats import DegenerateDataWarning, binomtest, bootstrap
+from jaxtyping import Float, Shaped
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from lalm_lens.errors import DataError
 
@@ -142,10 +142,3 @@ def refuse_mixed(frame: pd.DataFrame, by: Sequence[str]) -> None:
     twice = frame[frame.duplicated(ONE_RUN)]
     if len(twice):
         raise DataError(f"{len(twice)} patched runs, as of {twice['sample'].iloc[0]}, are in the table twice.")
-
-
-def mcnemar(before: Bool[np.ndarray, " sample"], after: Bool[np.ndarray, " sample"]) -> float:
-    """p of McNemar's exact test, two-sided: of those that changed, as many to the one side as to the other. 1 where
-    none changed."""
-    gained, lost = int((~before & after).sum()), int((before & ~after).sum())
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

@@ -114,7 +114,7 @@ def test_changes_of_none_of_its_parts_are_refused():
     }.items():
         with pytest.raises(InputError, match=f"no {what} changes nothing"):
             change()
-    with pytest.raises(InputError, match="factor above 0, got 0.0: a `Knockout` takes it away"):
+    with pytest.raises(InputError, match=r"factor above 0, got 0\.0: a `Knockout`"):
         ScaleAttention((1,), (-1,), (4,), factor=0.0)
 
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
-from lalm_lens.aggregates import interval, intervals, mcnemar
+from lalm_lens.aggregates import interval
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS
 from lalm_lens.datasets import Sample
@@ -34,6 +34,7 @@ from lalm_lens.experiments.asked import Question, Told
 from lalm_lens.experiments.changed import ANSWER_COLUMNS, Changed, How, Variant, answers, frame_of
 from lalm_lens.experiments.cuts import place_name, positions
 from lalm_lens.experiments.enrich import split
+from lalm_lens.experiments.text_dominance import SIDES, WHEN, Comparison, comparison
 from lalm_lens.generation import Generated
 from lalm_lens.interventions import NamedHook, Patch, hook_name
 from lalm_lens.metrics import Predict
@@ -381,10 +382,10 @@ class BackPatch(Changed):
         the same, which is too good by as much as the best of many pairs is by chance. One row for each condition, where
         there are some.
 
-        Before, after, and the change with its 95 % interval over clips, each of which is drawn with both its runs.
-        `accuracy_p` is that of McNemar's exact test on the clips that became right and those that became wrong. The
-        text dominance ratio (`tdr`) is that of arXiv 2602.11488: of the clips that are answered as their audio or as
-        their text, the share of the text; its p is McNemar's of those that are one of the two before and after.
+        Before, after, and the change with its 95 % interval over clips, each of which is drawn with both its runs; `won`
+        and `lost` are clips that became right and wrong, `p` that of McNemar's exact test, `h` Cohen's. Text dominance
+        (`tdr`) is that of `text_dominance`, of answers among the labels: there, `won` are clips that followed the audio
+        before and follow the text after.
         """
         on_what: list[On] = ["held_out", "same"] if (self.frame.split == "choosing").any() else ["same"]
         found = []
@@ -413,59 +414,41 @@ class BackPatch(Changed):
 
 
 def pair_scores(rows: pd.DataFrame, when: str = "after") -> dict[str, Any]:
+    follows = followed(rows, when)
     return {
         **{name: rows[name].iloc[0] for name in ("place", "source", "target", "window")},
         "n": len(rows),
         "accuracy": rows[f"right_{when}"].mean(),
         "label_probability": rows[f"label_p_{when}"].mean(),
-        "tdr": float(dominance(follows(rows, when).mean(0))),
+        "tdr": (follows[follows.isin(SIDES)] == "text").mean(),
     }
 
 
-def follows(rows: pd.DataFrame, when: str) -> Bool[np.ndarray, "sample 2"]:
-    """Whether the answer is the text's, and whether it is the audio's, where the two disagree."""
-    answers = rows[f"answer_{when}"]
+def followed(rows: pd.DataFrame, when: str) -> pd.Series:
+    """Text or audio, where they disagree and one of them is the answer."""
     disagree = rows.audio_label.notna() & rows.text_label.notna() & (rows.audio_label != rows.text_label)
-    return np.stack(
-        [(disagree & (answers == rows[of])).to_numpy(bool) for of in ("text_label", "audio_label")], axis=-1
-    )
-
-
-def dominance(shares: Float[np.ndarray, "*resample 2"]) -> Float[np.ndarray, "*resample"]:
-    """The text's share of what follows the text or the audio; NaN where nothing does."""
-    either = shares.sum(-1)
-    return np.divide(shares[..., 0], either, out=np.full(either.shape, np.nan), where=either > 0)
+    found = pd.Series("other", rows.index)
+    for side in SIDES:
+        found[disagree & (rows[f"answer_{when}"] == rows[f"{side}_label"])] = side
+    return found
 
 
 def before_and_after(rows: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, float | int]:
-    before, after = (rows[f"right_{when}"].to_numpy(bool) for when in ("before", "after"))
+    follows, how = [followed(rows, when) for when in WHEN], (n_resamples, seed)
+    every = [pd.Series(True, rows.index)] * 2
+    right = comparison("right", [rows[f"right_{when}"] for when in WHEN], every, *how)
+    text = comparison("text", [its == "text" for its in follows], [its.isin(SIDES) for its in follows], *how)
+    change = rows.label_p_after - rows.label_p_before
+    low, high = interval(change.to_numpy(), *how)
+    label_p = {"before": rows.label_p_before.mean(), "after": rows.label_p_after.mean(), "change": change.mean()}
     return {
-        **paired("accuracy", before, after, n_resamples, seed),
-        "became_right": int((~before & after).sum()),
-        "became_wrong": int((before & ~after).sum()),
-        "accuracy_p": mcnemar(before, after),
-        **paired("label_p", rows.label_p_before.to_numpy(), rows.label_p_after.to_numpy(), n_resamples, seed),
-        **dominances(rows, n_resamples, seed),
+        **columns("accuracy", right),
+        **{f"label_p_{name}": its for name, its in {**label_p, "low": low, "high": high}.items()},
+        **(columns("tdr", text) if any(its.isin(SIDES).any() for its in follows) else {}),
     }
 
 
-def paired(name: str, before: np.ndarray, after: np.ndarray, n_resamples: int, seed: int) -> dict[str, float]:
-    change = after.astype(float) - before
-    low, high = interval(change, n_resamples, seed)
-    numbers = {"before": before.mean(), "after": after.mean(), "change": change.mean(), "low": low, "high": high}
-    return {f"{name}_{what}": float(number) for what, number in numbers.items()}
-
-
-def dominances(rows: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, float]:
-    followed = np.stack([follows(rows, when) for when in ("before", "after")], axis=1)
-
-    def of(means: Float[np.ndarray, "resample 2 2"]) -> Float[np.ndarray, "resample 3"]:
-        ratios = dominance(means)
-        return np.concatenate([ratios, ratios[:, 1:] - ratios[:, :1]], axis=-1)
-
-    before, after, change = of(followed.mean(0)[None])[0]
-    low, high = intervals(followed, of, n_resamples, seed)
-    both = followed.any(-1).all(-1)
-    p = mcnemar(followed[both, 0, 0], followed[both, 1, 0]) if both.any() else float("nan")
-    numbers = {"before": before, "after": after, "change": change, "low": low[2], "high": high[2], "p": p}
-    return {f"tdr_{what}": float(number) for what, number in numbers.items()}
+def columns(name: str, its: Comparison) -> dict[str, float | int]:
+    change = {"before": its.before, "after": its.after, "change": its.difference, "low": its.low, "high": its.high}
+    test = {"won": its.mcnemar.won, "lost": its.mcnemar.lost, "p": its.mcnemar.exact, "h": its.h}
+    return {f"{name}_{what}": number for what, number in {**change, **test}.items()}
