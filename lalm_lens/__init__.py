@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ATTRIBUTES": "attributes",
+    "OWN": "runs",
     "Ablation": "experiments.ablate",
     "Add": "interventions",
     "AttentionKnockout": "experiments.attention_knockout",
@@ -74,7 +75,6 @@ _HOME = {
     "LogitLens": "experiments.logit_lens",
     "Logits": "readouts",
     "NeuronGain": "experiments.neurons",
-    "OWN": "runs",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",

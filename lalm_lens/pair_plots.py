@@ -20,7 +20,7 @@ NAMES = {
 def pair_maps(
     frame: pd.DataFrame,
     scores: pd.DataFrame,
-    before: Mapping[str, float],
+    before: float,
     by: str,
     best: Mapping[str, Mapping[str, int]],
 ) -> Figure:
@@ -28,7 +28,7 @@ def pair_maps(
     colours for all; a frame around the best pair of each place."""
     places, windows = list(best), sorted(scores.window.unique())
     sources, targets = (sorted(scores[name].unique()) for name in ("source", "target"))
-    change = scores.assign(change=scores[by] - before[by])
+    change = scores.assign(change=scores[by] - before)
     limit = max(float(change.change.abs().max()), 1e-9)
     size = (max(6, (0.3 * len(targets) + 1.3) * len(windows) + 1.6), (0.3 * len(sources) + 1.1) * len(places) + 1.2)
     figure = Figure(figsize=size, layout="constrained")
@@ -48,7 +48,7 @@ def pair_maps(
         row[0].set_ylabel("source layer")
     for ax in axes[-1]:
         ax.set_xlabel("target layer")
-    figure.colorbar(axes[0, 0].images[0], ax=axes, pad=0.01).set_label(f"{NAMES[by]}\n(before: {before[by]:.3f})")
+    figure.colorbar(axes[0, 0].images[0], ax=axes, pad=0.01).set_label(f"{NAMES[by]}\n(before: {before:.3f})")
     first = frame.iloc[0]
     figure.suptitle(
         f"{first.model}: {first.attribute}, {first.form}, behind the target {first.later}, n = {scores.n.max()}\n"

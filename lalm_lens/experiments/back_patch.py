@@ -345,9 +345,9 @@ class BackPatch(Changed):
         true label among the labels, and text dominance ratio (the lower the better; NaN where no text disagrees). Of
         pairs that are equally good the one under which the true label is likelier comes first, and then that with the
         earlier layers."""
-        pairs = [pair_scores(rows) for _, rows in self.clips(on).groupby(["place", "source", "target", "window"])]
+        scores = pair_scores(self.clips(on), ["place", "source", "target", "window"])
         order = list(dict.fromkeys(("place", by, "label_probability", "source", "target", "window")))
-        scores = pd.DataFrame(pairs).assign(place=lambda its: pd.Categorical(its.place, self.places))
+        scores = scores.assign(place=pd.Categorical(scores.place, self.places))
         rising = [name not in ("accuracy", "label_probability") for name in order]
         return scores.sort_values(order, ascending=rising, ignore_index=True).astype({"place": "str"})
 
@@ -382,10 +382,10 @@ class BackPatch(Changed):
         the same, which is too good by as much as the best of many pairs is by chance. One row for each condition, where
         there are some.
 
-        Before, after, and the change with its 95 % interval over clips, each of which is drawn with both its runs; `won`
-        and `lost` are clips that became right and wrong, `p` that of McNemar's exact test, `h` Cohen's. Text dominance
-        (`tdr`) is that of `text_dominance`, of answers among the labels: there, `won` are clips that followed the audio
-        before and follow the text after.
+        Before, after, and the change with its 95 % interval over clips, each of which is drawn with both its runs;
+        `won` and `lost` are clips that became right and wrong, `p` is that of McNemar's exact test, `h` Cohen's. Text
+        dominance (`tdr`) is that of `text_dominance`, of answers among the labels: there, `won` are clips that followed
+        the audio before and follow the text after.
         """
         on_what: list[On] = ["held_out", "same"] if (self.frame.split == "choosing").any() else ["same"]
         found = []
@@ -400,11 +400,9 @@ class BackPatch(Changed):
     def plot(self, on: On = "held_out", by: By = "accuracy") -> "Figure":
         """How accuracy, label probability or text dominance change by source and target, over the clips that a pair is
         chosen on: a panel for each place and window, and a frame around the best pair of each place."""
-        before = self.clips(on).drop_duplicates("sample")
+        before = pair_scores(self.clips(on).drop_duplicates("sample"), ["attribute"], "before")[by].iloc[0]
         best = {place: asdict(self.chosen(on, by, place).pair) for place in self.places}
-        return plots_module("pair_plots").pair_maps(
-            self.frame, self.scores(on, by), pair_scores(before, "before"), by, best
-        )
+        return plots_module("pair_plots").pair_maps(self.frame, self.scores(on, by), float(before), by, best)
 
     def about(self) -> str:
         n_pairs = (
@@ -413,15 +411,14 @@ class BackPatch(Changed):
         return ", ".join(f"{n} pairs of layers at {place}" for place, n in n_pairs.items())
 
 
-def pair_scores(rows: pd.DataFrame, when: str = "after") -> dict[str, Any]:
+def pair_scores(rows: pd.DataFrame, cell: Sequence[str], when: str = "after") -> pd.DataFrame:
+    """Means over clips, one row per group."""
     follows = followed(rows, when)
-    return {
-        **{name: rows[name].iloc[0] for name in ("place", "source", "target", "window")},
-        "n": len(rows),
-        "accuracy": rows[f"right_{when}"].mean(),
-        "label_probability": rows[f"label_p_{when}"].mean(),
-        "tdr": (follows[follows.isin(SIDES)] == "text").mean(),
-    }
+    counted = {"n": 1, "right": rows[f"right_{when}"], "label_p": rows[f"label_p_{when}"]}
+    counted |= {side: follows == side for side in SIDES}
+    sums = rows[list(cell)].assign(**counted).groupby(list(cell), sort=False).sum()
+    means = {"accuracy": sums.right / sums.n, "label_probability": sums.label_p / sums.n}
+    return pd.DataFrame({"n": sums.n, **means, "tdr": sums.text / (sums.text + sums.audio)}).reset_index()
 
 
 def followed(rows: pd.DataFrame, when: str) -> pd.Series:
