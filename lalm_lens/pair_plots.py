@@ -62,8 +62,11 @@ def mark(ax: Axes, x: int, y: int) -> None:
     ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", lw=2.5, clip_on=False))
 
 
-def change_curves(effects: pd.DataFrame, across: str, effect: str, frame: pd.DataFrame) -> Figure:
-    """The change by a factor, with bootstrap intervals over clips; `line` names the lines."""
+def change_curves(effects: pd.DataFrame, across: str, neutral: float, effect: str, frame: pd.DataFrame) -> Figure:
+    """The change by a factor, with bootstrap intervals over clips; `line` names the lines. At `neutral` nothing is
+    changed."""
+    unchanged = effects.drop_duplicates("line").assign(**{across: neutral, "change": 0.0, "low": 0.0, "high": 0.0})
+    effects = pd.concat([effects, unchanged]).drop_duplicates(["line", across])
     lines = list(effects.line.unique())
     figure = Figure(figsize=(6.8, 4.0), layout="constrained")
     ax = figure.subplots()

@@ -65,6 +65,7 @@ def hf_patched(hf, batch, states: torch.Tensor, put: dict[int, int], where: list
 # --- the patch ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("later", ["recomputed", "pinned"])
 def test_every_cell_is_plain_hf_with_hooks(random_pair, asked, samples, later):
     hf, _ = random_pair
@@ -75,7 +76,7 @@ def test_every_cell_is_plain_hf_with_hooks(random_pair, asked, samples, later):
     assert (table.frame.target < table.frame.source).all()
     base = hf_edited(hf, batch, {})[-1].double().log_softmax(-1)
     options, bites = question.tokens, []
-    for row in table.frame.sample(16, random_state=1).itertuples():
+    for row in table.frame.sample(12, random_state=1).itertuples():
         put = put_by_hand(row.source, row.target, row.window, later)
         assert row.n_positions == len(where[row.place])
         log_p = hf_patched(hf, batch, states, put, where[row.place])[-1].double().log_softmax(-1)
@@ -123,6 +124,7 @@ def test_pinned_states_are_looked_at_in_one_block_alone(asked):
     assert_close(values[0], values[1])
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("later", ["recomputed", "pinned"])
 def test_a_loop_takes_its_own_states_until_the_answer_stays(random_pair, asked, samples, later):
     hf, _ = random_pair
@@ -256,14 +258,15 @@ def test_before_and_after_on_test_clips():
 
 
 def test_conditions_of_one_clip_are_on_one_side(tiny_lalm, samples):
+    samples = samples[:4]
     items = make_conflict(samples, "emotion", conditions=["audio_only", "conflict"])
-    how = {"sources": (7,), "targets": (2,), "windows": (1,), "places": ["audio"], "n_choosing": 4}
+    how = {"sources": (7,), "targets": (2,), "windows": (1,), "places": ["audio"], "n_choosing": 2}
     table = back_patch(tiny_lalm, items, **how, **QUIET)
     sides = table.frame.groupby("clip").split.agg(["nunique", "size"])
     assert (sides == [1, 2]).all(axis=None)
-    assert (table.frame.drop_duplicates("clip").split == "choosing").sum() == 4
+    assert (table.frame.drop_duplicates("clip").split == "choosing").sum() == 2
     assert {clip_of(item) for item in items} == {sample.name for sample in samples}
-    assert table.chosen().n_clips == 4, "conflicts alone"
+    assert table.chosen().n_clips == 2, "conflicts alone"
     summary = table.summary(n_resamples=50)
     assert summary.condition.tolist() == ["audio_only", "conflict"] * 2
     assert summary.n.tolist() == [2] * 4

@@ -175,7 +175,7 @@ class NeuronGain(Changed):
     def plot(self, effect: Effect = "label_probability") -> "Figure":
         """The change by gain: of a label's neurons on its own clips and on others, and of random ones."""
         effects = self.mean_over_clips(effect)
-        return plots_module("pair_plots").change_curves(effects, "gain", effect, self.frame)
+        return plots_module("pair_plots").change_curves(effects, "gain", 1.0, effect, self.frame)
 
     def mean_over_clips(self, effect: Effect = "label_probability", n_resamples: int = 1000) -> pd.DataFrame:
         """As `effects`, of all labels together, each clip with the mean of its sets of neurons."""

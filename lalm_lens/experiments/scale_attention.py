@@ -126,7 +126,7 @@ class ScaledAttention(Changed):
         effects = self.effects(effect)
         effects = effects[effects["heads"] == "all"]
         return plots_module("pair_plots").change_curves(
-            effects.assign(line="layers " + effects["layers"]), "factor", effect, self.frame
+            effects.assign(line="layers " + effects["layers"]), "factor", 1.0, effect, self.frame
         )
 
     def about(self) -> str:

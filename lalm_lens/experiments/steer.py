@@ -194,7 +194,7 @@ class Steering(Changed):
         """The change by factor, a line for each layer."""
         effects = self.effects(effect)
         lines = effects.assign(line="layer " + effects.layer.astype(str))
-        return plots_module("pair_plots").change_curves(lines, "factor", effect, self.frame)
+        return plots_module("pair_plots").change_curves(lines, "factor", 0.0, effect, self.frame)
 
     def about(self) -> str:
         norms = self.frame.relative_norm
