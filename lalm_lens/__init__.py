@@ -31,22 +31,35 @@ if TYPE_CHECKING:
     from lalm_lens.engine.branches import Branch
     from lalm_lens.engine.plan import Plan, run_branches
     from lalm_lens.errors import LensError
+    from lalm_lens.experiments.ablate import Ablation, ablate
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
     from lalm_lens.experiments.audio_sensitivity import AudioSensitivity, audio_sensitivity
     from lalm_lens.experiments.audiolens import AudioLens, audiolens
+    from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.enrich import Enrichment, enrich
     from lalm_lens.experiments.information_score import InformationScore, information_score
     from lalm_lens.experiments.knockout_generation import KnockoutGeneration, knockout_generation
     from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
     from lalm_lens.experiments.moment import Search
+    from lalm_lens.experiments.neurons import NeuronGain, neuron_gain, neuron_scores
     from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
+    from lalm_lens.experiments.patchscope import Patchscope, patchscope
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
+    from lalm_lens.experiments.scale_attention import ScaledAttention, scale_attention
+    from lalm_lens.experiments.steer import (
+        Direction,
+        Steering,
+        audio_minus_silence,
+        mean_difference,
+        prompt_contrast,
+        steer,
+    )
     from lalm_lens.experiments.text_dominance import TextDominance, compare_dominance, text_dominance
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
-    from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
+    from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale, ScaleAttention
     from lalm_lens.loading import from_hf, from_pretrained
     from lalm_lens.model import HookedLALM
     from lalm_lens.readouts import Logits, LogProbs, Probabilities, Resid, Score
@@ -58,16 +71,20 @@ if TYPE_CHECKING:
 _HOME = {
     "ATTRIBUTES": "attributes",
     "OWN": "runs",
+    "Ablation": "experiments.ablate",
     "Add": "interventions",
     "AttentionKnockout": "experiments.attention_knockout",
     "AttentionShare": "experiments.attention_share",
     "Attribute": "attributes",
     "AudioLens": "experiments.audiolens",
     "AudioSensitivity": "experiments.audio_sensitivity",
+    "BackPatch": "experiments.back_patch",
+    "BackPatchChoice": "experiments.back_patch",
     "Branch": "engine.branches",
     "CausalTrace": "results",
     "Clip": "datasets",
     "ConflictItem": "conflict",
+    "Direction": "experiments.steer",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
     "Framing": "conflict",
@@ -81,9 +98,11 @@ _HOME = {
     "LogProbs": "readouts",
     "LogitLens": "experiments.logit_lens",
     "Logits": "readouts",
+    "NeuronGain": "experiments.neurons",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
+    "Patchscope": "experiments.patchscope",
     "Plan": "engine.plan",
     "Probabilities": "readouts",
     "Recompute": "interventions",
@@ -92,17 +111,23 @@ _HOME = {
     "Sample": "datasets",
     "Sampling": "generation",
     "Scale": "interventions",
+    "ScaleAttention": "interventions",
+    "ScaledAttention": "experiments.scale_attention",
     "Score": "readouts",
     "Search": "experiments.moment",
     "Silence": "corrupt",
     "Source": "runs",
+    "Steering": "experiments.steer",
     "TextDominance": "experiments.text_dominance",
     "WhiteNoise": "corrupt",
+    "ablate": "experiments.ablate",
     "attention_knockout": "experiments.attention_knockout",
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
+    "audio_minus_silence": "experiments.steer",
     "audio_sensitivity": "experiments.audio_sensitivity",
     "audiolens": "experiments.audiolens",
+    "back_patch": "experiments.back_patch",
     "balance": "datasets",
     "causal_trace": "experiments.causal_trace",
     "compare_dominance": "experiments.text_dominance",
@@ -118,8 +143,13 @@ _HOME = {
     "list_hub": "datasets",
     "logit_lens": "experiments.logit_lens",
     "make_conflict": "conflict",
+    "mean_difference": "experiments.steer",
+    "neuron_gain": "experiments.neurons",
+    "neuron_scores": "experiments.neurons",
     "object_effect": "experiments.object_effect",
     "patching": "patching",
+    "patchscope": "experiments.patchscope",
+    "prompt_contrast": "experiments.steer",
     "read_alme": "alme",
     "read_audio": "audio",
     "read_clips": "datasets",
@@ -128,8 +158,10 @@ _HOME = {
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "sakura": "datasets",
+    "scale_attention": "experiments.scale_attention",
     "silence": "corrupt",
     "split": "datasets",
+    "steer": "experiments.steer",
     "text_dominance": "experiments.text_dominance",
     "transcribed": "transcripts",
     "transcripts": "transcripts",
@@ -138,16 +170,20 @@ _HOME = {
 __all__ = [
     "ATTRIBUTES",
     "OWN",
+    "Ablation",
     "Add",
     "AttentionKnockout",
     "AttentionShare",
     "Attribute",
     "AudioLens",
     "AudioSensitivity",
+    "BackPatch",
+    "BackPatchChoice",
     "Branch",
     "CausalTrace",
     "Clip",
     "ConflictItem",
+    "Direction",
     "Embedded",
     "Enrichment",
     "Framing",
@@ -161,9 +197,11 @@ __all__ = [
     "LogProbs",
     "LogitLens",
     "Logits",
+    "NeuronGain",
     "ObjectEffect",
     "OtherClip",
     "Patch",
+    "Patchscope",
     "Plan",
     "Probabilities",
     "Recompute",
@@ -172,17 +210,23 @@ __all__ = [
     "Sample",
     "Sampling",
     "Scale",
+    "ScaleAttention",
+    "ScaledAttention",
     "Score",
     "Search",
     "Silence",
     "Source",
+    "Steering",
     "TextDominance",
     "WhiteNoise",
+    "ablate",
     "attention_knockout",
     "attention_share",
     "audio_knockout",
+    "audio_minus_silence",
     "audio_sensitivity",
     "audiolens",
+    "back_patch",
     "balance",
     "causal_trace",
     "compare_dominance",
@@ -198,8 +242,13 @@ __all__ = [
     "list_hub",
     "logit_lens",
     "make_conflict",
+    "mean_difference",
+    "neuron_gain",
+    "neuron_scores",
     "object_effect",
     "patching",
+    "patchscope",
+    "prompt_contrast",
     "read_alme",
     "read_audio",
     "read_clips",
@@ -208,8 +257,10 @@ __all__ = [
     "resolution_correlation",
     "run_branches",
     "sakura",
+    "scale_attention",
     "silence",
     "split",
+    "steer",
     "text_dominance",
     "transcribed",
     "transcripts",

@@ -4,10 +4,12 @@ Patch("resid_post", 12, "object", Source(clean))                       states of
 Add("resid_post", 17, (-1,), Source(OWN, layer=12), factor=0.5)        what the branch itself knew earlier
 Scale("z", 9, (-1,), factor=0.0, heads=(3, 5))                         two heads cut off at the last position
 Knockout(range(32), queries=(-1,), keys="audio")                       the last position cannot look at the audio
+ScaleAttention((9, 10), queries=(-1,), keys="audio", factor=2.0)       it looks at the audio more than it did
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from math import log
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -246,11 +248,10 @@ class Recompute(Edit):
 
 
 @dataclass(frozen=True)
-class Knockout:
-    """Let some queries not see some keys, in these layers and heads (None is all): their scores are -infinity.
+class OnScores:
+    """A change of the scores of some queries on some keys before the softmax, in these layers and heads (None is all).
 
-    Arxiv 2304.14767's attention knockout. A key that a query could not see anyway, behind it or outside of its window,
-    changes nothing. A query must be left with a key to look at: otherwise `InputError`.
+    A key that a query could not see anyway, behind it or outside of its window, changes nothing.
     """
 
     layers: Sequence[int]
@@ -279,12 +280,19 @@ class Knockout:
         queries = [query - offset for query in self.queries_at if offset <= query < offset + n_query]
         keys = [key for key in self.keys_at if key < n_key]
         index = as_index(tuple(range(scores.shape[1])) if self.heads is None else self.heads, scores.device)
-        masked = scores.clone()
+        changed = scores.clone()
         rows_, columns = as_index(tuple(queries), scores.device), as_index(tuple(keys), scores.device)
-        masked[:, index[:, None, None], rows_[:, None], columns] = -torch.inf
-        if masked[:, :, rows_].amax(-1).eq(-torch.inf).any():
-            raise InputError(f"This knockout leaves one of the queries {self.queries} no key to look at.")
-        return masked
+        changed[:, index[:, None, None], rows_[:, None], columns] += self.log_factor
+        self.check(changed[:, :, rows_])
+        return changed
+
+    @property
+    def log_factor(self) -> float:
+        """What is added to the scores."""
+        raise NotImplementedError
+
+    def check(self, scores: Float[Tensor, "batch head query key_pos"]) -> None:
+        """Of the queries, when all is done."""
 
     @property
     def queries_at(self) -> tuple[int, ...]:
@@ -300,4 +308,43 @@ class Knockout:
         return tuple(positions)
 
 
-Change = Edit | Knockout
+@dataclass(frozen=True)
+class Knockout(OnScores):
+    """Let some queries not see some keys, in these layers and heads (None is all): their scores are -infinity.
+
+    Arxiv 2304.14767's attention knockout. A key that a query could not see anyway, behind it or outside of its window,
+    changes nothing. A query must be left with a key to look at: otherwise `InputError`.
+    """
+
+    @property
+    def log_factor(self) -> float:
+        return -torch.inf
+
+    def check(self, scores: Float[Tensor, "batch head query key_pos"]) -> None:
+        if scores.amax(-1).eq(-torch.inf).any():
+            raise InputError(f"This knockout leaves one of the queries {self.queries} no key to look at.")
+
+
+@dataclass(frozen=True)
+class ScaleAttention(OnScores):
+    """Let some queries look `factor` times as much at some keys, in these layers and heads (None is all).
+
+    log(factor) is added to the scores, so a row still sums to 1: what these keys had together, a, becomes
+    factor a / (1 + (factor - 1) a). Weights that are multiplied and not made to sum to 1 again are
+    `Scale("pattern", layer, queries, keys=..., factor=...)`.
+    """
+
+    _: KW_ONLY
+    factor: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.factor < float("inf"):
+            raise InputError(f"Attention is scaled by a factor above 0, got {self.factor}: a `Knockout` takes it away.")
+
+    @property
+    def log_factor(self) -> float:
+        return log(self.factor)
+
+
+Change = Edit | OnScores

@@ -12,8 +12,8 @@ import pytest
 import shape_checks  # noqa: F401  before anything imports lalm_lens
 import torch
 from filelock import FileLock
-from reference import tiny_hf
-from transformers import Qwen2AudioForConditionalGeneration
+from reference import randomise, tiny_hf
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
@@ -66,6 +66,25 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable:
 @pytest.fixture(scope="session")
 def tiny_lalm() -> HookedLALM:
     return from_pretrained(TINY_LALM)
+
+
+@pytest.fixture(scope="session")
+def random_pair(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Qwen2AudioForConditionalGeneration, HookedLALM]:
+    """The tiny model's tokenizer and shapes with random weights: HF's, eager, and ours."""
+    folder = tmp_path_factory.mktemp("random")
+    torch.manual_seed(3)
+    hf = randomise(Qwen2AudioForConditionalGeneration.from_pretrained(TINY_LALM, dtype=torch.float32))
+    hf.tie_weights()
+    hf.save_pretrained(folder)
+    AutoProcessor.from_pretrained(TINY_LALM).save_pretrained(folder)
+    eager = Qwen2AudioForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ours = from_pretrained(folder)
+    ours.stop_tokens = ()  # nothing ends an answer of random tokens
+    return eager, ours
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 Nothing here imports lalm_lens, so that nothing of it can vouch for itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -246,18 +246,21 @@ def hf_cut(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits and patterns of a run of one prompt whose decoder attends under an additive mask made here.
 
-    `closed` says by layer, [head or 1, query_pos, key_pos], which queries may not look at which keys.
+    `closed` says by layer, [head or 1, query_pos, key_pos], which queries may not look at which keys, or what is added
+    to their scores.
     """
     assert hf.config.text_config._attn_implementation == "eager", "another kernel may drop the mask"
     n_pos = batch["input_ids"].shape[1]
     causal, patterns, handles = torch.ones(n_pos, n_pos).tril().bool(), {}, []
 
     def masked(layer: int):
-        shut = ~causal | closed.get(layer, torch.zeros(1, n_pos, n_pos, dtype=torch.bool))
+        its = closed.get(layer, torch.zeros(1, n_pos, n_pos))
+        shut = ~causal | its if its.dtype == torch.bool else ~causal.expand_as(its)
+        added = torch.zeros(shut.shape) if its.dtype == torch.bool else its
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple:
             assert kwargs["attention_mask"].shape == (1, 1, n_pos, n_pos)
-            mask = torch.zeros(1, *shut.shape).masked_fill(shut, torch.finfo(torch.float32).min)
+            mask = added.masked_fill(shut, torch.finfo(torch.float32).min)[None]
             return args, {**kwargs, "attention_mask": mask}
 
         def leave(module: nn.Module, args: tuple, out: tuple) -> None:
@@ -272,3 +275,44 @@ def hf_cut(
     with hooked(*handles):
         logits = hf(**batch, use_cache=False).logits[0]
     return logits, patterns
+
+
+PLACES = {  # of a state in a decoder block: the module, and whether it comes out of it or goes into it
+    "resid_post": ("", "out"),
+    "z": ("self_attn.o_proj", "in"),  # all heads, one after the other
+    "post": ("mlp.down_proj", "in"),
+}
+
+
+@torch.no_grad()
+def hf_edited(
+    hf: nn.Module, batch: dict[str, Tensor], edits: dict[tuple[str, int], Callable[[Tensor], None]]
+) -> Tensor:
+    """Logits of one prompt [pos, d_vocab], with plain hooks that edit states [pos, width] in place; an edit that writes
+    nothing can read."""
+    handles = []
+    for (site, layer), edit in edits.items():
+        name, side = PLACES[site]
+        module = hf.model.language_model.layers[layer].get_submodule(name)
+
+        def enter(module: nn.Module, args: tuple, edit: Callable = edit) -> tuple:
+            state = args[0].clone()
+            edit(state[0])
+            return (state, *args[1:])
+
+        def leave(module: nn.Module, args: tuple, out: object, edit: Callable = edit) -> object:
+            state = (out[0] if isinstance(out, tuple) else out).clone()
+            edit(state[0])
+            return (state, *out[1:]) if isinstance(out, tuple) else state
+
+        register = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
+        handles.append(register(enter if side == "in" else leave))
+    with hooked(*handles):
+        return hf(**batch, use_cache=False).logits[0]
+
+
+def hf_states_at(hf: nn.Module, batch: dict[str, Tensor], site: str) -> Tensor:
+    """[layer, pos, width]"""
+    n_layers, seen = len(hf.model.language_model.layers), {}
+    hf_edited(hf, batch, {(site, n): lambda state, n=n: seen.update({n: state.clone()}) for n in range(n_layers)})
+    return torch.stack([seen[n] for n in range(n_layers)])

@@ -10,11 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from omni import AUDIO, IMAGE, VIDEO, Batch, Clip, Image, Video, Words, tiny_omni
-from reference import hf_cut, randomise
+from reference import hf_cut
 from torch.testing import assert_close
-from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-from lalm_lens.assets import TINY_LALM, TINY_LALM_PLANTED, TINY_LALM_RELAY
+from lalm_lens.assets import TINY_LALM_PLANTED, TINY_LALM_RELAY
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.datasets import read_folder
@@ -37,23 +36,6 @@ from lalm_lens.runs import Run
 N_LAYERS, N_HEADS = 8, 4
 PLANTED_BLOCK = 4
 QUIET = {"progress": False}
-
-
-@pytest.fixture(scope="module")
-def random_pair(tmp_path_factory):
-    """The tiny model's tokenizer and shapes with random weights: HF's, eager, and ours."""
-    folder = tmp_path_factory.mktemp("random")
-    torch.manual_seed(3)
-    hf = randomise(Qwen2AudioForConditionalGeneration.from_pretrained(TINY_LALM, dtype=torch.float32))
-    hf.tie_weights()
-    hf.save_pretrained(folder)
-    AutoProcessor.from_pretrained(TINY_LALM).save_pretrained(folder)
-    eager = Qwen2AudioForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    ours = from_pretrained(folder)
-    ours.stop_tokens = ()  # nothing ends an answer of random tokens
-    return eager, ours
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from lalm_lens.corrupt import silence
 from lalm_lens.datasets import read_folder
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Plan
-from lalm_lens.interventions import BY_HEAD, Add, Knockout, Patch, Recompute, Scale
+from lalm_lens.interventions import BY_HEAD, Add, Knockout, Patch, Recompute, Scale, ScaleAttention
 from lalm_lens.loading import from_hf, from_pretrained
 from lalm_lens.nn.rope import RotaryScheme, Rotation
 from lalm_lens.readouts import Logits, LogProbs, Probabilities, Resid, Score
@@ -90,6 +90,29 @@ def test_knockouts(model, runs):
     ]
     outcome = assert_same(model, branches(base, *its))
     assert moves(outcome)[5] == 0
+    assert (moves(outcome) > 1e-2).any()
+
+
+def test_scaled_attention(model, runs):
+    base = runs[0]
+    its = [
+        ScaleAttention((0,), (-1,), (3,), factor=4.0),
+        ScaleAttention((1, 3), (-1, -4, 9), range(5, 8), heads=(1,), factor=0.1),
+        ScaleAttention(range(N_LAYERS), range(base.n_pos), range(2, 12), factor=3.0),
+        ScaleAttention((2,), (5,), (9, 12), factor=5.0),  # behind the query: nothing changes
+        ScaleAttention((2,), (-1,), (-2, -3), factor=1.0),
+        (
+            ScaleAttention((1, 2), (-1,), (-2, -3), factor=9.0),
+            Knockout((2,), (-1, -3), (-4,), heads=(0, 2)),
+            ScaleAttention((2,), (-1,), (-3,), heads=(3, 2), factor=0.2),
+        ),
+        (
+            ScaleAttention((3,), (-1,), (-2,), factor=0.3),
+            Scale("pattern", 3, (-1,), keys=(-3 + base.n_pos,), factor=2.0),
+        ),
+    ]
+    outcome = assert_same(model, branches(base, *its))
+    assert moves(outcome)[[3, 4]].tolist() == [0, 0]
     assert (moves(outcome) > 1e-2).any()
 
 

@@ -30,7 +30,7 @@ from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Plan, run_branches
 from lalm_lens.errors import HookError, InputError
 from lalm_lens.inputs import Embedded
-from lalm_lens.interventions import BY_HEAD, Add, Knockout, Patch, Recompute, Scale
+from lalm_lens.interventions import BY_HEAD, Add, Knockout, Patch, Recompute, Scale, ScaleAttention
 from lalm_lens.loading import from_hf
 from lalm_lens.prompts import Position, Prompt
 from lalm_lens.readouts import Logits, LogProbs, Resid, Score
@@ -98,6 +98,7 @@ def test_changes_of_nothing_change_nothing(model, runs, engine):
         Add("z", 1, (5, 6), noise(2, 4, 16), factor=0.0),
         Scale("k", 1, (7,), factor=1.0),
         Knockout((0, 2), (3,), (4, 17)),
+        ScaleAttention((0, 2), (7,), (4, 5), factor=1.0),
         Recompute("resid_pre", 0, range(N_POS)),
         Recompute("q", 2, (-1,)),
     ]
@@ -113,6 +114,8 @@ def test_changes_of_none_of_its_parts_are_refused():
     }.items():
         with pytest.raises(InputError, match=f"no {what} changes nothing"):
             change()
+    with pytest.raises(InputError, match=r"factor above 0, got 0\.0: a `Knockout`"):
+        ScaleAttention((1,), (-1,), (4,), factor=0.0)
 
 
 @BOTH
@@ -558,12 +561,13 @@ def edits(draw, model, run, clean, longer):
 
 
 @st.composite
-def knockouts(draw, run):
+def on_scores(draw, run):
     """A query keeps at least itself."""
     queries = draw(st.lists(st.integers(run.n_pad, run.n_pos - 1), min_size=1, max_size=4, unique=True))
     keys = draw(st.sets(st.integers(0, run.n_pos - 1).filter(lambda key: key not in queries), min_size=1))
     layers = tuple(sorted(draw(st.sets(LAYER, min_size=1))))
-    return Knockout(layers, tuple(queries), tuple(keys), heads=draw(st.none() | HEADS))
+    where = layers, tuple(queries), tuple(keys), draw(st.none() | HEADS)
+    return ScaleAttention(*where, factor=draw(st.floats(0.1, 9))) if draw(st.booleans()) else Knockout(*where)
 
 
 @st.composite
@@ -571,7 +575,7 @@ def plans(draw):
     model, its = draw(st.sampled_from(POOL)), []
     for _ in range(draw(st.integers(1, 2))):  # runs
         run, clean, longer = {**RUNS, **ROW}[draw(st.sampled_from([*RUNS, *ROW]))]
-        change = edits(model, run, clean, longer) | edits(model, run, clean, longer) | knockouts(run)
+        change = edits(model, run, clean, longer) | edits(model, run, clean, longer) | on_scores(run)
         n_branches = draw(st.integers(1, 4))
         its += [Branch(run, tuple(draw(st.lists(change, min_size=1, max_size=4)))) for _ in range(n_branches)]
     at = draw(st.lists(st.integers(-12, -1), min_size=1, max_size=2, unique=True).map(tuple))

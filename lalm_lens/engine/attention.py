@@ -10,11 +10,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from lalm_lens.engine.reach import as_list, behind
-from lalm_lens.interventions import Edit, Knockout
+from lalm_lens.interventions import Edit, OnScores
 from lalm_lens.shapes import at_least_float32
 
 
@@ -26,19 +26,19 @@ class View:
     own: int
     out: int
     window: int | None
-    knockouts: tuple[Knockout, ...]
+    on_scores: tuple[OnScores, ...]
     n_heads: int
     first: int
     last: int
 
     @classmethod
     def of(
-        cls, own: int, out: int, window: int | None, knockouts: tuple[Knockout, ...], n_heads: int, all_keys: int | None
+        cls, own: int, out: int, window: int | None, on_scores: tuple[OnScores, ...], n_heads: int, all_keys: int | None
     ) -> "View":
         """`all_keys` is how many shared keys there are where all of them have to be in view, seen or not."""
         shared = behind(out, window) & ~own
         first, last = ((shared & -shared).bit_length() - 1, shared.bit_length()) if shared else (0, 0)
-        return cls(own, out, window, knockouts, n_heads, *((first, last) if all_keys is None else (0, all_keys)))
+        return cls(own, out, window, on_scores, n_heads, *((first, last) if all_keys is None else (0, all_keys)))
 
     @property
     def n_own(self) -> int:
@@ -54,31 +54,39 @@ class View:
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """Which of the keys in view, from `start` on, are not to be seen."""
+class Changed:
+    """What happens to the scores of the keys in view, from `start` on: which are not to be seen, and what is added to
+    those of the others."""
 
     start: int
-    mask: Bool[Tensor, "one_or_head query_pos key_pos"]
+    hidden: Bool[Tensor, "one_or_head query_pos key_pos"]
+    added: Float[Tensor, "one_or_head query_pos key_pos"] | None
 
 
 @lru_cache(maxsize=64)
-def hidden(view: View, device: torch.device) -> Hidden | None:
-    """None where all that is in view is seen. By head only where a knockout is."""
+def changed(view: View, device: torch.device) -> Changed | None:
+    """None where all that is in view is seen as it is. By head only where a change is."""
     queries, own_keys = np.array(as_list(view.out)), np.array(as_list(view.own), dtype=np.int64)
     keys = np.concatenate([np.arange(view.first, view.last), own_keys])
     back = queries[:, None] - keys
     seen = (back >= 0) if view.window is None else (back >= 0) & (back < view.window)
     seen[:, : view.n_shared] &= ~np.isin(keys[: view.n_shared], own_keys)
-    by_head = any(knockout.heads is not None for knockout in view.knockouts)
-    seen = np.stack([seen] * (view.n_heads if by_head else 1))
-    for knockout in view.knockouts:
-        hit = np.isin(queries, knockout.queries_at)[:, None] & np.isin(keys, knockout.keys_at)
-        seen[slice(None) if knockout.heads is None else list(knockout.heads)] &= ~hit
-    columns = np.flatnonzero(~seen.reshape(-1, len(keys)).all(0))
+    by_head = any(each.heads is not None for each in view.on_scores)
+    added = np.where(np.stack([seen] * (view.n_heads if by_head else 1)), np.float32(0), -np.float32("inf"))
+    for each in view.on_scores:
+        hit = np.isin(queries, each.queries_at)[:, None] & np.isin(keys, each.keys_at)
+        added[slice(None) if each.heads is None else list(each.heads)] += np.where(hit, each.log_factor, 0)
+    columns = np.flatnonzero(added.reshape(-1, len(keys)).any(0))
     if not len(columns):
         return None
     start = int(columns[0])
-    return Hidden(start, torch.from_numpy(~seen[..., start:]).to(device))
+    is_hidden = np.isneginf(added[..., start:])
+    finite = np.where(is_hidden, 0, added[..., start:])
+    return Changed(
+        start,
+        torch.from_numpy(is_hidden).to(device),
+        torch.from_numpy(finite).to(device) if finite.any() else None,
+    )
 
 
 def attend(
@@ -105,7 +113,7 @@ def attend(
     if view.n_own:
         part = by_branch(scores, n_branches)[..., n_shared:]
         torch.baddbmm(part, by_branch(queries, n_branches), per_branch(k).mT, beta=0, alpha=scale, out=part)
-    hide(scores, view, n_branches, n_queries)
+    change(scores, view, n_branches, n_queries)
     pattern = torch.softmax(at_least_float32(scores), -1).to(q.dtype)
     for branch, edit, here, rows in edits:
         of_branch = pattern.view(n_kv, n_branches, n_queries, group, -1)[:, branch]
@@ -127,13 +135,20 @@ def per_branch(x: Float[Tensor, "branch own_pos kv_head d_head"]) -> Float[Tenso
     return x.permute(2, 0, 1, 3).flatten(0, 1)
 
 
-def hide(scores: Float[Tensor, "kv_head row key_pos"], view: View, n_branches: int, n_queries: int) -> None:
-    its = hidden(view, scores.device)
+def change(scores: Float[Tensor, "kv_head row key_pos"], view: View, n_branches: int, n_queries: int) -> None:
+    its = changed(view, scores.device)
     if its is None:
         return
     part = scores.view(len(scores), n_branches, n_queries, -1, view.n_keys)[..., its.start :]
-    by_group = its.mask.unflatten(0, (-1, 1) if len(its.mask) == 1 else (len(scores), -1))
-    part.masked_fill_(by_group.transpose(1, 2)[:, None], -torch.inf)  # [kv_head, branch, query, group, key]
+    part.masked_fill_(by_group(its.hidden, len(scores)), -torch.inf)
+    if its.added is not None:
+        part.add_(by_group(its.added, len(scores)))
+
+
+def by_group(
+    x: Shaped[Tensor, "one_or_head query_pos key_pos"], n_kv: int
+) -> Shaped[Tensor, "one_or_kv_head 1 query_pos one_or_group key_pos"]:
+    return x.unflatten(0, (-1, 1) if len(x) == 1 else (n_kv, -1)).transpose(1, 2)[:, None]
 
 
 def edited(

@@ -9,7 +9,7 @@ from lalm_lens.config import DecoderConfig, EncoderConfig, VisionConfig
 from lalm_lens.engine.recorded import States
 from lalm_lens.errors import InputError
 from lalm_lens.inputs import Inputs
-from lalm_lens.interventions import ADAPTER, BY_HEAD, HOOKS, Change, Edit, Knockout, NamedHook, Valued, hook_name
+from lalm_lens.interventions import ADAPTER, BY_HEAD, HOOKS, Change, Edit, NamedHook, OnScores, Valued, hook_name
 from lalm_lens.model import HookedLALM
 from lalm_lens.runs import OWN, Cache, Run, Source, indices, rows
 from lalm_lens.transformer import HookedTransformer
@@ -33,14 +33,14 @@ class Branch:
 
 
 def is_change(change: object) -> bool:
-    return isinstance(change, Edit | Knockout) or (isinstance(change, tuple) and len(change) == 2)
+    return isinstance(change, Edit | OnScores) or (isinstance(change, tuple) and len(change) == 2)
 
 
 def indexed(change: Change | NamedHook, run: Run, model: HookedTransformer) -> Change | NamedHook:
     """With positions as indices of the run. Raises `InputError` for what the model or the run does not have."""
     if isinstance(change, tuple):
         return change
-    if isinstance(change, Knockout):
+    if isinstance(change, OnScores):
         check(change.layers, model.decoder_cfg.n_layers, "layers")
         check(change.heads or (), model.decoder_cfg.n_heads, "heads")
         return replace(change, queries=run.indices(change.queries), keys=run.indices(change.keys))

@@ -9,7 +9,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.engine.branches import Branch, source_name, value_of
 from lalm_lens.inputs import Embedded, Inputs
-from lalm_lens.interventions import Change, Edit, Knockout, NamedHook, Recompute, Valued, hook_name
+from lalm_lens.interventions import Change, Edit, NamedHook, OnScores, Recompute, Valued, hook_name
 from lalm_lens.readouts import Readout, Resid, n_blocks
 from lalm_lens.runs import Source
 from lalm_lens.transformer import HookedTransformer
@@ -64,7 +64,7 @@ def hooks_of(branch: Branch) -> list[NamedHook]:
 def hooks_of_change(change: Change | NamedHook) -> list[NamedHook]:
     if isinstance(change, tuple):
         return [change]
-    if isinstance(change, Knockout):
+    if isinstance(change, OnScores):
         return change.hooks()
     return [] if isinstance(change, Recompute) else [change.hook()]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lalm_lens.errors import InputError
-from lalm_lens.interventions import BY_HEAD, Edit, Knockout, Valued
+from lalm_lens.interventions import BY_HEAD, Edit, OnScores, Valued
 from lalm_lens.runs import Source
 
 
@@ -51,9 +51,9 @@ def unpadded_keys(edit: Edit, n_pad: int) -> list[Edit]:
     return [replace(edit, **changes)] if kept else []
 
 
-def unpadded_knockout(knockout: Knockout, n_pad: int) -> list[Knockout]:
+def unpadded_scores(change: OnScores, n_pad: int) -> list[OnScores]:
     def shifted(positions: Sequence[int]) -> tuple[int, ...]:
         return tuple(position - n_pad for position in positions if position >= n_pad)
 
-    queries, keys = shifted(knockout.queries_at), shifted(knockout.keys_at)
-    return [replace(knockout, queries=queries, keys=keys)] if queries and keys else []
+    queries, keys = shifted(change.queries_at), shifted(change.keys_at)
+    return [replace(change, queries=queries, keys=keys)] if queries and keys else []

@@ -17,11 +17,11 @@ from torch import Tensor
 from lalm_lens.engine.attention import View
 from lalm_lens.engine.base import Base
 from lalm_lens.engine.branches import Branch
-from lalm_lens.engine.padding import PaddingReadError, unpadded, unpadded_knockout
+from lalm_lens.engine.padding import PaddingReadError, unpadded, unpadded_scores
 from lalm_lens.engine.reach import Reach, Reader, Step, Touch, as_list, as_set, behind, reach
 from lalm_lens.errors import InputError
 from lalm_lens.inputs import Inputs
-from lalm_lens.interventions import Edit, Knockout, Patch, Recompute, Valued
+from lalm_lens.interventions import Edit, Knockout, OnScores, Patch, Recompute, Valued
 from lalm_lens.model import HookedLALM
 from lalm_lens.readouts import Readout, n_blocks
 from lalm_lens.runs import Run, Source
@@ -37,7 +37,7 @@ class Planned:
     number: int
     branch: Branch
     edits: tuple[Edit, ...]
-    knockouts: tuple[Knockout, ...]
+    on_scores: tuple[OnScores, ...]
     reach: Reach
 
     @property
@@ -52,8 +52,8 @@ class Planned:
     def edits_at(self, layer: int, *sites: str) -> Iterator[Edit]:
         return (edit for edit in self.edits if edit.layer == layer and edit.site in sites)
 
-    def knockouts_at(self, layer: int) -> tuple[Knockout, ...]:
-        return tuple(knockout for knockout in self.knockouts if layer in knockout.layers)
+    def on_scores_at(self, layer: int) -> tuple[OnScores, ...]:
+        return tuple(each for each in self.on_scores if layer in each.layers)
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,20 @@ class Sweep:
     def plan(self, number: int, branch: Branch) -> Planned:
         base = self.bases[branch.run]
         edits = self.perceived(branch)
-        knockouts = []
+        on_scores = []
         for change in branch.changes:
-            if isinstance(change, Knockout):
-                knockouts += unpadded_knockout(change, base.n_pad)
+            if isinstance(change, OnScores):
+                on_scores += unpadded_scores(change, base.n_pad)
             elif isinstance(change, Edit) and not change.is_perceived:
                 edits += unpadded(change, base.n_pad)
         edits = [edit for edit in edits if edit.layer < self.n_run]
         touches = [self.touch(edit, base) for edit in edits]
-        touches += [*self.knocked(knockouts, base.n_pad), *taken_before(edits)]
+        touches += [*self.rescored(on_scores, base.n_pad), *taken_before(edits)]
         reader = Reader(base.n_pos, self.windows, as_set(self.read_positions(base)), self.read_early(edits))
         if reader not in self.seen:
             self.seen[reader] = reader.seen()
         reached = reach(touches, reader, self.seen[reader])
-        return Planned(number, branch, tuple(edits), tuple(knockouts), reached)
+        return Planned(number, branch, tuple(edits), tuple(on_scores), reached)
 
     def read_positions(self, base: Base) -> tuple[int, ...]:
         n_all = base.n_pos + base.n_pad
@@ -135,31 +135,32 @@ class Sweep:
         changed = as_set(position for position, its in zip(edit.at, differs, strict=True) if its)
         return Touch(point, edit.layer, where, changed, replaces, on_keys)
 
-    def knocked(self, knockouts: Sequence[Knockout], n_pad: int) -> Iterator[Touch]:
-        found: dict[tuple, int] = {}  # the same in all layers where the same knockouts and window are
-        for layer in sorted({layer for knockout in knockouts for layer in knockout.layers}):
+    def rescored(self, on_scores: Sequence[OnScores], n_pad: int) -> Iterator[Touch]:
+        found: dict[tuple, int] = {}  # the same in all layers where the same changes and window are
+        for layer in sorted({layer for each in on_scores for layer in each.layers}):
             if layer < self.n_run:
-                here = tuple(n for n, knockout in enumerate(knockouts) if layer in knockout.layers)
+                here = tuple(n for n, each in enumerate(on_scores) if layer in each.layers)
                 key = here, self.windows[layer]
                 if key not in found:
-                    found[key] = self.hit([knockouts[n] for n in here], self.windows[layer], n_pad)
+                    found[key] = self.hit([on_scores[n] for n in here], self.windows[layer], n_pad)
                 yield Touch("inside", layer, found[key], found[key])
 
-    def hit(self, here: Sequence[Knockout], window: int | None, n_pad: int) -> int:
-        """The queries that lose a key that they see. Raises `InputError` where a head loses them all."""
-        sets = [(as_set(each.queries_at), as_set(each.keys_at), each.heads) for each in here]
-        one_for_all = all(heads is None for _, _, heads in sets)
+    def hit(self, here: Sequence[OnScores], window: int | None, n_pad: int) -> int:
+        """The queries of which a key that they see is changed. Raises `InputError` where a head loses all keys."""
+        sets = [(each, as_set(each.queries_at), as_set(each.keys_at)) for each in here if each.log_factor]
+        one_for_all = all(each.heads is None for each, _, _ in sets)
         hit = 0
-        for query in as_list(as_set(query for knockout in here for query in knockout.queries_at)):
+        for query in as_list(as_set(query for each, _, _ in sets for query in each.queries_at)):
             seen = behind(1 << query, window)
             for head in range(1 if one_for_all else self.model.decoder_cfg.n_heads):
-                lost = 0
-                for queries, keys, heads in sets:
-                    if queries >> query & 1 and (heads is None or head in heads):
-                        lost |= keys
+                changed = lost = 0
+                for each, queries, keys in sets:
+                    if queries >> query & 1 and (each.heads is None or head in each.heads):
+                        changed |= keys
+                        lost |= keys if isinstance(each, Knockout) else 0
                 if not seen & ~lost:
                     raise InputError(f"This knockout leaves the query at position {query + n_pad} no key to look at.")
-                if seen & lost:
+                if seen & changed:
                     hit |= 1 << query
         return hit
 
@@ -182,7 +183,7 @@ class Sweep:
             step = member.reach.steps.get(layer)
             if step is not None:
                 has_pattern = any(member.edits_at(layer, "pattern"))
-                key = (member.run, step, member.knockouts_at(layer), has_pattern)
+                key = (member.run, step, member.on_scores_at(layer), has_pattern)
                 together.setdefault(key, []).append(member)
         return [
             Group(its, step, self.view_of(its[0], layer) if step.out else None)
@@ -190,9 +191,9 @@ class Sweep:
         ]
 
     def view_of(self, member: Planned, layer: int) -> View:
-        step, knockouts, window = member.reach.steps[layer], member.knockouts_at(layer), self.windows[layer]
+        step, on_scores, window = member.reach.steps[layer], member.on_scores_at(layer), self.windows[layer]
         all_keys = self.bases[member.run].n_pos if any(member.edits_at(layer, "pattern")) else None
-        return View.of(step.own, step.out, window, knockouts, self.model.decoder_cfg.n_heads, all_keys)
+        return View.of(step.own, step.out, window, on_scores, self.model.decoder_cfg.n_heads, all_keys)
 
     def in_order(self) -> list[Planned]:
         """The branches, those beside each other that compute the same positions."""

@@ -22,7 +22,8 @@ from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, Plan
 from lalm_lens.errors import InputError
 from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.attention_knockout import CELL, RUN_COLUMNS, SETTINGS, changes
+from lalm_lens.experiments.attention_knockout import CELL, RUN_COLUMNS
+from lalm_lens.experiments.changed import changes
 from lalm_lens.experiments.cuts import Chain, Cut, Heads, LayerSets, cuts
 from lalm_lens.generation import Generated
 from lalm_lens.inputs import Inputs
@@ -155,8 +156,10 @@ class KnockoutGeneration(Table):
         """As those of `AttentionKnockout`: of the text written before, or of how often a text names the true label."""
         column = {"log_probability": "log_p", "accuracy": "right"}[effect]
         before, after = (self.frame[f"{column}_{when}"].astype(float) for when in ("before", "after"))
-        self.refuse_mixed(SETTINGS, by)
-        return changes(self.frame.assign(before=before, after=after, change=after - before), by, n_resamples, seed)
+        self.refuse_mixed(("model", "attribute", "form", "label_space", *CELL), by)
+        return changes(
+            self.frame.assign(before=before, after=after, change=after - before), by, CELL, n_resamples, seed
+        )
 
     def __repr__(self) -> str:
         changed = int((self.frame.text_before != self.frame.text_after).sum())

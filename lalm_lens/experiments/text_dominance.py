@@ -216,6 +216,13 @@ def compare_dominance(
     else:
         hits = [pairs[f"right_{when}"] for when in WHEN]
         clear = [pd.Series(True, pairs.index)] * 2
+    return comparison(outcome, hits, clear, n_resamples, seed)
+
+
+def comparison(
+    outcome: Outcome, hits: Sequence[pd.Series], clear: Sequence[pd.Series], n_resamples: int, seed: int
+) -> Comparison:
+    """Of the same clips before and after: which are hits, and which are clear, the only ones that are counted."""
     both = clear[0] & clear[1]
     counted = np.stack([*hits, *clear], axis=-1).astype(float)
 

@@ -1,0 +1,330 @@
+"""Back-patching: against plain HF hooks, by its identities, and the choice of a pair by made-up tables."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from reference import hf_edited, hf_states_at
+from statsmodels.stats.contingency_tables import mcnemar
+from torch.testing import assert_close
+
+from lalm_lens import BackPatch, BackPatchChoice, HookedLALM, Logits, back_patch, run_branches
+from lalm_lens.assets.clips import write_clips
+from lalm_lens.conflict import make_conflict
+from lalm_lens.datasets import Sample, read_folder
+from lalm_lens.engine.branches import Branch
+from lalm_lens.errors import DataError, InputError
+from lalm_lens.experiments.asked import Question
+from lalm_lens.experiments.back_patch import Pair, Spot, clip_of, grid
+from lalm_lens.runs import Run
+
+N_LAYERS = 8
+QUIET = {"progress": False, "attribute": "emotion"}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> list[Sample]:
+    return read_folder(write_clips(tmp_path_factory.mktemp("clips"), "emotion", 6, seed=5))
+
+
+@pytest.fixture(scope="module")
+def asked(random_pair, samples):
+    """One clip in the random models: its run, what HF takes, where audio and text are, and HF's states."""
+    hf, model = random_pair
+    question = Question.about(model, samples, "emotion", "P3", True)
+    run = question.run(samples[0])
+    batch = run.inputs.to_hf("feature_attention_mask")
+    is_audio = np.array([its.region == "audio" for its in run.prompt.positions])
+    where = {"audio": np.flatnonzero(is_audio).tolist(), "text": np.flatnonzero(~is_audio).tolist()}
+    where["last"] = [run.n_pos - 1]
+    return question, run, batch, where, hf_states_at(hf, batch, "resid_post")
+
+
+def put_by_hand(source: int, target: int, window: int, later: str) -> dict[int, int]:
+    """Which layer's states of run 1 come behind which block."""
+    reach = [k for k in range(-2, 3) if abs(k) <= (window - 1) / 2]
+    put = {}
+    for k in reach:
+        if source + k in range(N_LAYERS) and target + k in range(N_LAYERS):
+            put[target + k] = source + k
+    if later == "pinned":
+        put.update({layer: layer for layer in range(N_LAYERS) if layer > max(put)})
+    return put
+
+
+def hf_patched(hf, batch, states: torch.Tensor, put: dict[int, int], where: list[int]) -> torch.Tensor:
+    def writing(layer: int):
+        return lambda state: state.index_copy_(0, torch.tensor(where), states[layer][where])
+
+    return hf_edited(hf, batch, {("resid_post", to): writing(layer) for to, layer in put.items()})
+
+
+# --- the patch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("later", ["recomputed", "pinned"])
+def test_every_cell_is_plain_hf_with_hooks(random_pair, asked, samples, later):
+    hf, _ = random_pair
+    question, _, batch, where, states = asked
+    how = {"places": ["audio", "text", "last"], "sources": (7, 6, 3), "targets": (0, 2, 5), "later": later}
+    table = back_patch(question.model, samples[:1], n_choosing=0, **how, **QUIET)
+    assert len(table.frame) == 3 * 3 * 8
+    assert (table.frame.target < table.frame.source).all()
+    base = hf_edited(hf, batch, {})[-1].double().log_softmax(-1)
+    options, bites = question.tokens, []
+    for row in table.frame.sample(12, random_state=1).itertuples():
+        put = put_by_hand(row.source, row.target, row.window, later)
+        assert row.n_positions == len(where[row.place])
+        log_p = hf_patched(hf, batch, states, put, where[row.place])[-1].double().log_softmax(-1)
+        true = options[question.labels.index(row.label)]
+        for when, its in (("before", base), ("after", log_p)):
+            assert_close(getattr(row, f"p_{when}"), float(its[true].exp()), rtol=2e-4, atol=1e-7)
+            among = its[options].softmax(-1)[options.index(true)]
+            assert_close(getattr(row, f"label_p_{when}"), float(among), rtol=2e-4, atol=1e-6)
+            assert getattr(row, f"answer_{when}") == question.labels[int(its[options].argmax())]
+        bites.append(float((log_p - base).abs().max()) > 1e-2)
+    assert np.mean(bites) > (0.7 if later == "recomputed" else 0.1), "pinned, few blocks see it"
+
+
+def test_both_engines_find_the_same(asked, samples):
+    question = asked[0]
+    how = {"sources": (7, 3), "targets": (2,), "windows": (3,), "places": ["audio", "text"], **QUIET}
+    tables = [back_patch(question.model, samples[:2], engine=engine, **how).to_frame() for engine in ("sweep", "hooks")]
+    numbers = [name for name in tables[0] if name.startswith(("p_", "label_p_", "logit"))]
+    assert [set(its.engine) for its in tables] == [{"sweep"}, {"hooks"}]
+    assert_close(*(torch.tensor(its[numbers].to_numpy(float)) for its in tables), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["sweep", "hooks"])
+def test_identities(asked, engine):
+    """A layer onto itself changes nothing; nor does the audio behind the last block, which nobody looks at any more."""
+    question, run = asked[:2]
+    same = [Pair(layer, layer, window) for layer, window in ((0, 1), (3, 3), (7, 5))]
+    spots = [Spot(place, pair, "recomputed") for place in ("audio", "last", "text") for pair in same]
+    spots += [Spot("audio", Pair(2, 7), later) for later in ("recomputed", "pinned")]
+    spots += [Spot("last", Pair(2, 7), "recomputed"), Spot("audio", Pair(7, 2), "recomputed")]
+    branches = [Branch(run, spot.variant(question.model, run).changes) for spot in spots]
+    outcome = run_branches(question.model, branches, Logits(), engine=engine)
+    moved = (outcome.values - outcome.base).abs().amax((1, 2))
+    assert_close(outcome.values[:9], outcome.base[:9])
+    assert (moved[9:11] == 0).all()
+    assert (moved[11:] > 1e-2).all()
+
+
+def test_pinned_states_are_looked_at_in_one_block_alone(asked):
+    """All later blocks see the audio of run 1, so behind block 6 the last block alone can look at what was patched."""
+    question, run = asked[:2]
+    spots = [Spot("audio", Pair(7, 6), later) for later in ("recomputed", "pinned")]
+    branches = [Branch(run, spot.variant(question.model, run).changes) for spot in spots]
+    values = run_branches(question.model, branches, Logits()).values
+    assert_close(values[0], values[1])
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("later", ["recomputed", "pinned"])
+def test_a_loop_takes_its_own_states_until_the_answer_stays(random_pair, asked, samples, later):
+    hf, _ = random_pair
+    question, _, batch, where, states = asked
+    how = {"places": ["text"], "windows": (1, 3), "sources": (7, 4), "targets": (0, 2), "max_loops": 4}
+    table = back_patch(question.model, samples[:1], later=later, n_choosing=0, **how, **QUIET)
+    options, loops = question.tokens, []
+    first = int(hf_edited(hf, batch, {})[-1][options].argmax())
+    for row in table.frame.itertuples():
+        put, patched = (put_by_hand(row.source, row.target, row.window, its) for its in (later, "recomputed"))
+        own, answers = states, [first]
+        while len(answers) < 5 and (len(answers) < 2 or answers[-1] != answers[-2]):
+            edits, seen = {}, {}
+            for layer in range(N_LAYERS):
+                value = own[put[layer]] if layer in patched else states[put[layer]] if layer in put else None
+
+                def edit(state, layer=layer, value=value, seen=seen):
+                    if value is not None:
+                        state[where["text"]] = value[where["text"]]
+                    seen[layer] = state.clone()
+
+                edits["resid_post", layer] = edit
+            logits = hf_edited(hf, batch, edits)[-1]
+            own = torch.stack([seen[layer] for layer in range(N_LAYERS)])
+            answers.append(int(logits[options].argmax()))
+        assert row.loops == len(answers) - 1
+        true = options[question.labels.index(row.label)]
+        assert_close(row.p_after, float(logits.double().softmax(-1)[true]), rtol=1e-3, atol=1e-7)
+        loops.append(row.loops)
+    assert max(loops) > 1 or later == "pinned"
+    assert table.frame.max_loops.unique().tolist() == [4]
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+def test_generate_applies_a_saved_choice(random_pair, asked, tmp_path):
+    """As HF with hooks, one whole forward for every token."""
+    hf, model = random_pair
+    _, run, batch, where, states = asked
+    choice = BackPatchChoice(
+        model="m", attribute="emotion", place="audio", source=6, target=1, window=3, later="recomputed",
+        picked_on="held_out", picked_by="accuracy", n_clips=3,
+    )  # fmt: skip
+    path = choice.save(tmp_path / "choice.json")
+    assert json.loads(path.read_text())["source"] == 6
+    loaded = BackPatchChoice.load(path)
+    assert loaded == choice
+    generated = loaded.generate(model, run, 4)
+    batch, tokens = dict(batch), []
+    for _ in range(4):
+        logits = hf_patched(hf, batch, states, put_by_hand(6, 1, 3, "recomputed"), where["audio"])
+        tokens.append(int(logits[-1].argmax()))
+        batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([tokens[-1:]])], 1)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    assert generated.tokens[0].tolist() == tokens
+    assert model.generate(run.inputs, 4).tokens[0].tolist() != tokens
+    two = BackPatchChoice.load(
+        BackPatchChoice(**{**vars(choice), "place": ("early", "object")}).save(tmp_path / "two.json")
+    )
+    assert {name for name, _ in two.hooks(model, run)} == {f"blocks.{n}.hook_resid_post" for n in (0, 1, 2)}
+    with pytest.raises(InputError, match="There are 8 layers in the decoder"):
+        BackPatchChoice(**{**vars(choice), "source": 12}).hooks(model, run)
+    path.write_text('{"a": 1}')
+    with pytest.raises(DataError, match="not a choice of back-patching"):
+        BackPatchChoice.load(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        BackPatchChoice.load(path)
+
+
+def made_up(n_clips: int = 24, conflict: bool = False, seed: int = 0) -> BackPatch:
+    """Two places and three pairs; half of the clips are there for the choice."""
+    rng, rows = np.random.default_rng(seed), []
+    for n in range(n_clips):
+        of = {"condition": "conflict", "audio_label": "sad", "text_label": "happy", "clip": f"{n}"} if conflict else {}
+        before = {"label_p_before": rng.random(), "answer_before": rng.choice(["sad", "happy", "fear"])}
+        for place in ("audio", "early+object"):
+            for source, target, window in ((7, 1, 1), (7, 1, 3), (5, 2, 1)):
+                after = {"label_p_after": rng.random(), "answer_after": rng.choice(["sad", "happy", "fear"])}
+                its = {"place": place, "source": source, "target": target, "window": window, "sample": f"{n}.wav"}
+                rows.append({**of, **its, **before, **after, "split": "choosing" if n % 2 else "test"})
+    about = {"model": "m", "attribute": "emotion", "label": "sad", "form": "P3", "question": "", "labels": ""}
+    about |= {"prefix": "", "label_space": True, "predict": "labels", "later": "recomputed", "max_loops": 1, "loops": 1}
+    numbers = dict.fromkeys(["p_before", "p_after", "logit_difference_before", "logit_difference_after", "noise"], 0.0)
+    frame = pd.DataFrame(rows).assign(**about, **numbers, n_positions=3, engine="sweep")
+    right = {f"right_{when}": frame[f"answer_{when}"] == "sad" for when in ("before", "after")}
+    return BackPatch.concat([frame.assign(**right)])
+
+
+@pytest.mark.parametrize("by", ["accuracy", "label_probability", "tdr"])
+def test_a_pair_is_chosen_on_other_clips_or_on_the_same(by):
+    table = made_up(conflict=True)
+    for on, side in (("held_out", "choosing"), ("same", "test")):
+        for place in ("audio", "early+object"):
+            rows = table.frame[(table.frame.split == side) & (table.frame.place == place)]
+            scores = {}
+            for pair, its in rows.groupby(["source", "target", "window"]):
+                said = its.answer_after.tolist()
+                tdr = said.count("happy") / (said.count("happy") + said.count("sad"))
+                best = {"accuracy": -its.right_after.mean(), "label_probability": -its.label_p_after.mean(), "tdr": tdr}
+                scores[pair] = (best[by], -its.label_p_after.mean())
+            choice = table.chosen(on, by, place)
+            assert (choice.source, choice.target, choice.window) == min(scores, key=scores.get)
+            assert (choice.picked_on, choice.picked_by, choice.n_clips) == (on, by, 12)
+            assert choice.place == (place if place == "audio" else ("early", "object"))
+
+
+def test_before_and_after_on_test_clips():
+    table = made_up(n_clips=60, conflict=True, seed=3)
+    summary = table.summary(n_resamples=400, seed=1)
+    assert summary[["place", "picked_on"]].drop_duplicates().shape == (4, 2)
+    row = summary[(summary.place == "audio") & (summary.picked_on == "held_out")].iloc[0]
+    rows = table.frame[(table.frame.split == "test") & (table.frame.place == "audio")]
+    rows = rows[(rows.source == row.source) & (rows.target == row.target) & (rows.window == row.window)]
+    assert row.n == len(rows) == 30
+    assert row.accuracy_before == rows.right_before.mean()
+    assert row.accuracy_change == pytest.approx(rows.right_after.mean() - rows.right_before.mean())
+    table_of = np.array([[sum((rows.right_before == a) & (rows.right_after == b)) for b in (1, 0)] for a in (1, 0)])
+    assert row.accuracy_p == pytest.approx(mcnemar(table_of, exact=True).pvalue)
+    assert (row.accuracy_won, row.accuracy_lost) == (table_of[1, 0], table_of[0, 1])
+    text, audio = ({w: (rows[f"answer_{w}"] == its) for w in ("before", "after")} for its in ("happy", "sad"))
+    tdr = {when: text[when].sum() / (text[when] | audio[when]).sum() for when in text}
+    assert [row.tdr_before, row.tdr_after] == pytest.approx([tdr["before"], tdr["after"]])
+    clear = (text["before"] | audio["before"]) & (text["after"] | audio["after"])
+    pairs = pd.crosstab(text["before"][clear], text["after"][clear])
+    assert row.tdr_p == pytest.approx(mcnemar(pairs.to_numpy(), exact=True).pvalue)
+    change, rng = (rows.label_p_after - rows.label_p_before).to_numpy(), np.random.default_rng(1)
+    means = rng.choice(change, (4000, 30)).mean(1)
+    assert [row.label_p_low, row.label_p_high] == pytest.approx(np.percentile(means, [2.5, 97.5]).tolist(), abs=0.03)
+
+
+def test_conditions_of_one_clip_are_on_one_side(tiny_lalm, samples):
+    samples = samples[:4]
+    items = make_conflict(samples, "emotion", conditions=["audio_only", "conflict"])
+    how = {"sources": (7,), "targets": (2,), "windows": (1,), "places": ["audio"], "n_choosing": 2}
+    table = back_patch(tiny_lalm, items, **how, **QUIET)
+    sides = table.frame.groupby("clip").split.agg(["nunique", "size"])
+    assert (sides == [1, 2]).all(axis=None)
+    assert (table.frame.drop_duplicates("clip").split == "choosing").sum() == 2
+    assert {clip_of(item) for item in items} == {sample.name for sample in samples}
+    assert table.chosen().n_clips == 2, "conflicts alone"
+    summary = table.summary(n_resamples=50)
+    assert summary.condition.tolist() == ["audio_only", "conflict"] * 2
+    assert summary.n.tolist() == [2] * 4
+    assert summary.tdr_before.notna().tolist() == [False, True] * 2
+    assert set(table.frame.text_label.dropna()) <= set(items[0].attribute.labels)
+
+
+def test_the_default_grid_is_spread_and_every_pair_goes_back():
+    assert {its.source for its in grid(8, None, None, (1,))} == set(range(1, 8))
+    wide = grid(32, None, None, (1, 3, 5))
+    assert {its.source for its in wide} | {its.target for its in wide} == {0, 4, 9, 13, 18, 22, 27, 31}
+    assert len(wide) == 3 * 28
+    assert len(grid(32, range(32), range(32), (1,))) == 32 * 31 // 2
+    with pytest.raises(InputError, match="No source layer of \\[2\\] is behind a target layer of \\[2, 5\\]"):
+        grid(8, (2,), (5, 2), (1,))
+    with pytest.raises(InputError, match="There are 8 layers in the decoder, counted from 0; got \\[9\\]"):
+        grid(8, (9,), None, (1,))
+    with pytest.raises(InputError, match="A window is an odd number of layers"):
+        grid(8, None, None, (2,))
+
+
+def test_the_picture_frames_the_choice():
+    table = made_up()
+    figure = table.plot(by="label_probability")
+    panels = figure.axes[:4]  # two places, two windows
+    assert [ax.get_title() for ax in panels] == [f"{p}, {w}" for p in table.places for w in ("1 layer", "3 layers")]
+    scores = table.scores(by="label_probability")
+    for place, pair_of in zip(table.places, (panels[:2], panels[2:]), strict=True):
+        choice = table.chosen(by="label_probability", place=place)
+        framed = [ax for ax in pair_of if ax.patches]
+        assert [ax.get_title().split(", ")[1][0] for ax in framed] == [str(choice.window)]
+        (frame,), ax = framed[0].patches, framed[0]
+        x, y = round(frame.get_x() + 0.5), round(frame.get_y() + 0.5)
+        assert (x, y) == ([1, 2].index(choice.target), [5, 7].index(choice.source))
+        best = scores[scores.place == place].iloc[0].label_probability
+        before = table.frame[table.frame.split == "choosing"].drop_duplicates("sample").label_p_before.mean()
+        assert float(ax.images[0].get_array()[y, x]) == pytest.approx(best - before)
+
+
+def test_a_table_is_printed_saved_and_loaded(asked, samples, tmp_path):
+    model: HookedLALM = asked[0].model
+    table = back_patch(model, samples[:2], sources=(7,), targets=(0, 1), windows=(1,), n_choosing=0, **QUIET)
+    assert (
+        repr(table) == "BackPatch(8 runs, clips: 2 of emotion; 2 pairs of layers at audio, 2 pairs of layers at text)"
+    )
+    path: Path = table.save(tmp_path / "pairs.parquet")
+    pd.testing.assert_frame_equal(BackPatch.load(path).to_frame(), table.to_frame())
+    assert table.summary(n_resamples=20).picked_on.tolist() == ["same", "same"]
+    effects = table.effects("accuracy")
+    assert effects.n.tolist() == [2] * 4
+    with pytest.raises(DataError, match="All clips are test clips"):
+        table.chosen()
+    with pytest.raises(DataError, match="no place 'late', only audio, text"):
+        table.chosen("same", place="late")
+    with pytest.raises(InputError, match="Places are a list of regions"):
+        back_patch(model, samples, places="audio", **QUIET)
+    with pytest.raises(InputError, match="There is no place 'here'"):
+        back_patch(model, samples, places=["here"], **QUIET)
+    with pytest.raises(InputError, match="max_loops is 1 or more"):
+        back_patch(model, samples, max_loops=0, **QUIET)
+    assert isinstance(asked[1], Run)
