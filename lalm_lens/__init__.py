@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
     from lalm_lens.experiments.moment import Search
     from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
+    from lalm_lens.experiments.probe import Probe, probe
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
@@ -62,6 +63,7 @@ _HOME = {
     "Patch": "interventions",
     "Plan": "engine.plan",
     "Probabilities": "readouts",
+    "Probe": "experiments.probe",
     "Recompute": "interventions",
     "Resid": "readouts",
     "Run": "runs",
@@ -87,6 +89,7 @@ _HOME = {
     "logit_lens": "experiments.logit_lens",
     "object_effect": "experiments.object_effect",
     "patching": "patching",
+    "probe": "experiments.probe",
     "read_audio": "audio",
     "read_folder": "datasets",
     "read_sample": "datasets",
@@ -122,6 +125,7 @@ __all__ = [
     "Patch",
     "Plan",
     "Probabilities",
+    "Probe",
     "Recompute",
     "Resid",
     "Run",
@@ -147,6 +151,7 @@ __all__ = [
     "logit_lens",
     "object_effect",
     "patching",
+    "probe",
     "read_audio",
     "read_folder",
     "read_sample",
