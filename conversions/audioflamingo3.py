@@ -9,7 +9,7 @@ from typing import Any
 from lalm_lens.adapters.mlp import MLPAdapter
 from lalm_lens.config import ConfigReader, LALMConfig
 from lalm_lens.encoders.whisper import PooledWhisperEncoder
-from lalm_lens.prompts import ChatTemplate, Windows
+from lalm_lens.prompts import ClipFirstTemplate, Windows
 from lalm_lens.weights import Conversion, Rule
 
 from ._layouts import PUBLISHED, TRANSFORMERS_5
@@ -47,7 +47,7 @@ AUDIO_FLAMINGO_3 = Conversion(
     adapter=lambda cfg: MLPAdapter(cfg.encoder.d_model, cfg.decoder.d_model, bias=True),
     rows=lambda cfg: ROWS,
     layouts=(PUBLISHED, TRANSFORMERS_5),
-    template=ChatTemplate(placeholder="<sound>"),
+    template=ClipFirstTemplate(placeholder="<sound>"),
     hearing=Windows(),
     hf_class="AudioFlamingo3ForConditionalGeneration",
     frame_mask="input_features_mask",

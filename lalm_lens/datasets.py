@@ -8,16 +8,29 @@ from pathlib import Path
 
 from lalm_lens.audio import Waveform, read_audio
 from lalm_lens.errors import DataError
+from lalm_lens.pieces import Statement
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A clip and the label that is true of it; what it says too, where that is known and a model reads it."""
+    """A clip and the label that is true of it; what it says too, where that is known and a model reads it; and what the
+    prompt states of it beside the question, true or not."""
 
     name: str
     label: str
     waveform: Waveform = field(repr=False)
     transcript: str | None = None
+    statement: Statement | None = None
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the clip is in the prompt at all."""
+        return True
+
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """What a table says of it, beside its name and label."""
+        return {}
 
 
 def read_sample(path: str | Path, label: str, transcript: str | None = None) -> Sample:
@@ -56,6 +69,11 @@ def cut_to(samples: Sequence[Sample], n_samples: int) -> list[Sample]:
         else sample
         for sample in samples
     ]
+
+
+def heard(samples: Sequence[Sample]) -> list[Waveform]:
+    """The clips of those that have one in their prompt."""
+    return [sample.waveform for sample in samples if sample.is_heard]
 
 
 def refuse_repeated(samples: Sequence[Sample]) -> None:

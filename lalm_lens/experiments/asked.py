@@ -8,9 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
-from lalm_lens.datasets import Sample, refuse_repeated
+from lalm_lens.datasets import Sample, heard, refuse_repeated
 from lalm_lens.experiments.causal_trace import (
     processor_of,
+    prompt_about,
     question_columns,
     refuse_foreign_hooks,
     refuse_one_label,
@@ -48,7 +49,8 @@ class Question:
         refuse_one_label(self.attribute)
         processor.label_tokens(self.labels, self.label_space)
         for sample in samples:
-            processor.check_audible(sample.waveform, sample.name)
+            if sample.is_heard:
+                processor.check_audible(sample.waveform, sample.name)
             refuse_other_label(sample, self.attribute)
 
     @property
@@ -62,13 +64,13 @@ class Question:
 
     def run(self, sample: Sample) -> Run:
         processor = processor_of(self.model)
-        n_frames = processor.n_frames(sample.waveform)
-        prompt = processor.prompt(self.attribute, n_frames, self.form, answer=sample.label)
-        return Run(processor.inputs([prompt], [sample.waveform]), prompt)
+        prompt = prompt_about(processor, sample, self.attribute, self.form)
+        return Run(processor.inputs([prompt], heard([sample])), prompt)
 
-    def columns(self, sample: Sample) -> dict[str, str | bool]:
+    def columns(self, sample: Sample) -> dict[str, str | bool | None]:
         """What says all of this in a table."""
-        return question_columns(self.model, sample, self.attribute, self.form, self.label_space)
+        asked = question_columns(self.model, sample, self.attribute, self.form, self.label_space)
+        return {**asked, **sample.columns}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from lalm_lens.interventions import BlockSite
 from lalm_lens.metrics import Answer, Metric, Predict, is_right
 from lalm_lens.model import HookedLALM
 from lalm_lens.pieces import user_pieces
-from lalm_lens.prompts import Processor, Prompt
+from lalm_lens.prompts import Processor, Prompt, Transcript
 from lalm_lens.results import EMBED_LAYER, CausalTrace, GridKind
 from lalm_lens.runs import Run
 from lalm_lens.shapes import typed
@@ -236,9 +236,18 @@ def prompts_of(processor: Processor, sample: Sample, heard: Corrupted, settings:
     """Of the clean and the corrupted run."""
     listener = Listener(processor, settings.voice_activity)
     both = (None, None) if settings.transcript is None else settings.transcript.of(listener, sample, heard)
-    asked = settings.attribute, processor.n_frames(sample.waveform), settings.form
-    clean, corrupted = (processor.prompt(*asked, answer=sample.label, transcript=read) for read in both)
+    asked = processor, sample, settings.attribute, settings.form
+    clean, corrupted = (prompt_about(*asked, transcript=read) for read in both)
     return clean, corrupted
+
+
+def prompt_about(
+    processor: Processor, sample: Sample, attribute: Attribute, form: Form, transcript: Transcript | None = None
+) -> Prompt:
+    """The question about one clip, with what is stated of it."""
+    n_frames = processor.n_frames(sample.waveform) if sample.is_heard else None
+    its = {"answer": sample.label, "statement": sample.statement}
+    return processor.prompt(attribute, n_frames, form, transcript=transcript, **its)
 
 
 def answer_of(processor: Processor, label: str, settings: Settings) -> Answer:

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.attributes import Attribute, Form
-from lalm_lens.datasets import Sample
+from lalm_lens.datasets import Sample, heard
 from lalm_lens.engine.branches import indexed
 from lalm_lens.engine.plan import ran_out, usual_budget
 from lalm_lens.errors import InputError
+from lalm_lens.experiments.causal_trace import prompt_about
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.interventions import Knockout, NamedHook
 from lalm_lens.model import HookedLALM
@@ -126,8 +127,9 @@ class Asked:
     def of(
         cls, processor: Processor, sample: Sample, attribute: Attribute, form: Form, *positions: Positions
     ) -> "Asked":
-        processor.check_audible(sample.waveform, sample.name)
-        prompt = processor.prompt(attribute, processor.n_frames(sample.waveform), form, answer=sample.label)
+        if sample.is_heard:
+            processor.check_audible(sample.waveform, sample.name)
+        prompt = prompt_about(processor, sample, attribute, form)
         run = run_of(prompt)
         return cls(sample, prompt, tuple(sorted({index for its in positions for index in run.indices(its)})))
 
@@ -183,7 +185,7 @@ def read_together(
     knockouts: Sequence[Knockout],
 ) -> Iterator[Words]:
     prompts = [each.prompt for each in asked]
-    inputs = processor.inputs(prompts, [each.sample.waveform for each in asked])
+    inputs = processor.inputs(prompts, heard([each.sample for each in asked]))
     where = torch.zeros_like(inputs.attention_mask)
     for row, each in enumerate(asked):
         where[row, torch.tensor(each.at) + where.shape[1] - len(each.prompt)] = True

@@ -8,11 +8,12 @@ from lalm_lens.prompts.processor import Processor
 from lalm_lens.prompts.prompt import Position, Prompt
 from lalm_lens.prompts.qwen import qwen_processor
 from lalm_lens.prompts.seeing import EarsAndEyes, seeing_processor
-from lalm_lens.prompts.templates import ChatTemplate, Mark, Template, Transcript
+from lalm_lens.prompts.templates import ChatTemplate, ClipFirstTemplate, Mark, Template, Transcript
 
 __all__ = [
     "ChatTemplate",
     "Chunks",
+    "ClipFirstTemplate",
     "CutClip",
     "Desta2Template",
     "Desta25Template",

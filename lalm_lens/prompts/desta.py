@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from lalm_lens.errors import ConversionError, PromptError
-from lalm_lens.pieces import Piece
+from lalm_lens.pieces import Piece, Turn, words_of
 from lalm_lens.prompts.prompt import Prompt
-from lalm_lens.prompts.templates import ChatTemplate, Picture, Transcript, refuse_marks, rendered
+from lalm_lens.prompts.templates import ChatTemplate, Picture, Transcript, refuse_marks, rendered, texts
 
 NO_SPEECH = " "  # what DeSTA2.5 reads of a clip without speech
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # Llama 3.1's template has them, 3's not
@@ -32,7 +32,7 @@ class DestaTemplate(ChatTemplate):
 
     def check_chat(self, hf: Any) -> None:
         """Raise `ConversionError` for a tokenizer with another chat template than the model was trained with."""
-        text = self.render(hf, "a", "b")
+        text = self.render(hf, Turn((Piece("a", "early"),)), "b")
         if text not in self.expected("a", "b"):
             raise ConversionError(
                 f"This tokenizer's chat template is not the one of Llama 3 that the model was trained with: {text!r}. "
@@ -87,23 +87,28 @@ class Desta25Template(DestaTemplate):
         said = turn("user", f"{self.clip}\n{user}") + header("assistant") + answer
         return (f"<|begin_of_text|>{turn('system', self.dates + self.system)}{said}",)
 
-    def render(self, hf: Any, user: str | None, answer: str, pictures: Sequence[Picture] = ()) -> str:
+    def render(self, hf: Any, turn: Turn, answer: str, pictures: Sequence[Picture] = ()) -> str:
+        before, behind = texts(turn)
+        heard = [(before or "") + self.clip] if turn.has_clip else []
         messages = [
             {"role": "system", "content": self.system},
-            {"role": "user", "content": self.clip if user is None else f"{self.clip}\n{user}"},
+            {"role": "user", "content": "\n".join([*heard, *([] if behind is None else [behind])])},
         ]
         return rendered(hf.tokenizer, messages, add_generation_prompt=True) + answer
 
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
+    def write(self, hf: Any, turn: Turn, prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
         assert not pictures, "DeSTA does not see"
-        prompt = self.tokenize(hf, self.pieces(hf, asked, prefix))
+        prompt = self.tokenize(hf, self.pieces(hf, turn, prefix))
+        if not turn.has_clip:
+            return prompt
         clip = prompt.tokens.index(hf.tokenizer.convert_tokens_to_ids(self.placeholder))
         return self.insert_transcript(hf, prompt, clip + 1)
 
 
 @dataclass(frozen=True)
 class Desta2Template(DestaTemplate):
-    """DeSTA2: a turn of the role `audio` holds clip and transcript, another one the question.
+    """DeSTA2: a turn of the role `audio` holds clip and transcript, another one the question. What is said before the
+    clip has a turn of its own.
 
     `quirks="published"` is what the original does (kehanlu/DeSTA2, desta/modeling_desta.py): a second token for the
     beginning of the text, which it forgets when it counts, so that the clip lands one token early, before the line
@@ -115,6 +120,7 @@ class Desta2Template(DestaTemplate):
     system: str | None = None
     quirks: Quirks = "published"
     audio_token: int | None = None
+    between: ClassVar[str] = ""  # the template strips a turn
 
     def __post_init__(self) -> None:
         if self.quirks not in ("published", "none"):
@@ -130,21 +136,26 @@ class Desta2Template(DestaTemplate):
         system = "" if self.system is None else turn("system", self.system)
         return (f"<|begin_of_text|>{system}{turn('audio', _CLIP)}{turn('user', user)}{header('assistant')}{answer}",)
 
-    def render(self, hf: Any, user: str | None, answer: str, pictures: Sequence[Picture] = ()) -> str:
-        said = {"system": self.system, "audio": _CLIP, "user": user, "assistant": answer}
-        messages = [{"role": role, "content": text} for role, text in said.items() if text is not None]
+    def render(self, hf: Any, turn: Turn, answer: str, pictures: Sequence[Picture] = ()) -> str:
+        before, behind = texts(turn)
+        clip = _CLIP if turn.has_clip else None
+        said = ("system", self.system), ("user", before), ("audio", clip), ("user", behind), ("assistant", answer)
+        messages = [{"role": role, "content": text} for role, text in said if text is not None]
         return rendered(hf.tokenizer, messages, continue_final_message=True)
 
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
+    def write(self, hf: Any, turn: Turn, prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
         assert not pictures, "DeSTA does not see"
         assert self.audio_token is not None, "the token of the clip is that of a model: Template.of"
-        pieces = self.pieces(hf, asked, prefix)
-        clip = next(n for n, piece in enumerate(pieces) if piece.region == "audio")
-        n_left = len(hf.tokenizer.tokenize("".join(piece.text for piece in pieces[:clip])))
+        pieces = self.pieces(hf, turn, prefix)
+        clip = next((n for n, piece in enumerate(pieces) if piece.region == "audio"), len(pieces))
         prompt = self.tokenize(hf, [*pieces[:clip], *pieces[clip + 1 :]])
-        prompt = self.insert_transcript(hf, prompt, n_left)
+        n_left = len(hf.tokenizer.tokenize(words_of(pieces[:clip])))
+        if turn.has_clip:
+            prompt = self.insert_transcript(hf, prompt, n_left)
         if self.quirks == "published":
             prompt = prompt.insert(0, prompt.tokens[:1], [hf.tokenizer.bos_token], "text_before")
+        if not turn.has_clip:
+            return prompt
         return relabelled(prompt.insert(n_left, [self.audio_token], [""], "audio"), n_left)
 
 

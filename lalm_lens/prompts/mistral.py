@@ -12,9 +12,9 @@ import soundfile
 
 from lalm_lens.audio import MIN_SAMPLES, RATE_HZ
 from lalm_lens.errors import ConversionError, PromptError
-from lalm_lens.pieces import Piece, prefix_pieces
+from lalm_lens.pieces import Piece, Turn, prefix_pieces, words_of
 from lalm_lens.prompts.prompt import Prompt
-from lalm_lens.prompts.templates import Picture, Template, refuse_marks
+from lalm_lens.prompts.templates import Picture, Template, refuse_marks, texts
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,26 @@ class MistralTemplate(Template):
                 "and this model's tokens come from mistral-common (tekken.json)."
             )
         special = set(hf.tokenizer.all_special_tokens)
-        if words_of(hf).audio is None or not {self.placeholder, self.before} <= special:
+        if vocabulary_of(hf).audio is None or not {self.placeholder, self.before} <= special:
             raise ConversionError(
                 f"The tekken.json of this model hears nothing: it has no audio section, or no {self.placeholder} and "
                 f"{self.before} among its special tokens. Take the one that belongs to the model."
             )
-        token, n_made = self.mark(hf, self.placeholder), encode(hf, "", ".").count(self.mark(hf, self.placeholder))
+        token, n_made = self.mark(hf, self.placeholder), encode(hf, Turn(), ".").count(self.mark(hf, self.placeholder))
         if (token, n_made) != (audio_token, n_audio):
             raise ConversionError(
                 f"The tekken.json belongs to another model: it has {n_made} times token {token} for a clip, and the "
                 f"model hears {n_audio} times token {audio_token}."
             )
 
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
+    def write(self, hf: Any, turn: Turn, prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
         assert not pictures, "no model of Mistral's here sees"
-        words = "".join(piece.text for piece in asked)
-        refuse_marks(words + prefix, hf.tokenizer.all_special_tokens)
-        tokens = self.one_placeholder(hf, encode(hf, words, prefix))
-        return Prompt.of(tokens, self.owners(hf, tokens, [*asked, *prefix_pieces(prefix)]), hf.tokenizer.decode)
+        refuse_marks((words_of(turn.said) or "") + prefix, hf.tokenizer.all_special_tokens)
+        tokens = encode(hf, turn, prefix)
+        if turn.has_clip:
+            tokens = self.one_placeholder(hf, tokens)
+        said = [*turn.said, *prefix_pieces(prefix)]
+        return Prompt.of(tokens, self.owners(hf, tokens, said, turn.has_clip), hf.tokenizer.decode)
 
     def mark(self, hf: Any, mark: str) -> int:
         return hf.tokenizer.convert_tokens_to_ids(mark)
@@ -60,7 +62,7 @@ class MistralTemplate(Template):
         first = tokens.index(audio)
         return [*tokens[: first + 1], *(token for token in tokens[first:] if token != audio)]
 
-    def owners(self, hf: Any, tokens: Sequence[int], said: Sequence[Piece]) -> list[Piece]:
+    def owners(self, hf: Any, tokens: Sequence[int], said: Sequence[Piece], has_clip: bool) -> list[Piece]:
         """The piece of each token: of a mark by what it is, of words by their bytes.
 
         A token may hold part of a character alone, so characters would not do. Raises `PromptError` where
@@ -72,9 +74,10 @@ class MistralTemplate(Template):
         written, owners = b"", []
         for n, token in enumerate(tokens):
             if token in special:
-                owners.append(marks.get(token, Piece("", "template" if audio in tokens[:n] else "text_before")))
+                is_behind = audio in tokens[:n] if has_clip else bool(written)
+                owners.append(marks.get(token, Piece("", "template" if is_behind else "text_before")))
                 continue
-            written += words_of(hf).id_to_byte_piece(token)
+            written += vocabulary_of(hf).id_to_byte_piece(token)
             owners.append(by_byte[min(len(written), len(by_byte)) - 1])
         if written != (wanted := "".join(piece.text for piece in said).encode()):
             raise PromptError(
@@ -84,16 +87,17 @@ class MistralTemplate(Template):
         return owners
 
 
-def words_of(hf: Any) -> Any:
+def vocabulary_of(hf: Any) -> Any:
     """mistral-common's own tokenizer, which knows the bytes of a token."""
     return hf.tokenizer.tokenizer.instruct_tokenizer.tokenizer
 
 
-def encode(hf: Any, words: str, prefix: str) -> list[int]:
-    """The tokens of a turn that hears one short clip, and of the answer that it begins."""
-    text = [{"type": "text", "text": words}] if words else []
+def encode(hf: Any, turn: Turn, prefix: str) -> list[int]:
+    """The tokens of a turn that hears one short clip, or none, and of the answer that it begins."""
+    clip = [{"type": "audio", "base64": silent_wav()}] if turn.has_clip else []
+    before, behind = ([{"type": "text", "text": text}] if text else [] for text in texts(turn))
     turns = [
-        {"role": "user", "content": [{"type": "audio", "base64": silent_wav()}, *text]},
+        {"role": "user", "content": [*before, *clip, *behind]},
         {"role": "assistant", "content": prefix},
     ]
     # Not the processor's own method of that name: in transformers 5.23 it takes continue_final_message and forgets it.

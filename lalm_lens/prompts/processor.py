@@ -14,7 +14,7 @@ from lalm_lens.audio import Waveform, Waveforms, check_audible
 from lalm_lens.config import LALMConfig, VisionConfig
 from lalm_lens.errors import ConversionError, InputError, PromptError, reason
 from lalm_lens.inputs import Images, Inputs, Videos
-from lalm_lens.pieces import user_pieces
+from lalm_lens.pieces import Piece, Statement, turn_of
 from lalm_lens.prompts.hearing import Hearing
 from lalm_lens.prompts.prompt import Position, Prompt
 from lalm_lens.prompts.templates import Picture, Template, Transcript
@@ -49,25 +49,33 @@ class Processor:
     def prompt(
         self,
         attribute: Attribute,
-        n_frames: int,
+        n_frames: int | None,
         form: Form = "P3",
         labels: Sequence[str] | None = None,
         answer: str | None = None,
         images: Images | None = None,
         videos: Videos | None = None,
         transcript: Transcript | None = None,
+        statement: Statement | None = None,
     ) -> Prompt:
         """AudioLens' P1 (no text), P2 (question) or P3 (question, options), up to the end of the forced answer prefix.
 
-        The clip has `n_frames` mel frames (10 ms). `labels` are the options, the attribute's own by default; tokens of
-        the option `answer` are marked as correct. `images`, from `see`, and then `videos`, which are silent, come
-        before the clip. `transcript` is what the clip says, for a model that reads it too (DeSTA): " " by default, as
-        of a clip without speech. Raises `PromptError` if what the form needs is empty, or if the model's chat template
-        does more than to put the texts in their places.
+        The clip has `n_frames` mel frames (10 ms); None is a prompt without a clip. `labels` are the options, the
+        attribute's own by default; tokens of the option `answer` are marked as correct. `images`, from `see`, and then
+        `videos`, which are silent, come before the clip. `transcript` is what the clip says, for a model that reads it
+        too (DeSTA): " " by default, as of a clip without speech. `statement` is what the user says of the clip before
+        or behind it. Raises `PromptError` if what the form needs is empty, or if the model's chat template does more
+        than to put the texts in their places.
         """
-        if n_frames < 1 or self.n_audio(n_frames) < 1:
+        if n_frames is not None and (n_frames < 1 or self.n_audio(n_frames) < 1):
             raise PromptError(f"A clip of {n_frames} mel frames (10 ms each) makes no audio token: give a longer one.")
-        asked = user_pieces(attribute, form, labels or attribute.labels)
+        if n_frames is None and transcript is not None:
+            raise PromptError("A transcript is of a clip, and this prompt has none: leave it out.")
+        claim: list[Piece] = []
+        if statement is not None and statement.is_transcript and self.template.has_transcript and n_frames is not None:
+            transcript, claim = transcribed(statement, transcript)
+            statement = replace(statement, text="", opening="", closing="", warning=statement.warning.lstrip())
+        turn = turn_of(attribute, form, labels or attribute.labels, statement, n_frames is not None)
         pictures: dict[Picture, Images | None] = {"image": images, "video": videos}
         n_patches: dict[Picture, list[int]] = {
             kind: its.grid.prod(-1).tolist() for kind, its in pictures.items() if its is not None
@@ -77,8 +85,8 @@ class Processor:
         kinds: list[Picture] = [kind for kind, its in n_patches.items() for _ in its]
         template = self.template.of(self.cfg.audio_token)
         template = template if transcript is None else template.saying(transcript)
-        written = template.write(self.hf, asked, attribute.prefix, kinds)
-        prompt = self.expand(written, self.n_audio(n_frames), n_patches)
+        written = labelled(template.write(self.hf, turn, attribute.prefix, kinds), claim, self.hf)
+        prompt = self.expand(written, 0 if n_frames is None else self.n_audio(n_frames), n_patches)
         marked = (replace(p, is_correct=p.label is not None and p.label == answer) for p in prompt.positions)
         return replace(prompt, positions=tuple(marked))
 
@@ -108,11 +116,13 @@ class Processor:
         return Images(batch["pixel_values"], batch["image_grid_thw"])
 
     def expand(self, prompt: Prompt, n_audio: int, n_patches: Mapping[Picture, Sequence[int]] = NOTHING) -> Prompt:
-        """The one placeholder of the clip, `n_audio` times, and those of pictures, once for each square of patches."""
+        """The one placeholder of the clip, `n_audio` times, and those of pictures, once for each square of patches.
+        Without audio there is no clip."""
         n_clips = prompt.tokens.count(self.cfg.audio_token)
-        if n_clips != 1:
+        if n_clips != min(1, n_audio):
             raise PromptError(
-                f"Token {self.cfg.audio_token}, which stands for the clip, is in the prompt {n_clips} times, not once. "
+                f"Token {self.cfg.audio_token}, which stands for the clip, is in the prompt {n_clips} times, not "
+                f"{'once' if n_audio else 'never'}. "
                 "The tokenizer belongs to another model, or the prompt contains the placeholder."
             )
         vision, times = self.cfg.vision, [n_audio if token == self.cfg.audio_token else 1 for token in prompt.tokens]
@@ -141,15 +151,22 @@ class Processor:
         images: Images | None = None,
         videos: Videos | None = None,
     ) -> Inputs:
-        """One left-padded batch; each prompt holds one clip. `images` and `videos` are those of all prompts.
+        """One left-padded batch; the clips are those of the prompts that hold one, in their order. `images` and
+        `videos` are those of all prompts.
 
         Raises `AudioError` for a clip that is too short to make a token, or longer than the model hears.
         """
-        if not len(prompts) == len(waveforms) > 0:
-            raise InputError(f"Each prompt is about one clip; got {len(prompts)} prompts and {len(waveforms)} clips.")
+        n_clips = sum(self.cfg.audio_token in prompt.tokens for prompt in prompts)
+        if not prompts or n_clips != len(waveforms):
+            raise InputError(
+                f"Each prompt is about one clip, or has none; got {len(prompts)} prompts, {n_clips} of them with a "
+                f"clip, and {len(waveforms)} clips."
+            )
         for waveform in waveforms:
             self.check_audible(waveform, "A clip")
         padded = self.pad(prompts)
+        if not waveforms:
+            return Inputs(*padded, images=images, videos=videos)
         mel, n_frames = self.hearing.features(self.hf.feature_extractor, waveforms)
         return Inputs(*padded, mel=mel, n_frames=n_frames, images=images, videos=videos)
 
@@ -204,6 +221,28 @@ class Processor:
         if not label.strip() or not tokens:
             raise PromptError(f"The label {label!r} has no tokens. Leave out empty labels.")
         return tuple(tokens)
+
+
+def transcribed(statement: Statement, transcript: Transcript | None) -> tuple[str, list[Piece]]:
+    """What is stated as the transcript of the clip."""
+    if transcript is not None:
+        raise PromptError("What is stated is a transcript of the clip, and it has another one: leave one of them out.")
+    if statement.order == "text_first":
+        raise PromptError('The transcript has its place behind the clip in the prompts of this model: "audio_first".')
+    return statement.text, statement.claim
+
+
+def labelled(prompt: Prompt, claim: Sequence[Piece], hf: Any) -> Prompt:
+    """With the label of the option that its transcript states on the tokens that do."""
+    if not claim:
+        return prompt
+    owner = [piece for piece in claim for _ in piece.text]
+    encoding = hf.tokenizer(
+        "".join(piece.text for piece in claim), add_special_tokens=False, return_offsets_mapping=True
+    )
+    labels = iter([owner[max(end - 1, start)].label for start, end in encoding["offset_mapping"]])
+    marked = (replace(its, label=next(labels)) if its.region == "transcript" else its for its in prompt.positions)
+    return replace(prompt, positions=tuple(marked))
 
 
 def check_sight(hf: Any, vision: VisionConfig) -> None:

@@ -6,17 +6,17 @@ character, and then every token, knows which part of the prompt it comes from.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from jinja2 import TemplateError
 
 from lalm_lens.errors import ConversionError, PromptError
-from lalm_lens.pieces import Piece, Region, prefix_pieces
+from lalm_lens.pieces import Piece, Region, Turn, prefix_pieces, words_of
 from lalm_lens.prompts.prompt import Prompt
 
 Picture = Literal["image", "video"]
-_USER, _ANSWER = "\ue000", "\ue001"  # private-use characters that no template and no prompt contains
+_USER, _ANSWER, _BEFORE = "\ue000", "\ue001", "\ue003"  # private-use characters that no template and no prompt contains
 
 Transcript = str | tuple[int, ...]  # what a clip says, as words or as their tokens
 
@@ -52,11 +52,11 @@ class Template(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
-        """The prompt up to the end of the forced answer prefix, with one placeholder for the clip and one for each of
-        the pictures, which come before it where a model sees any.
+    def write(self, hf: Any, turn: Turn, prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
+        """The prompt up to the end of the forced answer prefix, with one placeholder for the clip, if there is one, and
+        one for each of the pictures, which come first where a model sees any.
 
-        `asked` is what the user says beside the clip; it may be nothing. Raises `PromptError` for words that the
+        `turn` is what the user says beside the clip; it may be nothing. Raises `PromptError` for words that the
         template would change, or take for its own marks.
         """
 
@@ -79,6 +79,7 @@ class ChatTemplate(Template):
     after: str = ""
     image: Mark | None = None
     video: Mark | None = None
+    between: ClassVar[str] = "\n"  # what is said before the clip, and the clip
 
     def check(self, hf: Any, audio_token: int, n_audio: int) -> None:
         same_token(hf, self.placeholder, audio_token, "hears")
@@ -89,17 +90,19 @@ class ChatTemplate(Template):
         same_token(hf, self.image.placeholder, image_token, "sees images")
         same_token(hf, self.video.placeholder, video_token, "sees videos")
 
-    def write(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
-        return self.tokenize(hf, self.pieces(hf, asked, prefix, pictures))
+    def write(self, hf: Any, turn: Turn, prefix: str, pictures: Sequence[Picture] = ()) -> Prompt:
+        return self.tokenize(hf, self.pieces(hf, turn, prefix, pictures))
 
-    def pieces(self, hf: Any, asked: Sequence[Piece], prefix: str, pictures: Sequence[Picture] = ()) -> list[Piece]:
+    def pieces(self, hf: Any, turn: Turn, prefix: str, pictures: Sequence[Picture] = ()) -> list[Piece]:
         """The rendered prompt, cut where the region changes."""
-        words = "".join(piece.text for piece in asked)
-        refuse_marks(words + prefix, self.marks(hf))
-        marked = self.render(hf, _USER if asked else None, _ANSWER, pictures)
+        refuse_marks((words_of(turn.said) or "") + prefix, self.marks(hf))
+        if turn.before:
+            turn = replace(turn, before=(*turn.before, replace(turn.before[-1], text=self.between, label=None)))
+        marked = self.render(hf, marked_turn(turn), _ANSWER, pictures)
         head, _, rest = marked.removesuffix(_ANSWER).partition(_USER)
-        pieces = [*self.clip_pieces(head), *asked, Piece(rest, "template"), *prefix_pieces(prefix)]
-        text = self.render(hf, words or None, prefix, pictures)
+        before = self.clip_pieces(head, turn.before) if turn.has_clip else self.picture_pieces(head)
+        pieces = [*before, *turn.behind, Piece(rest, "template"), *prefix_pieces(prefix)]
+        text = self.render(hf, turn, prefix, pictures)
         if text != "".join(piece.text for piece in pieces):
             raise PromptError(
                 f"This chat template does more than to put question and answer prefix in their places, so the parts of "
@@ -109,23 +112,34 @@ class ChatTemplate(Template):
 
     def marks(self, hf: Any) -> set[str]:
         """What no word may contain."""
-        return special_texts(hf.tokenizer) | {self.placeholder, _USER, _ANSWER}
+        return special_texts(hf.tokenizer) | {self.placeholder, _USER, _ANSWER, _BEFORE}
 
-    def render(self, hf: Any, user: str | None, answer: str, pictures: Sequence[Picture] = ()) -> str:
-        """The chat template's text; with no user text, the clip alone is the user's turn, and pictures before it."""
+    def render(self, hf: Any, turn: Turn, answer: str, pictures: Sequence[Picture] = ()) -> str:
+        """The chat template's text; where nothing is said, the user's turn is the clip, and pictures before it."""
         seen = [{"type": picture, picture: picture} for picture in pictures]
-        text = [] if user is None else [{"type": "text", "text": user}]
         messages = [
-            {"role": "user", "content": [*seen, {"type": "audio", "audio_url": "clip"}, *text]},
+            {"role": "user", "content": [*seen, *self.parts(turn)]},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
         return rendered(hf, messages, continue_final_message=True)
 
-    def clip_pieces(self, head: str) -> list[Piece]:
+    def parts(self, turn: Turn) -> list[dict[str, str]]:
+        """The clip and the words of the user's turn, as a chat template takes them."""
+        clip = [{"type": "audio", "audio_url": "clip"}] if turn.has_clip else []
+        before, behind = ([{"type": "text", "text": text}] if text else [] for text in texts(turn))
+        return [*before, *clip, *behind]
+
+    def clip_pieces(self, head: str, said: Sequence[Piece]) -> list[Piece]:
+        """What comes up to the question; `said` comes before the clip."""
         before, placeholder, after = head.partition(self.placeholder)
         if not placeholder or self.placeholder in after:
             raise PromptError(f"The chat template must hold {self.placeholder} once before the question: {head!r}")
+        first, mark, before = before.partition(_BEFORE) if said else ("", "", before)
+        if said and not mark:
+            raise PromptError('This chat template writes the clip before all text, so there is no order "text_first".')
         return [
+            *(self.picture_pieces(first) if said else []),
+            *said,
             *self.picture_pieces(before.removesuffix(self.before)),
             Piece(self.before, "audio_tag"),
             Piece(placeholder, "audio"),
@@ -160,6 +174,29 @@ class ChatTemplate(Template):
         )
         owners = [owner[max(end - 1, start)] for start, end in encoding["offset_mapping"]]
         return Prompt.of(encoding["input_ids"], owners, hf.tokenizer.decode)
+
+
+@dataclass(frozen=True)
+class ClipFirstTemplate(ChatTemplate):
+    """A chat template that writes the clip before all text of its turn (Audio Flamingo 3). Where text comes first, the
+    placeholder is part of the text."""
+
+    def parts(self, turn: Turn) -> list[dict[str, str]]:
+        if not turn.before:
+            return super().parts(turn)
+        return [{"type": "text", "text": self.placeholder.join(text or "" for text in texts(turn))}]
+
+
+def texts(turn: Turn) -> tuple[str | None, str | None]:
+    return words_of(turn.before), words_of(turn.behind)
+
+
+def marked_turn(turn: Turn) -> Turn:
+    """With marks in place of its words."""
+    before, behind = (
+        (Piece(mark, "template"),) if pieces else () for mark, pieces in ((_BEFORE, turn.before), (_USER, turn.behind))
+    )
+    return replace(turn, before=before, behind=behind)
 
 
 def same_token(hf: Any, placeholder: str, wanted: int, does: str) -> None:
