@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lalm_lens import patching, transcripts
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
+    from lalm_lens.conflict import make_conflict
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
     from lalm_lens.datasets import Sample, cut_to, read_folder, read_sample
     from lalm_lens.engine.branches import Branch
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
     from lalm_lens.experiments.causal_trace import causal_trace
+    from lalm_lens.experiments.convergence import Convergence, convergence
     from lalm_lens.experiments.enrich import Enrichment, enrich
     from lalm_lens.experiments.information_score import InformationScore, information_score
     from lalm_lens.experiments.knockout_generation import KnockoutGeneration, knockout_generation
     from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
     from lalm_lens.experiments.moment import Search
+    from lalm_lens.experiments.nearest_tokens import NearestTokens, nearest_tokens
     from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
     from lalm_lens.experiments.probe import Probe, probe
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
@@ -46,6 +49,7 @@ _HOME = {
     "Attribute": "attributes",
     "Branch": "engine.branches",
     "CausalTrace": "results",
+    "Convergence": "experiments.convergence",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
     "HookedLALM": "model",
@@ -58,6 +62,7 @@ _HOME = {
     "LogProbs": "readouts",
     "LogitLens": "experiments.logit_lens",
     "Logits": "readouts",
+    "NearestTokens": "experiments.nearest_tokens",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
@@ -79,6 +84,7 @@ _HOME = {
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
     "causal_trace": "experiments.causal_trace",
+    "convergence": "experiments.convergence",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
     "enrich": "experiments.enrich",
@@ -87,6 +93,8 @@ _HOME = {
     "information_score": "experiments.information_score",
     "knockout_generation": "experiments.knockout_generation",
     "logit_lens": "experiments.logit_lens",
+    "make_conflict": "conflict",
+    "nearest_tokens": "experiments.nearest_tokens",
     "object_effect": "experiments.object_effect",
     "patching": "patching",
     "probe": "experiments.probe",
@@ -108,6 +116,7 @@ __all__ = [
     "Attribute",
     "Branch",
     "CausalTrace",
+    "Convergence",
     "Embedded",
     "Enrichment",
     "HookedLALM",
@@ -120,6 +129,7 @@ __all__ = [
     "LogProbs",
     "LogitLens",
     "Logits",
+    "NearestTokens",
     "ObjectEffect",
     "OtherClip",
     "Patch",
@@ -141,6 +151,7 @@ __all__ = [
     "attention_share",
     "audio_knockout",
     "causal_trace",
+    "convergence",
     "critical_layer",
     "cut_to",
     "enrich",
@@ -149,6 +160,8 @@ __all__ = [
     "information_score",
     "knockout_generation",
     "logit_lens",
+    "make_conflict",
+    "nearest_tokens",
     "object_effect",
     "patching",
     "probe",

@@ -41,3 +41,43 @@ def band(ax: Axes, rows: pd.DataFrame, value: str, colour: str, label: str, styl
     ax.fill_between(rows.layer, rows.low, rows.high, color=colour, alpha=0.15, lw=0)
     if len(rows) == 1:
         ax.vlines(rows.layer, rows.low, rows.high, color=colour, alpha=0.4)
+
+
+PANELS = {  # what is drawn, and of it: column, name, colour, style
+    "cosine": [("cosine", "twins", "#1f5fa8", "-"), ("mismatched", "other labels", "0.5", "--")],
+    "cosine without the\nmean of each modality": [
+        ("centred_cosine", "twins", "#1f5fa8", "-"),
+        ("centred_mismatched", "other labels", "0.5", "--"),
+    ],
+}
+
+
+def convergence_curves(layers: pd.DataFrame, about: str) -> Figure:
+    """Cosines of twins and of mismatched pairs with their intervals, debiased CKA above its null, and the gap between
+    the modalities in units of their spread, by layer; a row of panels per place."""
+    places = list(layers.place.unique())
+    figure = Figure(figsize=(14, 3.1 * len(places) + 0.9), layout="constrained")
+    axes = figure.subplots(len(places), 4, sharex=True, squeeze=False)
+    for row, place in zip(axes, places, strict=True):
+        rows = layers[layers.place == place]
+        for ax, (title, lines) in zip(row, PANELS.items(), strict=False):
+            for value, label, colour, style in lines:
+                its = rows.assign(low=rows[f"{value}_low"], high=rows[f"{value}_high"])
+                band(ax, its, value, colour, label, style)
+            ax.set_ylabel(title)
+        row[2].plot(rows.layer, rows.cka, marker="o", ms=3, color="#3d8b37", label="twins")
+        row[2].plot(rows.layer, rows.cka_null_95, color="0.5", ls="--", label="95 % of random pairings")
+        row[2].set_ylabel("debiased CKA")
+        row[3].plot(rows.layer, rows.relative_gap, marker="o", ms=3, color="#b03030")
+        row[3].set_ylabel("distance of the means /\nspread of the items")
+        row[3].set_ylim(0, 1.05 * rows.relative_gap.max())
+        row[0].set_title(f"at {place}", fontsize=10)
+        for ax in row[:3]:
+            ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+            ax.legend(frameon=False, fontsize=8)
+    for ax in axes[-1]:
+        layer_ticks(ax.set_xticks, layers)
+        ax.set_xlim(layers.layer.min() - 0.5, layers.layer.max() + 0.5)
+        ax.set_xlabel("layer")
+    figure.suptitle(f"{about}, n = {layers.n.iloc[0]} (bands: 95 % bootstrap)", fontsize=10)
+    return figure
