@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
     from lalm_lens.experiments.causal_trace import causal_trace
+    from lalm_lens.experiments.circuits import Circuits, circuits
     from lalm_lens.experiments.convergence import Convergence, convergence
     from lalm_lens.experiments.enrich import Enrichment, enrich
     from lalm_lens.experiments.information_score import InformationScore, information_score
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.moment import Search
     from lalm_lens.experiments.nearest_tokens import NearestTokens, nearest_tokens
     from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
+    from lalm_lens.experiments.pathways import Pathways, pathways
     from lalm_lens.experiments.probe import Probe, probe
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
     from lalm_lens.generation import Sampling
@@ -49,6 +51,7 @@ _HOME = {
     "Attribute": "attributes",
     "Branch": "engine.branches",
     "CausalTrace": "results",
+    "Circuits": "experiments.circuits",
     "Convergence": "experiments.convergence",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
@@ -66,6 +69,7 @@ _HOME = {
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
+    "Pathways": "experiments.pathways",
     "Plan": "engine.plan",
     "Probabilities": "readouts",
     "Probe": "experiments.probe",
@@ -84,6 +88,7 @@ _HOME = {
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
     "causal_trace": "experiments.causal_trace",
+    "circuits": "experiments.circuits",
     "convergence": "experiments.convergence",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
@@ -97,6 +102,7 @@ _HOME = {
     "nearest_tokens": "experiments.nearest_tokens",
     "object_effect": "experiments.object_effect",
     "patching": "patching",
+    "pathways": "experiments.pathways",
     "probe": "experiments.probe",
     "read_audio": "audio",
     "read_folder": "datasets",
@@ -116,6 +122,7 @@ __all__ = [
     "Attribute",
     "Branch",
     "CausalTrace",
+    "Circuits",
     "Convergence",
     "Embedded",
     "Enrichment",
@@ -133,6 +140,7 @@ __all__ = [
     "ObjectEffect",
     "OtherClip",
     "Patch",
+    "Pathways",
     "Plan",
     "Probabilities",
     "Probe",
@@ -151,6 +159,7 @@ __all__ = [
     "attention_share",
     "audio_knockout",
     "causal_trace",
+    "circuits",
     "convergence",
     "critical_layer",
     "cut_to",
@@ -164,6 +173,7 @@ __all__ = [
     "nearest_tokens",
     "object_effect",
     "patching",
+    "pathways",
     "probe",
     "read_audio",
     "read_folder",

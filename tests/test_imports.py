@@ -12,8 +12,8 @@ ORDER = (
     "errors shapes attributes config nn placement offload encoders adapters audio transcribe inputs positions pieces "
     "prompts datasets corrupt conflict transcripts axes hooks bridge_config words named_weights generation transformer "
     "light_cone model marked seeing weights loading verify golden info runs windows interventions readouts engine "
-    "patching metrics aggregates similarity plots tables lens_plots representation_plots results experiments runner "
-    "report assets demo cli __init__ __main__"
+    "patching attribution metrics aggregates similarity plots tables lens_plots representation_plots "
+    "pathway_plots results experiments runner report assets demo cli __init__ __main__"
 ).split()
 FOR_CONVERSIONS = {"config", "errors", "weights", "nn", "encoders", "adapters", "prompts"}
 
