@@ -38,14 +38,19 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.audiolens import AudioLens, audiolens
     from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
     from lalm_lens.experiments.causal_trace import causal_trace
+    from lalm_lens.experiments.circuits import Circuits, circuits
+    from lalm_lens.experiments.convergence import Convergence, convergence
     from lalm_lens.experiments.enrich import Enrichment, enrich
     from lalm_lens.experiments.information_score import InformationScore, information_score
     from lalm_lens.experiments.knockout_generation import KnockoutGeneration, knockout_generation
     from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
     from lalm_lens.experiments.moment import Search
+    from lalm_lens.experiments.nearest_tokens import NearestTokens, nearest_tokens
     from lalm_lens.experiments.neurons import NeuronGain, neuron_gain, neuron_scores
     from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
     from lalm_lens.experiments.patchscope import Patchscope, patchscope
+    from lalm_lens.experiments.pathways import Pathways, pathways
+    from lalm_lens.experiments.probe import Probe, probe
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
     from lalm_lens.experiments.scale_attention import ScaledAttention, scale_attention
     from lalm_lens.experiments.steer import (
@@ -82,8 +87,10 @@ _HOME = {
     "BackPatchChoice": "experiments.back_patch",
     "Branch": "engine.branches",
     "CausalTrace": "results",
+    "Circuits": "experiments.circuits",
     "Clip": "datasets",
     "ConflictItem": "conflict",
+    "Convergence": "experiments.convergence",
     "Direction": "experiments.steer",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
@@ -98,13 +105,16 @@ _HOME = {
     "LogProbs": "readouts",
     "LogitLens": "experiments.logit_lens",
     "Logits": "readouts",
+    "NearestTokens": "experiments.nearest_tokens",
     "NeuronGain": "experiments.neurons",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
     "Patchscope": "experiments.patchscope",
+    "Pathways": "experiments.pathways",
     "Plan": "engine.plan",
     "Probabilities": "readouts",
+    "Probe": "experiments.probe",
     "Recompute": "interventions",
     "Resid": "readouts",
     "Run": "runs",
@@ -130,7 +140,9 @@ _HOME = {
     "back_patch": "experiments.back_patch",
     "balance": "datasets",
     "causal_trace": "experiments.causal_trace",
+    "circuits": "experiments.circuits",
     "compare_dominance": "experiments.text_dominance",
+    "convergence": "experiments.convergence",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
     "enrich": "experiments.enrich",
@@ -144,11 +156,14 @@ _HOME = {
     "logit_lens": "experiments.logit_lens",
     "make_conflict": "conflict",
     "mean_difference": "experiments.steer",
+    "nearest_tokens": "experiments.nearest_tokens",
     "neuron_gain": "experiments.neurons",
     "neuron_scores": "experiments.neurons",
     "object_effect": "experiments.object_effect",
     "patching": "patching",
     "patchscope": "experiments.patchscope",
+    "pathways": "experiments.pathways",
+    "probe": "experiments.probe",
     "prompt_contrast": "experiments.steer",
     "read_alme": "alme",
     "read_audio": "audio",
@@ -181,8 +196,10 @@ __all__ = [
     "BackPatchChoice",
     "Branch",
     "CausalTrace",
+    "Circuits",
     "Clip",
     "ConflictItem",
+    "Convergence",
     "Direction",
     "Embedded",
     "Enrichment",
@@ -197,13 +214,16 @@ __all__ = [
     "LogProbs",
     "LogitLens",
     "Logits",
+    "NearestTokens",
     "NeuronGain",
     "ObjectEffect",
     "OtherClip",
     "Patch",
     "Patchscope",
+    "Pathways",
     "Plan",
     "Probabilities",
+    "Probe",
     "Recompute",
     "Resid",
     "Run",
@@ -229,7 +249,9 @@ __all__ = [
     "back_patch",
     "balance",
     "causal_trace",
+    "circuits",
     "compare_dominance",
+    "convergence",
     "critical_layer",
     "cut_to",
     "enrich",
@@ -243,11 +265,14 @@ __all__ = [
     "logit_lens",
     "make_conflict",
     "mean_difference",
+    "nearest_tokens",
     "neuron_gain",
     "neuron_scores",
     "object_effect",
     "patching",
     "patchscope",
+    "pathways",
+    "probe",
     "prompt_contrast",
     "read_alme",
     "read_audio",

@@ -58,6 +58,9 @@ class Reading:
         if not 0 <= self.top_k <= d_vocab or not (self.tokens or self.top_k):
             raise InputError(f"Read some tokens, or the top_k of {d_vocab}, 1 or more; got top_k={self.top_k}.")
 
+    def scores(self, model: HookedTransformer, states: Float[Tensor, "at d_model"]) -> Float[Tensor, "at d_vocab"]:
+        return unembedded(model, states, self.norm)
+
     def names(self, n_layers: int) -> list[str]:
         return ["hook_embed"] * self.embed + [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
 
@@ -91,7 +94,7 @@ def lens(
 def said(model: HookedTransformer, states: Float[Tensor, "at d_model"], reading: Reading) -> Words:
     """A part of the states at a time: a large vocabulary at many positions is more than there is room for."""
     size = max(1, AT_ONCE // model.decoder_cfg.d_vocab)
-    parts = [words(unembedded(model, part, reading.norm), reading) for part in states.to(model.device).split(size)]
+    parts = [words(reading.scores(model, part), reading) for part in states.to(model.device).split(size)]
     return Words(*map(torch.cat, zip(*parts, strict=True)))
 
 
