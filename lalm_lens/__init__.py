@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lalm_lens import patching, transcripts
+    from lalm_lens.alme import read_alme
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
+    from lalm_lens.conflict import ConflictItem, Framing, make_conflict
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
     from lalm_lens.datasets import Sample, cut_to, read_folder, read_sample
     from lalm_lens.engine.branches import Branch
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.ablate import Ablation, ablate
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
+    from lalm_lens.experiments.audio_sensitivity import AudioSensitivity, audio_sensitivity
     from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.enrich import Enrichment, enrich
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
         prompt_contrast,
         steer,
     )
+    from lalm_lens.experiments.text_dominance import TextDominance, compare_dominance, text_dominance
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale, ScaleAttention
@@ -62,8 +66,11 @@ _HOME = {
     "Branch": "engine.branches",
     "CausalTrace": "results",
     "Direction": "experiments.steer",
+    "AudioSensitivity": "experiments.audio_sensitivity",
+    "ConflictItem": "conflict",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
+    "Framing": "conflict",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
     "InformationScore": "experiments.information_score",
@@ -94,6 +101,7 @@ _HOME = {
     "Silence": "corrupt",
     "Source": "runs",
     "Steering": "experiments.steer",
+    "TextDominance": "experiments.text_dominance",
     "WhiteNoise": "corrupt",
     "ablate": "experiments.ablate",
     "attention_knockout": "experiments.attention_knockout",
@@ -101,7 +109,9 @@ _HOME = {
     "audio_knockout": "experiments.attention_knockout",
     "audio_minus_silence": "experiments.steer",
     "back_patch": "experiments.back_patch",
+    "audio_sensitivity": "experiments.audio_sensitivity",
     "causal_trace": "experiments.causal_trace",
+    "compare_dominance": "experiments.text_dominance",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
     "enrich": "experiments.enrich",
@@ -117,6 +127,8 @@ _HOME = {
     "patching": "patching",
     "patchscope": "experiments.patchscope",
     "prompt_contrast": "experiments.steer",
+    "make_conflict": "conflict",
+    "read_alme": "alme",
     "read_audio": "audio",
     "read_folder": "datasets",
     "read_sample": "datasets",
@@ -125,6 +137,7 @@ _HOME = {
     "scale_attention": "experiments.scale_attention",
     "silence": "corrupt",
     "steer": "experiments.steer",
+    "text_dominance": "experiments.text_dominance",
     "transcripts": "transcripts",
 }
 
@@ -136,13 +149,16 @@ __all__ = [
     "AttentionKnockout",
     "AttentionShare",
     "Attribute",
+    "AudioSensitivity",
     "BackPatch",
     "BackPatchChoice",
     "Branch",
     "CausalTrace",
+    "ConflictItem",
     "Direction",
     "Embedded",
     "Enrichment",
+    "Framing",
     "HookedLALM",
     "HookedTransformer",
     "InformationScore",
@@ -173,14 +189,17 @@ __all__ = [
     "Silence",
     "Source",
     "Steering",
+    "TextDominance",
     "WhiteNoise",
     "ablate",
     "attention_knockout",
     "attention_share",
     "audio_knockout",
     "audio_minus_silence",
+    "audio_sensitivity",
     "back_patch",
     "causal_trace",
+    "compare_dominance",
     "critical_layer",
     "cut_to",
     "enrich",
@@ -189,6 +208,7 @@ __all__ = [
     "information_score",
     "knockout_generation",
     "logit_lens",
+    "make_conflict",
     "mean_difference",
     "neuron_gain",
     "neuron_scores",
@@ -196,6 +216,7 @@ __all__ = [
     "patching",
     "patchscope",
     "prompt_contrast",
+    "read_alme",
     "read_audio",
     "read_folder",
     "read_sample",
@@ -204,6 +225,7 @@ __all__ = [
     "scale_attention",
     "silence",
     "steer",
+    "text_dominance",
     "transcripts",
 ]
 

@@ -41,9 +41,10 @@ def dominance(table: pd.DataFrame, frame: pd.DataFrame) -> Figure:
     )
     knockout = frame.knockout.iloc[0]
     cut = "" if knockout == "none" else f"; knocked out: {knockout}"
-    predict = frame.predict.iloc[0]
+    where = {"labels": "among the labels", "vocab": "in the vocabulary"}[frame.predict.iloc[0]]
     figure.suptitle(
-        fill(f"{frame.model.iloc[0]}: {frame.form.iloc[0]}, answers by the largest of {predict}{cut}", 110), fontsize=10
+        fill(f"{frame.model.iloc[0]}: {frame.form.iloc[0]}, answers by the largest logit {where}{cut}", 110),
+        fontsize=10,
     )
     return figure
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors shapes attributes config nn placement offload encoders adapters audio transcribe inputs positions pieces "
-    "prompts datasets corrupt conflict transcripts axes hooks bridge_config words named_weights generation "
+    "prompts datasets corrupt conflict alme transcripts axes hooks bridge_config words named_weights generation "
     "transformer light_cone model marked seeing weights loading verify golden info runs windows interventions readouts "
     "engine patching metrics aggregates proportions plots tables lens_plots conflict_plots pair_plots results "
     "experiments runner report assets demo cli __init__ __main__"

@@ -69,7 +69,7 @@ class AudioSensitivity(Table):
         return f"AudioSensitivity({self.frame.model.iloc[0]}, {table.n.sum()} clips)\n{shown}"
 
 
-def summarised(rows: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, float]:
+def summarised(rows: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, int | float]:
     runs = rows.pivot_table(index=["attribute", "sample"], columns="heard", values="right", aggfunc="size")
     if set(runs) != set(HEARD) or (runs != 1).any(axis=None):
         raise DataError("Some clips lack one of their three runs, or have one twice. Ask all of them at once.")
@@ -114,7 +114,7 @@ def audio_sensitivity(
         raise DataError(f"There is no clip to replace in {absent[0]}. Leave out what is not heard.")
     asked = [each for sample in samples for each in replaced(sample, samples, seed)]
     with tqdm(total=len(asked), desc=f"replacing the audio, {question.attribute.name}", disable=not progress) as bar:
-        read = answers(question, [sample for _, _, sample in asked], (), token_budget, bar)
+        read = answers([(question, sample) for _, _, sample in asked], (), token_budget, bar)
     rows = []
     for (heard, clip, sample), words in zip(asked, read, strict=True):
         at, answer = question.labels.index(sample.label), answer_of(question, words, predict)

@@ -8,7 +8,7 @@ the clips whose text alone is answered right. How the text is put moves all of i
 beside every number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 Outcome = Literal["text", "right"]
 FRAME = ("framing", "strength", "order")
 SETTINGS = ("model", "form", "label_space", "predict", "knockout")
+Group = tuple[Question, list[ConflictItem]]
+AT_ONCE = 32  # labels: the rank of each in the vocabulary is counted at every layer
 SIDES = ("audio", "text")
 WHEN = ("before", "after")
 ANSWER_COLUMNS = {
@@ -74,7 +76,7 @@ class TextDominance(Table):
         `DataError` without conflicting items, and if other settings vary.
         """
         self.check(by)
-        conflict = self.frame[self.frame.condition == "conflict"].assign(is_valid=self.text_is_right())
+        conflict = self.frame.assign(is_valid=self.text_is_right())[self.frame.condition == "conflict"]
         if not len(conflict):
             raise DataError("No item is in conflict, so there is no text dominance: make_conflict makes them.")
         TextDominance(conflict).refuse_mixed((*SETTINGS, *FRAME), by)
@@ -86,6 +88,8 @@ class TextDominance(Table):
         the audio's."""
         self.check(by)
         self.refuse_mixed((*SETTINGS, "condition"), by)
+        for name in FRAME:  # what has no text has no framing
+            TextDominance(self.frame.dropna(subset=[name])).refuse_mixed([name], by)
         return grouped(self.frame, by, accuracy)
 
     def text_is_right(self) -> pd.Series:
@@ -130,18 +134,20 @@ def keys(frame: pd.DataFrame) -> list[tuple]:
     return list(its.where(its.notna(), None).itertuples(index=False, name=None))
 
 
-def grouped(frame: pd.DataFrame, by: Sequence[str], of: Callable[[pd.DataFrame], dict[str, float]]) -> pd.DataFrame:
+def grouped(
+    frame: pd.DataFrame, by: Sequence[str], of: Callable[[pd.DataFrame], dict[str, int | float]]
+) -> pd.DataFrame:
     """One row per group of `by`; what has nothing in one of these columns is a group as well."""
     groups = frame.groupby(list(by), sort=False, dropna=False) if by else [((), frame)]
     found = [{**dict(zip(by, key, strict=True)), **of(rows)} for key, rows in groups]
     return pd.DataFrame(found).astype({name: frame[name].dtype for name in by})
 
 
-def accuracy(rows: pd.DataFrame) -> dict[str, float]:
+def accuracy(rows: pd.DataFrame) -> dict[str, int | float]:
     return {"n": len(rows), **share("accuracy", int(rows.right.sum()), len(rows))}
 
 
-def dominance(rows: pd.DataFrame) -> dict[str, float]:
+def dominance(rows: pd.DataFrame) -> dict[str, int | float]:
     n = {name: int((rows.follows == name).sum()) for name in ("text", "audio", "other")}
     clear = n["text"] + n["audio"]
     valid = rows[rows.is_valid]
@@ -293,15 +299,17 @@ def text_dominance(
     Raises `InputError` for clips without an attribute, and for items with another one; else as `causal_trace`.
     """
     items = items_of(samples, attribute)
-    frames = []
+    groups = [(Question.about(model, its, about, form, label_space), its) for about, its in by_attribute(items).items()]
+    rows = []
     with tqdm(total=len(items), desc="text against audio", unit="item", disable=not progress) as bar:
-        for its in by_attribute(items).values():
-            question = Question.about(model, its, its[0].attribute, form, label_space)
-            frames += [
+        for some in chunks(groups):
+            asked = [(question, item) for question, its in some for item in its]
+            read = answers(asked, knockouts, token_budget, bar)
+            rows += [
                 {**question.columns(item), **answered(question, item, words, predict)}
-                for item, words in zip(its, answers(question, its, knockouts, token_budget, bar), strict=True)
+                for (question, item), words in zip(asked, read, strict=True)
             ]
-    return TextDominance.concat([pd.DataFrame(frames).assign(predict=predict, knockout=told(knockouts))])
+    return TextDominance.concat([pd.DataFrame(rows).assign(predict=predict, knockout=told(knockouts))])
 
 
 def items_of(samples: Sequence[Sample], attribute: str | Attribute | None) -> list[ConflictItem]:
@@ -323,18 +331,32 @@ def by_attribute(items: Sequence[ConflictItem]) -> dict[Attribute, list[Conflict
     return found
 
 
+def chunks(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Questions that are asked together: as many as have few labels in all."""
+    some: list[Group] = []
+    for group in groups:
+        if some and sum(len(question.labels) for question, _ in [*some, group]) > AT_ONCE:
+            yield some
+            some = []
+        some.append(group)
+    yield some
+
+
 def answers(
-    question: Question,
-    samples: Sequence[Sample],
-    knockouts: Sequence[Knockout],
-    token_budget: int | None,
-    bar: tqdm,
+    asked: Sequence[tuple[Question, Sample]], knockouts: Sequence[Knockout], token_budget: int | None, bar: tqdm
 ) -> list[Words]:
-    """What the last layer says of the labels' first tokens, of each clip: [word]."""
-    processor = processor_of(question.model)
-    asked = [Asked.of(processor, sample, question.attribute, question.form, (-1,)) for sample in samples]
-    read = read_all(question.model, processor, asked, Reading(tuple(question.tokens)), knockouts, token_budget, bar)
-    return [Words(*(its[-1, 0] for its in words)) for words in read]
+    """What the last layer says of the first tokens of each question's labels: [word]."""
+    model = asked[0][0].model
+    processor = processor_of(model)
+    tokens_of = {question: question.tokens for question, _ in asked}
+    tokens = list(dict.fromkeys(token for its in tokens_of.values() for token in its))
+    prompts = [Asked.of(processor, sample, its.attribute, its.form, (-1,)) for its, sample in asked]
+    read = read_all(model, processor, prompts, Reading(tuple(tokens)), knockouts, token_budget, bar)
+    places = {question: [tokens.index(token) for token in its] for question, its in tokens_of.items()}
+    return [
+        Words(*(its[-1, 0, places[question]] for its in words))
+        for (question, _), words in zip(asked, read, strict=True)
+    ]
 
 
 def answer_of(question: Question, words: Words, predict: Predict) -> str | None:
