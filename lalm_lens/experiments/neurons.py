@@ -120,10 +120,10 @@ def neuron_gain(
 ) -> "NeuronGain":
     """Multiply the `k` neurons of each of the `labels` that tell it apart best, and read the answer.
 
-    `n_choosing` clips, by default half, in the proportions of their labels, choose the neurons; `seed` says which.
-    Labels are by default those of these clips. The
-    table has the others: each with the neurons of each label, and with `n_seeds` times as many that were drawn. Raises
-    what `attention_knockout` raises, and `DataError` for a label that no clip has.
+    `n_choosing` clips, by default half, in the proportions of their labels, choose the neurons; `seed` says which, and
+    their labels are looked at where none are named. The table has the other clips: each with the neurons of each label,
+    and with `n_seeds` times as many that were drawn. Raises what `attention_knockout` raises, and `DataError` for a
+    label that no clip has.
     """
     question = Question.about(model, samples, attribute, form, label_space)
     choosing, test = split(samples, len(samples) // 2 if n_choosing is None else n_choosing, seed)
