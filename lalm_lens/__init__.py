@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lalm_lens import patching, transcripts
+    from lalm_lens.alme import read_alme
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
-    from lalm_lens.conflict import make_conflict
+    from lalm_lens.conflict import ConflictItem, Framing, make_conflict
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
     from lalm_lens.datasets import Sample, cut_to, read_folder, read_sample
     from lalm_lens.engine.branches import Branch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
+    from lalm_lens.experiments.audio_sensitivity import AudioSensitivity, audio_sensitivity
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.circuits import Circuits, circuits
     from lalm_lens.experiments.convergence import Convergence, convergence
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.pathways import Pathways, pathways
     from lalm_lens.experiments.probe import Probe, probe
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
+    from lalm_lens.experiments.text_dominance import TextDominance, compare_dominance, text_dominance
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
@@ -49,12 +52,15 @@ _HOME = {
     "AttentionKnockout": "experiments.attention_knockout",
     "AttentionShare": "experiments.attention_share",
     "Attribute": "attributes",
+    "AudioSensitivity": "experiments.audio_sensitivity",
     "Branch": "engine.branches",
     "CausalTrace": "results",
     "Circuits": "experiments.circuits",
+    "ConflictItem": "conflict",
     "Convergence": "experiments.convergence",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
+    "Framing": "conflict",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
     "InformationScore": "experiments.information_score",
@@ -83,12 +89,15 @@ _HOME = {
     "Search": "experiments.moment",
     "Silence": "corrupt",
     "Source": "runs",
+    "TextDominance": "experiments.text_dominance",
     "WhiteNoise": "corrupt",
     "attention_knockout": "experiments.attention_knockout",
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
+    "audio_sensitivity": "experiments.audio_sensitivity",
     "causal_trace": "experiments.causal_trace",
     "circuits": "experiments.circuits",
+    "compare_dominance": "experiments.text_dominance",
     "convergence": "experiments.convergence",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
@@ -104,12 +113,14 @@ _HOME = {
     "patching": "patching",
     "pathways": "experiments.pathways",
     "probe": "experiments.probe",
+    "read_alme": "alme",
     "read_audio": "audio",
     "read_folder": "datasets",
     "read_sample": "datasets",
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "silence": "corrupt",
+    "text_dominance": "experiments.text_dominance",
     "transcripts": "transcripts",
 }
 
@@ -120,12 +131,15 @@ __all__ = [
     "AttentionKnockout",
     "AttentionShare",
     "Attribute",
+    "AudioSensitivity",
     "Branch",
     "CausalTrace",
     "Circuits",
+    "ConflictItem",
     "Convergence",
     "Embedded",
     "Enrichment",
+    "Framing",
     "HookedLALM",
     "HookedTransformer",
     "InformationScore",
@@ -154,12 +168,15 @@ __all__ = [
     "Search",
     "Silence",
     "Source",
+    "TextDominance",
     "WhiteNoise",
     "attention_knockout",
     "attention_share",
     "audio_knockout",
+    "audio_sensitivity",
     "causal_trace",
     "circuits",
+    "compare_dominance",
     "convergence",
     "critical_layer",
     "cut_to",
@@ -175,12 +192,14 @@ __all__ = [
     "patching",
     "pathways",
     "probe",
+    "read_alme",
     "read_audio",
     "read_folder",
     "read_sample",
     "resolution_correlation",
     "run_branches",
     "silence",
+    "text_dominance",
     "transcripts",
 ]
 

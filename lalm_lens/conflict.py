@@ -13,11 +13,11 @@ text changes no state of the audio: whether it erases what these states hold can
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from string import Formatter
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -70,9 +70,16 @@ class Framing:
         if "label" not in fields or not set(fields) <= {"label", "prefix"}:
             raise PromptError(f"A framing states a {{label}}, and may use the {{prefix}}; got {self.text!r}.")
 
-    def statement(self, attribute: Attribute, label: str, order: Order, strength: Strength = "baseline") -> Statement:
-        """The text about one clip."""
-        text = self.text.format(prefix=attribute.prefix, label=label)
+    def statement(
+        self,
+        attribute: Attribute,
+        label: str,
+        order: Order,
+        strength: Strength = "baseline",
+        text: str | None = None,
+    ) -> Statement:
+        """The text about one clip; `text` is the claim itself, where the template does not make it."""
+        text = self.text.format(prefix=attribute.prefix, label=label) if text is None else text
         return Statement(text, label, order, self.opening, self.closing, WARNINGS[strength], self.is_transcript)
 
 
@@ -127,13 +134,22 @@ class ConflictItem(Sample):
         }
 
 
-@dataclass(frozen=True)
-class Frame:
+class Claim(NamedTuple):
+    """The label that a text states, and its words where no template makes them."""
+
+    label: str
+    text: str | None = None
+
+
+class Frame(NamedTuple):
     """How the text is put, in one series of items."""
 
     framing: Framing
     strength: Strength
     order: Order
+
+    def statement(self, attribute: Attribute, claim: Claim) -> Statement:
+        return self.framing.statement(attribute, claim.label, self.order, self.strength, claim.text)
 
 
 @typed
@@ -167,22 +183,62 @@ def make_conflict(
     stated = drawn(samples, attribute, seed) if states is None else dict(states)
     for sample in samples:
         check(sample, attribute, stated.get(sample.name))
+    frames = frames_of(framing, strength, order)
+    alone = stated if text_only_states == "text" else {sample.name: sample.label for sample in samples}
+    return [
+        item
+        for sample in samples
+        for item in conditioned(
+            sample,
+            attribute,
+            {
+                "text_only": Claim(alone[sample.name]),
+                "aligned": Claim(sample.label),
+                "conflict": Claim(stated[sample.name]),
+            },
+            conditions,
+            frames,
+            text_only,
+        )
+    ]
+
+
+def frames_of(
+    framing: str | Framing | Sequence[str | Framing],
+    strength: Strength | Sequence[Strength],
+    order: Order | Sequence[Order],
+) -> list[Frame]:
+    """Every combination of one or several of each."""
     framings: Sequence[str | Framing] = [framing] if isinstance(framing, str | Framing) else framing
     strengths: Sequence[Strength] = [strength] if isinstance(strength, str) else strength
     orders: Sequence[Order] = [order] if isinstance(order, str) else order
     frames = [Frame(framing_of(its), *how) for its in framings for how in product(strengths, orders)]
-    if not (conditions and frames):
-        raise InputError("Nothing is made: name at least one condition, framing, strength and order.")
-    makers: dict[Condition, Callable[[Sample, Frame], ConflictItem]] = {
-        "audio_only": lambda sample, frame: audio_only(sample, attribute),
-        "text_only": lambda sample, frame: text_alone(
-            sample, attribute, stated[sample.name] if text_only_states == "text" else sample.label, frame, text_only
-        ),
-        "aligned": lambda sample, frame: stated_of("aligned", sample, attribute, sample.label, frame),
-        "conflict": lambda sample, frame: stated_of("conflict", sample, attribute, stated[sample.name], frame),
-    }
-    made = [makers[each](sample, frame) for sample in samples for each in conditions for frame in frames]
-    return list({item.name: item for item in made}.values())  # what has no text is the same in every frame
+    if not frames:
+        raise InputError("Nothing is made: name at least one framing, strength and order.")
+    return frames
+
+
+def conditioned(
+    sample: Sample,
+    attribute: Attribute,
+    claims: Mapping[Condition, Claim],
+    conditions: Sequence[Condition],
+    frames: Sequence[Frame],
+    text_only: TextOnly,
+) -> list[ConflictItem]:
+    """One clip in these conditions. What has no text is the same in every frame, and made once."""
+    if not conditions:
+        raise InputError(f"Nothing is made: name at least one condition of {', '.join(CONDITIONS)}.")
+    found: dict[str, ConflictItem] = {}
+    for condition, frame in product(conditions, frames):
+        if condition == "audio_only":
+            item = audio_only(sample, attribute)
+        elif condition == "text_only":
+            item = text_alone(sample, attribute, claims[condition], frame, text_only)
+        else:
+            item = stated_of(condition, sample, attribute, claims[condition], frame)
+        found[item.name] = item
+    return list(found.values())
 
 
 def check(sample: Sample, attribute: Attribute, stated: str | None) -> None:
@@ -228,30 +284,30 @@ def audio_only(sample: Sample, attribute: Attribute) -> ConflictItem:
     )
 
 
-def stated_of(condition: Condition, sample: Sample, attribute: Attribute, label: str, frame: Frame) -> ConflictItem:
-    """The clip, and a text that states this label of it."""
+def stated_of(condition: Condition, sample: Sample, attribute: Attribute, claim: Claim, frame: Frame) -> ConflictItem:
+    """The clip, and a text that claims this of it."""
     how = {"framing": frame.framing.name, "strength": frame.strength, "order": frame.order}
     return replace(
         audio_only(sample, attribute),
-        name=f"{sample.name} | {', '.join((condition, label, *how.values()))}",
-        statement=frame.framing.statement(attribute, label, frame.order, frame.strength),
+        name=f"{sample.name} | {', '.join((condition, claim.label, *how.values()))}",
+        statement=frame.statement(attribute, claim),
         condition=condition,
-        text_label=label,
+        text_label=claim.label,
         **how,
     )
 
 
-def text_alone(sample: Sample, attribute: Attribute, label: str, frame: Frame, text_only: TextOnly) -> ConflictItem:
+def text_alone(sample: Sample, attribute: Attribute, claim: Claim, frame: Frame, text_only: TextOnly) -> ConflictItem:
     """The text, and silence or no clip at all; the latter has no order, and nothing to warn for."""
-    item = stated_of("text_only", sample, attribute, label, frame)
-    alone = {"label": label, "audio_label": None, "transcript": None}
+    item = stated_of("text_only", sample, attribute, claim, frame)
+    alone = {"label": claim.label, "audio_label": None, "transcript": None}
     if text_only == "silence":
         return replace(item, waveform=silence(sample.waveform), **alone)
     return replace(
         item,
-        name=f"{sample.name} | text_only, {label}, {frame.framing.name}",
+        name=f"{sample.name} | text_only, {claim.label}, {frame.framing.name}",
         waveform=torch.zeros(0),
-        statement=frame.framing.statement(attribute, label, "audio_first"),
+        statement=frame._replace(strength="baseline", order="audio_first").statement(attribute, claim),
         strength=None,
         order=None,
         **alone,

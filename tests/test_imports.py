@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors shapes attributes config nn placement offload encoders adapters audio transcribe inputs positions pieces "
-    "prompts datasets corrupt conflict transcripts axes hooks bridge_config words named_weights generation transformer "
-    "light_cone model marked seeing weights loading verify golden info runs windows interventions readouts engine "
-    "patching attribution metrics aggregates similarity plots tables lens_plots representation_plots "
-    "pathway_plots results experiments runner report assets demo cli __init__ __main__"
+    "prompts datasets corrupt conflict alme transcripts axes hooks bridge_config words named_weights generation "
+    "transformer light_cone model marked seeing weights loading verify golden info runs windows interventions readouts "
+    "engine patching attribution metrics aggregates proportions similarity plots tables lens_plots conflict_plots "
+    "representation_plots pathway_plots results experiments runner report assets demo cli __init__ __main__"
 ).split()
 FOR_CONVERSIONS = {"config", "errors", "weights", "nn", "encoders", "adapters", "prompts"}
 
