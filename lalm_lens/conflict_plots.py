@@ -1,5 +1,6 @@
 """Pictures of text against audio."""
 
+from collections.abc import Mapping
 from textwrap import fill
 
 import numpy as np
@@ -7,6 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+
+from lalm_lens.plots import layer_ticks
 
 ORDERS = {"audio_first": ("#1f5fa8", "o"), "text_first": ("#d1662a", "s")}
 FOLLOWS = {"audio": "#8fb8de", "text": "#e08a8a", "other": "#d9d9d9"}
@@ -87,3 +90,45 @@ def shares(ax: Axes, rows: pd.DataFrame) -> None:
         start += rate
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_formatter(PercentFormatter(1))
+
+
+SIDES = {"audio": ("#1f5fa8", "-"), "text": ("#b03030", "-")}
+RUNS = {
+    "audio_only": "without the text",
+    "conflict": "the text disagrees",
+    "cut": "the text disagrees, out of\nsight of the last position",
+}
+
+
+def suppression(curves: pd.DataFrame, probes: Mapping[str, pd.DataFrame], about: str) -> Figure:
+    """How often layers say the audio's label and the text's; a row per place, a column per run, and one of probes."""
+    places, runs = list(curves.place.unique()), list(curves.run.unique())
+    n_columns = len(runs) + bool(probes)
+    figure = Figure(figsize=(3.1 * n_columns + 1.2, 2.9 * len(places) + 1.1), layout="constrained")
+    axes = figure.subplots(len(places), n_columns, sharex=True, sharey=True, squeeze=False)
+    for panels, place in zip(axes, places, strict=True):
+        for ax, run in zip(panels, runs, strict=False):
+            rows = curves[(curves.place == place) & (curves.run == run)]
+            for side, its in rows.groupby("side", sort=False):
+                by_layer(ax, its.layer, its.rate, its.low, its.high, str(side))
+            ax.set_title(RUNS[run], fontsize=9)
+        for side, layers in probes.items():
+            its = layers[layers.place == place]
+            by_layer(panels[-1], its.layer, its.accuracy, its.low, its.high, side)
+            panels[-1].plot(its.layer, its.control, color=SIDES[side][0], ls=":", lw=1)
+            panels[-1].set_title("linear probes, where the text disagrees\n(dotted: shuffled labels)", fontsize=9)
+        where = {"last": "last position", "object": "options"}[place]
+        panels[0].set_ylabel(f"{where}:\nshare of clips (band: 95 % bootstrap)", fontsize=9)
+        panels[0].set_ylim(-0.03, 1.03)
+    for ax in axes[-1]:
+        layer_ticks(ax.set_xticks, curves)
+        ax.set_xlabel("layer")
+    axes[0, -1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), title="label of the")
+    figure.suptitle(f"{about} (n = {curves.n.iloc[0]})", fontsize=10)
+    return figure
+
+
+def by_layer(ax: Axes, layer: pd.Series, rate: pd.Series, low: pd.Series, high: pd.Series, side: str) -> None:
+    colour, style = SIDES[side]
+    ax.plot(layer, rate, marker="o", ms=3, color=colour, ls=style, label=side)
+    ax.fill_between(layer, low, high, color=colour, alpha=0.15, lw=0)

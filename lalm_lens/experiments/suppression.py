@@ -1,0 +1,226 @@
+"""Suppressed or erased? What is left of the answer that is heard where a text says something else.
+
+Three runs of a clip: *audio_only*, without the text; *conflict*, with a text that states another label; and *cut*, the
+conflict in which the last position cannot look at the text. In each, the logit lens says layer by layer whether the
+labels' largest logit is the audio's or the text's, at the last position and at the options. With A the share of clips
+for which it is the audio's, at the last layer and position,
+
+    returned = (A_cut - A_conflict) / (A_audio_only - A_conflict)
+
+Where the audio's answer returns to what it is without the text, it was suppressed at the end; where it does not, the
+text acted before, and it was erased on its way. Behind the clip a text cannot change the audio's own states, so that
+only positions behind the text tell (`last`, the options).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from tqdm import tqdm
+
+from lalm_lens.aggregates import intervals
+from lalm_lens.attributes import Attribute, Form
+from lalm_lens.conflict import CONFLICT_COLUMNS, ConflictItem, Framing, Order, make_conflict
+from lalm_lens.datasets import Sample
+from lalm_lens.errors import DataError
+from lalm_lens.experiments.asked import Question, processor_of
+from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, told
+from lalm_lens.interventions import Knockout
+from lalm_lens.model import HookedLALM
+from lalm_lens.results import QUESTION_COLUMNS, plots_module
+from lalm_lens.shapes import typed
+from lalm_lens.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lalm_lens.experiments.probe import Probe
+
+Kind = Literal["audio_only", "conflict", "cut"]
+Place = Literal["last", "object"]
+PLACES: tuple[Place, ...] = ("last", "object")
+RUNS: tuple[Kind, ...] = ("audio_only", "conflict", "cut")
+FRAME = ("framing", "strength", "order")
+SETTINGS = ("model", "attribute", "form", "label_space", *FRAME, "cut_layers")
+
+
+@dataclass(frozen=True, repr=False)
+class Suppression(Table):
+    """What layers say of clips with which a text disagrees: one row per clip, run, place and layer."""
+
+    NAME: ClassVar[str] = "a table of suppression"
+    COLUMNS: ClassVar[dict[str, str]] = {
+        **QUESTION_COLUMNS,
+        **CONFLICT_COLUMNS,  # of the conflict, in all three runs
+        "run": "str",  # audio_only, conflict, cut
+        "cut_layers": "str",  # in which the text is out of sight of the last position in the run `cut`
+        "place": "str",  # last, or object: the tokens of the options, whose log-probabilities are averaged
+        "layer": "int64",  # 0-based block
+        "predicted": "str",  # the label with the largest logit
+        "says": "str",  # audio, text, or other
+        "log_p_audio": "float64",  # of the audio's label among the labels
+        "log_p_text": "float64",
+    }
+
+    def curves(self, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """How often the audio's and the text's label are said, by run, place and layer, with 95 % bootstrap intervals
+        over clips."""
+        self.refuse_mixed(SETTINGS)
+        found = []
+        for (run, place), rows in self.frame.groupby(["run", "place"], sort=False):
+            for side in ("audio", "text"):
+                said = rows.assign(hit=rows.says == side).pivot(index="clip", columns="layer", values="hit")
+                low, high = intervals(said.to_numpy(float), lambda means: means, n_resamples, seed)
+                rates = {
+                    "layer": said.columns,
+                    "n": len(said),
+                    "rate": said.mean().to_numpy(),
+                    "low": low,
+                    "high": high,
+                }
+                found.append(pd.DataFrame({"run": run, "place": place, "side": side, **rates}))
+        return pd.concat(found, ignore_index=True)
+
+    @typed
+    def verdict(
+        self, tolerance: float = 0.05, level: float = 0.5, n_resamples: int = 10_000, seed: int = 0
+    ) -> dict[str, int | float | str]:
+        """Whether the audio's answer returns once the text is out of sight, with 95 % paired bootstrap intervals.
+
+        `audio_only`, `conflict`, `cut` are the shares of clips for which the last layer says the audio's label at the
+        last position. `returned` is defined where the text takes more than `tolerance` of them, by its interval. The
+        `verdict` is "suppression" where it is at least `level` by its whole interval and `cut` within `tolerance` of
+        `audio_only`, or not told from that; "erasure" where it is below `level` by its whole interval and `cut` within
+        `tolerance` of `conflict`, or not told from that; "in part" where it is neither; and "no dominance" where the
+        text takes nothing that could return.
+        """
+        self.refuse_mixed(SETTINGS)
+        ends = self.frame[(self.frame.place == "last") & (self.frame.layer == self.frame.layer.max())]
+        hits = ends.assign(hit=ends.says == "audio").pivot(index="clip", columns="run", values="hit")
+        rights = hits[list(RUNS)].to_numpy(float)
+
+        def of(means: Float[np.ndarray, "resample 3"]) -> Float[np.ndarray, "resample 4"]:
+            alone, conflict, cut = means.T
+            taken = alone - conflict
+            returned = np.divide(cut - conflict, taken, out=np.full(taken.shape, np.nan), where=taken > 0)
+            return np.stack([taken, alone - cut, cut - conflict, returned], axis=-1)
+
+        means = rights.mean(0)[None]
+        (low, high), (taken, _, _, returned) = intervals(rights, of, n_resamples, seed), of(means)[0]
+        numbers = dict(zip(RUNS, map(float, means[0]), strict=True))
+        told = {
+            "n": len(rights),
+            **numbers,
+            "taken": float(taken),
+            "taken_low": float(low[0]),
+            "taken_high": float(high[0]),
+        }
+        if not low[0] > tolerance:
+            return {**told, "returned": np.nan, "low": np.nan, "high": np.nan, "verdict": "no dominance"}
+        its = {"returned": float(returned), "low": float(low[3]), "high": float(high[3])}
+        if low[3] >= level and low[1] <= tolerance:
+            return {**told, **its, "verdict": "suppression"}
+        if high[3] < level and low[2] <= tolerance:
+            return {**told, **its, "verdict": "erasure"}
+        return {**told, **its, "verdict": "in part"}
+
+    def plot(self, probes: "dict[str, Probe] | None" = None) -> "Figure":
+        """By layer, how often each place says the audio's label and the text's, in each of the runs. `probes` of the
+        conflict, by `audio` and `text`, are drawn beside, for the places that they have."""
+        curves = self.curves()
+        read = {side: its.layers() for side, its in (probes or {}).items()}
+        return plots_module("conflict_plots").suppression(curves, read, self.about())
+
+    def about(self) -> str:
+        one, its = self.frame.iloc[0], self.verdict(n_resamples=1000)
+        back = "" if np.isnan(float(its["returned"])) else f", {its['returned']:.2f} returned"
+        return f"{one.model}: {one.attribute}, {one.framing}, {one.order}\n{its['verdict']}{back}"
+
+    def __repr__(self) -> str:
+        its = self.verdict(n_resamples=1000)
+        shares = ", ".join(f"{run} {its[run]:.3f}" for run in RUNS)
+        back = f"; returned {its['returned']:.3f} (95 % {its['low']:.3f} to {its['high']:.3f})"
+        return (
+            f"Suppression({self.frame.model.iloc[0]}, {its['n']} clips: {its['verdict']})\n"
+            f"the audio's answer at the end: {shares}{back if its['verdict'] != 'no dominance' else ''}"
+        )
+
+
+@typed
+def suppression(
+    model: HookedLALM,
+    samples: Sequence[Sample],
+    *,
+    attribute: str | Attribute,
+    framing: str | Framing = "statement",
+    order: Order = "audio_first",
+    layers: Sequence[int] | None = None,
+    places: Sequence[Place] = PLACES,
+    form: Form = "P3",
+    label_space: bool = True,
+    seed: int = 0,
+    token_budget: int | None = None,
+    progress: bool = True,
+) -> Suppression:
+    """Read what every layer says of clips with which a text disagrees, with and without the text in sight.
+
+    `samples` are plain clips, of which `make_conflict` makes the conflicts with `framing`, `order` and `seed`. In the
+    run `cut`, the last position cannot look at the text in any of `layers`, by default all. At `object`, the labels'
+    log-probabilities are averaged over the options' tokens. Raises as `make_conflict` and `causal_trace` do.
+    """
+    made = make_conflict(
+        samples, attribute, conditions=["audio_only", "conflict"], framing=framing, order=order, seed=seed
+    )
+    items = {
+        condition: [item for item in made if item.condition == condition] for condition in ("audio_only", "conflict")
+    }
+    question = Question.about(model, made, attribute, form, label_space)
+    cut_layers = tuple(range(model.decoder_cfg.n_layers)) if layers is None else tuple(layers)
+    hidden = Knockout(cut_layers, (-1,), text_region(question, items["conflict"]))
+    runs: dict[Kind, tuple[list[ConflictItem], list[Knockout]]] = {
+        "audio_only": (items["audio_only"], []),
+        "conflict": (items["conflict"], []),
+        "cut": (items["conflict"], [hidden]),
+    }
+    where = ["object" if place == "object" else (-1,) for place in places]
+    frames = []
+    with tqdm(total=len(made) + len(samples), desc="suppressed or erased", unit="run", disable=not progress) as bar:
+        for run, (clips, knockouts) in runs.items():
+            processor = processor_of(model)
+            asked = [Asked.of(processor, item, question.attribute, form, *where) for item in clips]
+            read = read_all(model, processor, asked, Reading(tuple(question.tokens)), knockouts, token_budget, bar)
+            for item, one, words in zip(items["conflict"], asked, read, strict=True):
+                frames += [
+                    frame.assign(run=run, **question.columns(item))
+                    for frame in rows(question, item, one, words, places)
+                ]
+    return Suppression.concat([frame.assign(cut_layers=told([hidden])) for frame in frames])
+
+
+def text_region(question: Question, items: Sequence[ConflictItem]) -> str:
+    """Where the text stands in the prompt: a transcript has its own place in models that read one."""
+    prompt = question.run(items[0]).prompt
+    assert prompt is not None
+    stated = [position.region for position in prompt.positions if position.region in ("statement", "transcript")]
+    if not stated:
+        raise DataError("The prompt holds no text that could be out of sight.")
+    return "statement" if "statement" in stated else "transcript"
+
+
+def rows(
+    question: Question, item: ConflictItem, asked: Asked, words: Words, places: Sequence[Place]
+) -> Iterator[pd.DataFrame]:
+    """A table for each place."""
+    log_p = words.logit.double().log_softmax(-1).numpy()  # among the labels
+    labels = np.array(question.labels)
+    audio, text = (question.labels.index(str(label)) for label in (item.audio_label, item.text_label))
+    is_last = np.array(asked.at) == len(asked.prompt) - 1
+    for place in places:
+        mean = log_p[:, is_last if place == "last" else ~is_last].mean(1)
+        chosen = labels[mean.argmax(-1)]
+        says = np.select([chosen == item.audio_label, chosen == item.text_label], ["audio", "text"], "other")
+        its = {"place": place, "layer": np.arange(len(mean)), "predicted": chosen, "says": says}
+        yield pd.DataFrame({**its, "log_p_audio": mean[:, audio], "log_p_text": mean[:, text]})
