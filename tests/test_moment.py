@@ -170,7 +170,7 @@ def test_the_examples_in_the_docs_run(tiny_lalm):
     names["prompt"] = processor.prompt(ATTRIBUTES["animal"], processor.n_frames(samples[0].waveform))
     names["causal_trace"] = causal_trace
     exec(branches, names)
-    assert names["values"].shape == (n_layers + 4, 1, 1)
+    assert names["values"].shape == (n_layers + 5, 1, 1)
     exec(moments, names)
     assert (names["trace"].frame.kind == "moment").any()
 

@@ -433,6 +433,7 @@ def test_tables_are_saved_and_loaded(kind, tiny_lalm, samples, tmp_path):
     pd.testing.assert_frame_equal(kind.load(path).to_frame(), table.to_frame())
 
 
+@pytest.mark.numbers
 def test_the_examples_in_the_docs_run(tiny_lalm, samples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parent.parent / "docs" / "interventions.md").read_text(encoding="utf-8")
