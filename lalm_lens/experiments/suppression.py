@@ -74,14 +74,9 @@ class Suppression(Table):
             for side in ("audio", "text"):
                 said = rows.assign(hit=rows.says == side).pivot(index="clip", columns="layer", values="hit")
                 low, high = intervals(said.to_numpy(float), lambda means: means, n_resamples, seed)
-                rates = {
-                    "layer": said.columns,
-                    "n": len(said),
-                    "rate": said.mean().to_numpy(),
-                    "low": low,
-                    "high": high,
-                }
-                found.append(pd.DataFrame({"run": run, "place": place, "side": side, **rates}))
+                about = {"run": run, "place": place, "side": side, "n": len(said)}
+                rates = {"layer": said.columns, "rate": said.mean().to_numpy(), "low": low, "high": high}
+                found.append(pd.DataFrame({**about, **rates}))
         return pd.concat(found, ignore_index=True)
 
     @typed
@@ -111,13 +106,8 @@ class Suppression(Table):
         means = rights.mean(0)[None]
         (low, high), (taken, _, _, returned) = intervals(rights, of, n_resamples, seed), of(means)[0]
         numbers = dict(zip(RUNS, map(float, means[0]), strict=True))
-        told = {
-            "n": len(rights),
-            **numbers,
-            "taken": float(taken),
-            "taken_low": float(low[0]),
-            "taken_high": float(high[0]),
-        }
+        taking = {"taken": float(taken), "taken_low": float(low[0]), "taken_high": float(high[0])}
+        told = {"n": len(rights), **numbers, **taking}
         if not low[0] > tolerance:
             return {**told, "returned": np.nan, "low": np.nan, "high": np.nan, "verdict": "no dominance"}
         its = {"returned": float(returned), "low": float(low[3]), "high": float(high[3])}
@@ -171,32 +161,26 @@ def suppression(
     run `cut`, the last position cannot look at the text in any of `layers`, by default all. At `object`, the labels'
     log-probabilities are averaged over the options' tokens. Raises as `make_conflict` and `causal_trace` do.
     """
-    made = make_conflict(
-        samples, attribute, conditions=["audio_only", "conflict"], framing=framing, order=order, seed=seed
-    )
-    items = {
-        condition: [item for item in made if item.condition == condition] for condition in ("audio_only", "conflict")
-    }
-    question = Question.about(model, made, attribute, form, label_space)
+    how: dict = {"framing": framing, "order": order, "seed": seed}
+    alone, items = (make_conflict(samples, attribute, conditions=[its], **how) for its in ("audio_only", "conflict"))
+    question = Question.about(model, items, attribute, form, label_space)
     cut_layers = tuple(range(model.decoder_cfg.n_layers)) if layers is None else tuple(layers)
-    hidden = Knockout(cut_layers, (-1,), text_region(question, items["conflict"]))
+    hidden = Knockout(cut_layers, (-1,), text_region(question, items))
     runs: dict[Kind, tuple[list[ConflictItem], list[Knockout]]] = {
-        "audio_only": (items["audio_only"], []),
-        "conflict": (items["conflict"], []),
-        "cut": (items["conflict"], [hidden]),
+        "audio_only": (alone, []),
+        "conflict": (items, []),
+        "cut": (items, [hidden]),
     }
     where = ["object" if place == "object" else (-1,) for place in places]
     frames = []
-    with tqdm(total=len(made) + len(samples), desc="suppressed or erased", unit="run", disable=not progress) as bar:
+    with tqdm(total=len(RUNS) * len(samples), desc="suppressed or erased", unit="run", disable=not progress) as bar:
         for run, (clips, knockouts) in runs.items():
             processor = processor_of(model)
             asked = [Asked.of(processor, item, question.attribute, form, *where) for item in clips]
             read = read_all(model, processor, asked, Reading(tuple(question.tokens)), knockouts, token_budget, bar)
-            for item, one, words in zip(items["conflict"], asked, read, strict=True):
-                frames += [
-                    frame.assign(run=run, **question.columns(item))
-                    for frame in rows(question, item, one, words, places)
-                ]
+            for item, one, words in zip(items, asked, read, strict=True):
+                about = {"run": run, **question.columns(item)}
+                frames += [frame.assign(**about) for frame in rows(question, item, one, words, places)]
     return Suppression.concat([frame.assign(cut_layers=told([hidden])) for frame in frames])
 
 
