@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.moment import Search
     from lalm_lens.experiments.object_effect import ObjectEffect, object_effect
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
+    from lalm_lens.experiments.specification import Specification, specification_curve
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale
     from lalm_lens.loading import from_hf, from_pretrained
     from lalm_lens.model import HookedLALM
     from lalm_lens.readouts import Logits, LogProbs, Probabilities, Resid, Score
+    from lalm_lens.reproduce import Reproduction, evaluate_claims, reproduce
     from lalm_lens.results import CausalTrace
     from lalm_lens.runs import OWN, Run, Source
     from lalm_lens.transformer import HookedTransformer
@@ -63,6 +65,7 @@ _HOME = {
     "Plan": "engine.plan",
     "Probabilities": "readouts",
     "Recompute": "interventions",
+    "Reproduction": "reproduce",
     "Resid": "readouts",
     "Run": "runs",
     "Sample": "datasets",
@@ -72,6 +75,7 @@ _HOME = {
     "Search": "experiments.moment",
     "Silence": "corrupt",
     "Source": "runs",
+    "Specification": "experiments.specification",
     "WhiteNoise": "corrupt",
     "attention_knockout": "experiments.attention_knockout",
     "attention_share": "experiments.attention_share",
@@ -80,6 +84,7 @@ _HOME = {
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
     "enrich": "experiments.enrich",
+    "evaluate_claims": "reproduce",
     "from_hf": "loading",
     "from_pretrained": "loading",
     "information_score": "experiments.information_score",
@@ -90,9 +95,11 @@ _HOME = {
     "read_audio": "audio",
     "read_folder": "datasets",
     "read_sample": "datasets",
+    "reproduce": "reproduce",
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "silence": "corrupt",
+    "specification_curve": "experiments.specification",
     "transcripts": "transcripts",
 }
 
@@ -123,6 +130,7 @@ __all__ = [
     "Plan",
     "Probabilities",
     "Recompute",
+    "Reproduction",
     "Resid",
     "Run",
     "Sample",
@@ -132,6 +140,7 @@ __all__ = [
     "Search",
     "Silence",
     "Source",
+    "Specification",
     "WhiteNoise",
     "attention_knockout",
     "attention_share",
@@ -140,6 +149,7 @@ __all__ = [
     "critical_layer",
     "cut_to",
     "enrich",
+    "evaluate_claims",
     "from_hf",
     "from_pretrained",
     "information_score",
@@ -150,9 +160,11 @@ __all__ = [
     "read_audio",
     "read_folder",
     "read_sample",
+    "reproduce",
     "resolution_correlation",
     "run_branches",
     "silence",
+    "specification_curve",
     "transcripts",
 ]
 

@@ -36,6 +36,8 @@ lalm-lens trace ./checkpoint ./clips --question "Is it calm?" --labels yes,no --
 
 lalm-lens trace ./checkpoint ./clips --attribute animal --form P2 --corrupt clip --metric logit_difference --out traced
 
+lalm-lens spec ./checkpoint ./clips --attribute animal --out specified
+
 lalm-lens reproduce ./scored ./traced --as checkpoint=Qwen2-Audio-Instruct --out reproduced
 """
 
@@ -260,6 +262,52 @@ def info_command(model: Model, part: Part = None, conversion: Own = None) -> Non
     from lalm_lens.info import info
 
     print(info(model, parts=parts_named(part), conversion=conversion_named(conversion)))
+
+
+@app.command("spec", epilog=EXAMPLES)
+def spec_command(
+    model: Model,
+    clips: Annotated[Path, typer.Argument(help="A folder with metadata.jsonl (file_name, label on each line).")],
+    attribute: Annotated[str, typer.Option(help=f"What is asked: {', '.join(ATTRIBUTES)}.")],
+    out: Annotated[Path, typer.Option(help="Folder for specification.parquet, .csv and .png.")],
+    form: Annotated[str, choice("form", "What the user says in the prompts that are traced")] = "P3",
+    snr_db: Annotated[float, typer.Option(help="Clip over noise, in dB, where noise is what is heard instead.")] = 0.0,
+    resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the clips.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the noise, of the choice of other clips, and of the resamples.")] = 0,
+    device: Device = "cpu",
+    device_map: Annotated[str | None, typer.Option(help="auto: spread over GPUs, CPU and disk, as it fits.")] = None,
+    dtype: Dtype = "float32",
+    token_budget: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that share a block: less needs less memory.")
+    ] = None,
+    part: Part = None,
+    conversion: Own = None,
+) -> None:
+    """Do the papers' claims survive what they leave open? Every combination of those choices, and one picture."""
+    from lalm_lens.datasets import read_folder
+
+    asked, form = attribute_named(attribute), one_of("form", form)
+    parts, samples = parts_named(part), read_folder(clips)
+    ready(out)
+    import torch
+
+    from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise
+    from lalm_lens.experiments.specification import specification_curve
+    from lalm_lens.loading import from_pretrained
+
+    how = {"parts": parts, "conversion": conversion_named(conversion)}
+    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype), **how)
+    corruptions = (Silence(), WhiteNoise(snr_db, seed), OtherClip(seed))
+    settings = {"form": form, "corruptions": corruptions, "token_budget": token_budget}
+    found = specification_curve(lens, samples, attribute=asked, **settings, n_resamples=resamples, seed=seed)
+    print(found)
+    for reason, n_rows in found.reasons().itertuples(index=False):
+        print(f"not measured, {n_rows} rows: {reason}")
+    print(found.save(out / "specification.parquet"))
+    found.frame.to_csv(out / "specification.csv", index=False)
+    found.plot().savefig(out / "specification.png", dpi=130)
+    for name in ("specification.csv", "specification.png"):
+        print(out / name)
 
 
 @app.command("reproduce", epilog=EXAMPLES)

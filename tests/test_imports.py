@@ -12,8 +12,8 @@ ORDER = (
     "errors shapes attributes config nn placement offload encoders adapters audio transcribe inputs positions pieces "
     "prompts datasets corrupt transcripts axes hooks bridge_config words named_weights generation transformer "
     "light_cone model marked seeing weights loading verify golden info runs windows interventions readouts engine "
-    "patching metrics aggregates plots tables lens_plots results experiments runner report assets reproduce demo cli "
-    "__init__ __main__"
+    "patching metrics aggregates plots tables lens_plots specification_plots results experiments runner report assets "
+    "reproduce demo cli __init__ __main__"
 ).split()
 FOR_CONVERSIONS = {"config", "errors", "weights", "nn", "encoders", "adapters", "prompts"}
 

@@ -67,7 +67,7 @@ class Evidence:
         return self.find_all([measure], n_resamples, seed)[0]
 
     def find_all(self, measures: Sequence[Callable[..., Numbers]], n_resamples: int, seed: int) -> list[Finding]:
-        """Several measures of the same resamples."""
+        """Several measures of the same resamples; NaN where a part of what they read is not there."""
         weights = self.weights or tuple(np.ones(len(group)) for group in self.groups)
         weighted = [
             np.column_stack([weight, (weight.reshape(-1, *[1] * (group.ndim - 1)) * group).reshape(len(group), -1)])
@@ -77,7 +77,9 @@ class Evidence:
         def of(*means: Float[np.ndarray, "resample _"]) -> Float[np.ndarray, "resample measure"]:
             both = zip(means, self.groups, strict=True)
             groups = [(its[:, 1:] / its[:, :1]).reshape(-1, *group.shape[1:]) for its, group in both]
-            return np.stack([measure(self, *groups) for measure in measures], axis=-1)
+            found = np.stack([measure(self, *groups) for measure in measures], axis=-1)
+            lacks = np.any([np.isnan(its).reshape(len(its), -1).any(1) for its in groups], axis=0)
+            return np.where(lacks[:, None], np.nan, found)
 
         lows, highs = intervals_of(weighted, of, n_resamples, seed)
         found = of(*(its.mean(0, keepdims=True) for its in weighted))[0]
