@@ -1,5 +1,6 @@
 """The specification curve: against traces and scores made one at a time, and how often the model runs."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -18,11 +19,15 @@ from lalm_lens import (
     Source,
     Specification,
     causal_trace,
+    cli,
+    datasets,
     information_score,
+    loading,
     run_branches,
     silence,
     specification_curve,
 )
+from lalm_lens.assets import TINY_LALM
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.datasets import read_folder
 from lalm_lens.engine import plan
@@ -214,6 +219,23 @@ def test_a_curve_is_drawn_and_counted(specified, tmp_path):
     assert len(dots) == survival.loc["last_is_highest", "measured"]
     marks = sum(len(its.get_offsets()) for its in matrix.collections if hasattr(its, "get_sizes"))
     assert marks == 6 * len(dots)  # one value of each of six choices
+
+
+def test_the_command_writes_table_and_picture(monkeypatch, tiny_lalm, folders, tmp_path, capsys):
+    args = ("spec", TINY_LALM, folders["gender"], "--attribute", "gender", "--out", tmp_path, "--form", "P1")
+    monkeypatch.setattr(loading, "from_pretrained", lambda *_, **__: tiny_lalm)
+    monkeypatch.setattr(datasets, "read_folder", lambda folder: read_folder(folder)[:2])
+    plot = Specification.plot
+    monkeypatch.setattr(Specification, "plot", lambda self: plot(self, ["accuracy_percent"]))  # the whole takes seconds
+    monkeypatch.setattr(sys, "argv", ["lalm-lens", *map(str, args), "--resamples", "10"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    told, saved = capsys.readouterr().out, Specification.load(tmp_path / "specification.parquet")
+    assert f"Specification({tiny_lalm.cfg.model_name}, gender)" in told
+    assert set(saved.frame.corruption.dropna()) == {"silence", "noise", "clip"}
+    assert (tmp_path / "specification.png").read_bytes().startswith(b"\x89PNG")
+    assert len(pd.read_csv(tmp_path / "specification.csv")) == len(saved.frame)
 
 
 def test_what_cannot_be_specified_is_refused(tiny_lalm, samples):

@@ -29,6 +29,7 @@ Reads = Literal[
 PLACES = ("early", "object", "late", "last")  # the segments of arXiv 2603.13768, section 3.3
 RELATIONS: dict[Relation, Callable[[float, float], bool]] = {"<": operator.lt, ">": operator.gt, ">=": operator.ge}
 CT, AL = "arXiv 2603.13768", "arXiv 2506.05140"
+FEW = 6  # layers: fewer have no middle and no ends
 DEPTH_15 = 15 / 32  # of the models whose curves are stable "after layer 15"
 
 
@@ -183,6 +184,8 @@ def earlier_than_others(about: Evidence, own: Curve, *others: Float[np.ndarray, 
 @claim("recovery is highest at the last token", f"{CT}, Fig. 3, sec. 5.2", "places", ">=", 0.8)
 def last_is_highest(about: Evidence, places: Float[np.ndarray, "resample place layer"]) -> Numbers:
     """Share of the layers in the second half in which no other segment recovers as much as the last token."""
+    if places.shape[-1] < FEW:
+        return np.full(len(places), np.nan)
     later = places[..., places.shape[-1] // 2 + 1 :]
     return (later[:, -1] > later[:, :-1].max(1)).mean(1)
 
@@ -190,7 +193,9 @@ def last_is_highest(about: Evidence, places: Float[np.ndarray, "resample place l
 @claim("a spike at the object token in the middle layers", f"{CT}, Fig. 3, sec. 5.2", "places", ">=", 0.05)
 def object_spike(about: Evidence, places: Float[np.ndarray, "resample place layer"]) -> Numbers:
     """What the object recovers beyond the rest of the prompt, at most, in the middle third of the layers."""
-    early, objects, late, _ = places[..., thirds(places)[1]].swapaxes(0, 1)
+    if places.shape[-1] < FEW:
+        return np.full(len(places), np.nan)
+    early, objects, late, _ = places[..., middle_third(places.shape[-1])].swapaxes(0, 1)
     return (objects - np.maximum(early, late)).max(1)
 
 
@@ -279,6 +284,8 @@ def late_drop(about: Evidence, scores: Float[np.ndarray, "resample form layer"])
 def middle_over_ends(about: Evidence, scores: Float[np.ndarray, "resample form layer"]) -> Numbers:
     """Mean score from a third of the depth to five sixths, above that of the layers before and of those behind."""
     n_layers, mean = scores.shape[-1], scores.mean(1)
+    if n_layers < FEW:
+        return np.full(len(scores), np.nan)
     first, end = n_layers // 3, -(-5 * n_layers // 6)
     inside, before, behind = (its.mean(1) for its in (mean[:, first:end], mean[:, :first], mean[:, end:]))
     return inside - np.maximum(before, behind)
@@ -358,9 +365,8 @@ def interior_optimum(about: Evidence, accuracy: Float[np.ndarray, "resample arm 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
 
 
-def thirds(values: Float[np.ndarray, "*rest layer"]) -> list[slice]:
-    edges = [round(n * values.shape[-1] / 3) for n in range(4)]
-    return [slice(edges[n], edges[n + 1]) for n in range(3)]
+def middle_third(n_layers: int) -> slice:
+    return slice(round(n_layers / 3), round(2 * n_layers / 3))
 
 
 def depth_of(is_there: Bool[np.ndarray, "resample layer"], about: Evidence) -> Numbers:

@@ -21,7 +21,7 @@ from lalm_lens.corrupt import Corruption, OtherClip, Silence, WhiteNoise
 from lalm_lens.datasets import Sample
 from lalm_lens.engine.plan import Engine
 from lalm_lens.engine.recorded import Recorded
-from lalm_lens.errors import DataError, InputError, PromptError
+from lalm_lens.errors import DataError, InputError, LensError, PromptError
 from lalm_lens.experiments.causal_trace import (
     Settings,
     answer_of,
@@ -282,7 +282,7 @@ def traced(
             check(model, samples, replace(settings, corruption=Silence()))
         try:
             check(model, samples, settings)
-        except DataError as error:
+        except LensError as error:
             reasons[key] = str(error)
             continue
         possible[key] = settings
