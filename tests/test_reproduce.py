@@ -152,6 +152,7 @@ def of_desta2(tmp_path_factory) -> tuple[InformationScore, Reproduction]:
         ("accuracy_percent", "gender", "agrees"),  # 85
         ("accuracy_percent", "language", "differs"),  # 100 in every resample, and 91.53
         ("accuracy_percent", "emotion", "agrees"),  # 35, and 33.53
+        ("accuracy_percent", "animal", "differs"),  # 5, at most 15, and 18.67
         ("critical_layer", "animal", "not measured"),  # no layer is above the threshold
         ("rise_with_depth", "gender", "agrees"),
         ("deepest_dip", "gender", "differs"),
