@@ -318,6 +318,7 @@ def audio_states(model, run, n_pos: int) -> torch.Tensor:
     return torch.stack([state[0][prompt.is_region("audio")] for state in cache.values()])
 
 
+@pytest.mark.numbers
 def test_audio_first_leaves_the_audio_as_it_was(tiny_lalm, folders):
     """Bit by bit, whatever comes behind it. Text before it changes its states."""
     (her, *_) = read_folder(folders["gender"])

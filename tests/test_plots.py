@@ -9,8 +9,6 @@ import pytest
 from lalm_lens.errors import DataError
 from lalm_lens.results import CausalTrace
 
-pytestmark = pytest.mark.numbers
-
 VIEWS = ["layers", "segments", "tokens"]
 
 

@@ -14,8 +14,7 @@ from lalm_lens.conflict import Condition, ConflictItem, Framing, framing_of, mak
 from lalm_lens.corrupt import Corruption, number
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import DataError
-from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.causal_trace import processor_of, prompt_about
+from lalm_lens.experiments.asked import Question, processor_of, prompt_about
 from lalm_lens.model import HookedLALM
 from lalm_lens.pieces import Order
 from lalm_lens.runs import Run

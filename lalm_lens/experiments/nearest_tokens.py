@@ -19,8 +19,7 @@ from lalm_lens.aggregates import interval
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import InputError
-from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.causal_trace import processor_of
+from lalm_lens.experiments.asked import Question, processor_of
 from lalm_lens.experiments.lens import Asked, Reading, read_all
 from lalm_lens.experiments.logit_lens import rows_of
 from lalm_lens.model import HookedLALM

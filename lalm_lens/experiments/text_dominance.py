@@ -22,8 +22,7 @@ from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS, Condition, ConflictItem, make_conflict
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.causal_trace import processor_of
+from lalm_lens.experiments.asked import Question, processor_of
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, told
 from lalm_lens.interventions import Knockout
 from lalm_lens.metrics import Predict
