@@ -23,13 +23,13 @@ from lalm_lens.engine.plan import Engine
 from lalm_lens.engine.recorded import Recorded
 from lalm_lens.errors import DataError, InputError, LensError, PromptError
 from lalm_lens.experiments.asked import processor_of, read_of
+from lalm_lens.experiments.audiolens import deafness
 from lalm_lens.experiments.causal_trace import Settings, answer_of, case_of, check, exclusions
 from lalm_lens.experiments.cells import Cell, Grid
 from lalm_lens.experiments.claims import CLAIMS, PLACES, QUANTITIES, Claim, Evidence, Quantity, Reads
 from lalm_lens.experiments.evidence import Measured, NotMeasured, evidence_for
 from lalm_lens.experiments.information_score import InformationScore, information_score
 from lalm_lens.experiments.recovery import Case, Patched, patch_all
-from lalm_lens.interventions import Knockout
 from lalm_lens.metrics import Metric, Predict, is_right
 from lalm_lens.model import HookedLALM
 from lalm_lens.pieces import Region
@@ -464,14 +464,11 @@ def scored(
     progress: bool,
 ) -> dict[bool, Measured]:
     """Information scores with and without the final norm, and with the audio out of sight."""
-    layers, heard = range(model.decoder_cfg.n_layers), ["audio"]
-    heard += ["transcript"] * processor_of(model).template.has_transcript
-    deaf = [Knockout(layers, (-1,), region) for region in heard]
     found = {}
     for norm in norms:
         how = {"attribute": attribute, "label_spaces": tuple(spaces), "norm": norm, "token_budget": token_budget}
         whole = information_score(model, samples, **how, progress=progress)
-        without = information_score(model, samples, **how, forms=("P3",), knockouts=deaf, progress=progress)
+        without = information_score(model, samples, **how, forms=("P3",), knockouts=deafness(model), progress=progress)
         frame = pd.concat([whole.frame, without.frame], ignore_index=True)
         found[norm] = Measured(model.cfg.model_name, {InformationScore: frame}, norm)
     return found
