@@ -36,7 +36,7 @@ def maps(rows: pd.DataFrame, about: str, what: str, most: float | None) -> Figur
         image = ax.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-end, vmax=end)
         unit_ticks(ax, list(grid.columns))
         layer_rows(ax, its, int(grid.index.min()))
-        ax.set_ylabel("layer")
+        ax.set_ylabel("layer" if modality == "text" else "")
         ax.set_title(f"{name} (n = {its.n.max()})", fontsize=10)
         figure.colorbar(image, ax=ax, pad=0.01, extend="neither" if most is None else "both").set_label(what)
     figure.suptitle(about, fontsize=10)

@@ -12,6 +12,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from torch.testing import assert_close
 
 from lalm_lens import BackPatch, BackPatchChoice, HookedLALM, Logits, back_patch, run_branches
+from lalm_lens.assets import TINY_LALM_PLANTED
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.conflict import make_conflict
 from lalm_lens.datasets import Sample, read_folder
@@ -19,9 +20,10 @@ from lalm_lens.engine.branches import Branch
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.back_patch import Pair, Spot, clip_of, grid
+from lalm_lens.loading import from_pretrained
 from lalm_lens.runs import Run
 
-N_LAYERS = 8
+N_LAYERS, PLANTED_BLOCK = 8, 4
 QUIET = {"progress": False, "attribute": "emotion"}
 
 
@@ -156,6 +158,14 @@ def test_a_loop_takes_its_own_states_until_the_answer_stays(random_pair, asked, 
         loops.append(row.loops)
     assert max(loops) > 1 or later == "pinned"
     assert table.frame.max_loops.unique().tolist() == [4]
+
+
+def test_in_the_planted_model_audio_counts_up_to_the_one_block_that_looks_at_it(samples):
+    planted = from_pretrained(TINY_LALM_PLANTED)
+    frame = back_patch(planted, samples[:1], windows=(1,), places=["audio"], n_choosing=0, **QUIET).frame
+    is_same = frame.p_after == frame.p_before
+    assert is_same[frame.target >= PLANTED_BLOCK].all(), "to the bit"
+    assert not is_same[frame.target < PLANTED_BLOCK].any()
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------

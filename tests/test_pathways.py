@@ -212,6 +212,7 @@ def test_rows_are_what_the_tasks_say(planted, samples, paths):
         order="audio_first",
         corruption=Silence(),
         label_space=True,
+        states=None,
         seed=0,
     )
     heard = {(task.sample.name, task.modality): task for task in contrasts.tasks(planted, samples[:1])}

@@ -6,7 +6,7 @@ with m_circuit from the clean run in which every head and MLP outside of the cir
 corrupted run (arXiv 2403.17806); what enters the first block is the clean run's. 0 for no node, 1 for all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -101,6 +101,7 @@ def circuits(
     order: Order = "audio_first",
     corruption: Corruption = OtherClip(),  # noqa: B008  it is frozen
     label_space: bool = True,
+    states: Mapping[str, str] | None = None,
     seed: int = 0,
     engine: Engine = "auto",
     progress: bool = True,
@@ -113,7 +114,7 @@ def circuits(
     """
     if not ks or min(ks) < 0 or n_random < 0:
         raise InputError(f"Sizes ks are some whole numbers from 0 on, and n_random is 0 or more; got {ks}, {n_random}.")
-    how = {"form": form, "within": within, "order": order, "corruption": corruption}
+    how = {"form": form, "within": within, "order": order, "corruption": corruption, "states": states}
     contrasts = Contrasts.of(attribute, framing, **how, label_space=label_space, seed=seed)
     refuse_other(paths, contrasts.columns(model))
     ranked = {modality: ranking(paths, modality) for modality in MODALITIES}

@@ -1,6 +1,6 @@
 """What makes an answer come from the clip, or from a text: for each item two runs that differ in that alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ class Contrasts:
     order: Order
     corruption: Corruption
     label_space: bool
+    states: Mapping[str, str] | None
     seed: int
 
     @classmethod
@@ -93,7 +94,10 @@ class Contrasts:
         conditions: tuple[Condition, Condition] = ("text_only", "audio_only")
         if self.within == "conflict":
             conditions = ("conflict", "conflict")
-        how = {"conditions": conditions, "framing": self.framing, "order": self.order, "seed": self.seed}
+        how = {
+            "conditions": conditions,
+            **{name: getattr(self, name) for name in ("framing", "order", "states", "seed")},
+        }
         made = {(item.source.name, item.condition): item for item in make_conflict(samples, self.attribute, **how)}
         pairs = list(zip(MODALITIES, conditions, strict=True))
         return {(its.name, modality): made[its.name, condition] for its in samples for modality, condition in pairs}

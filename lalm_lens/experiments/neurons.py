@@ -118,17 +118,19 @@ def neuron_gain(
     n_together: int = 8,
     progress: bool = True,
 ) -> "NeuronGain":
-    """Multiply the `k` neurons of each of the `labels` (all by default) that tell it apart best, and read the answer.
+    """Multiply the `k` neurons of each of the `labels` that tell it apart best, and read the answer.
 
-    `n_choosing` clips, by default half, in the proportions of their labels, choose the neurons; `seed` says which. The
-    table has the others: each with the neurons of each label, and with `n_seeds` times as many that were drawn. Raises
-    what `attention_knockout` raises, and `DataError` for a label that no clip has.
+    `n_choosing` clips, by default half, in the proportions of their labels, choose the neurons; `seed` says which, and
+    their labels are looked at where none are named. The table has the other clips: each with the neurons of each label,
+    and with `n_seeds` times as many that were drawn. Raises what `attention_knockout` raises, and `DataError` for a
+    label that no clip has.
     """
     question = Question.about(model, samples, attribute, form, label_space)
     choosing, test = split(samples, len(samples) // 2 if n_choosing is None else n_choosing, seed)
     active = activations(question, choosing, place, progress)
     n_layers, n_neurons = active.shape[1:]
-    wanted = [label for label in question.labels if labels is None or label in labels]
+    heard = {sample.label for sample in choosing}
+    wanted = [label for label in question.labels if label in heard] if labels is None else labels
     arms = [
         ("chosen", label, None, largest(scores(active, [its.label for its in choosing], label), k)) for label in wanted
     ]

@@ -5,7 +5,7 @@ it hears another clip; all else is the same. What single outputs of the decoder 
 all of them and measured for some (`lalm_lens.attribution`), and a modality's circuit is the k outputs that do most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -227,6 +227,7 @@ def pathways(
     ig_steps: int = 5,
     n_exact: int | None = 32,
     label_space: bool = True,
+    states: Mapping[str, str] | None = None,
     seed: int = 0,
     engine: Engine = "auto",
     progress: bool = True,
@@ -241,11 +242,12 @@ def pathways(
     Attribution is by `ig_steps` gradients (1: at the corrupted run alone), of nodes over all positions, or with
     `granularity="region"` of each region by itself. The residual stream is patched exactly in every layer and region,
     `n_exact` of the heads and MLPs of each clip (None: all), half of them those with the largest attribution, the
-    others drawn by `seed`, which also draws what is stated. Raises as `make_conflict` and `causal_trace` do.
+    others drawn by `seed`, which also draws what is stated, unless `states` says it. Raises as `make_conflict` and
+    `causal_trace` do.
     """
     if n_exact is not None and n_exact < 0:
         raise InputError(f"n_exact is 0 or more, or None for all; got {n_exact}.")
-    how = {"form": form, "within": within, "order": order, "corruption": corruption}
+    how = {"form": form, "within": within, "order": order, "corruption": corruption, "states": states}
     contrasts = Contrasts.of(attribute, framing, **how, label_space=label_space, seed=seed)
     rng, frames = np.random.default_rng(seed), []
     shown = {"total": 2 * len(samples), "unit": "task", "disable": not progress}
