@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Options = list[tuple[str, str]]  # choice and value, from above
+Options = list[tuple[str, object]]  # choice and value, from above
 
 HOLDS, FAILS, NUMBER = "#3d8b37", "#b03030", "0.35"
 WORDS = {
