@@ -353,5 +353,5 @@ def test_experiments_take_items_as_they_are(tiny_lalm, items):
     assert set(stated.option.dropna()) == {conflict[0].text_label}
     read = logit_lens(tiny_lalm, items, attribute="gender", positions="last", **QUIET)
     assert set(read.frame["sample"]) == {item.name for item in items}
-    with pytest.raises(AudioError, match=r"text_only, .* holds no samples"):
+    with pytest.raises(AudioError, match=r"text_only, .* has no clip"):
         causal_trace(tiny_lalm, items, attribute="gender", **QUIET)

@@ -77,7 +77,7 @@ def test_accuracies_are_those_of_sklearns_cross_validation(C, grouped):
 
 
 def test_a_planted_direction_is_found_where_it_is_and_not_before():
-    layers = [noise(4), noise(1), planted(2), planted(3)]
+    layers = [noise(4), noise(1), planted(2)]
     found = table(layers, Probing(n_folds=3, n_controls=19))
     by_layer = found.layers()
     assert (by_layer.accuracy[PLANTED:] > 0.9).all()

@@ -138,6 +138,10 @@ def replaced(sample: Sample, samples: Sequence[Sample], seed: int) -> list[tuple
     silent, other = (corruption.of(sample, samples) for corruption in (Silence(), OtherClip(seed)))
     return [
         ("original", sample.name, sample),
-        ("silence", silent.name, replace(sample, waveform=silent.waveform)),
-        ("mismatched", other.name.removeprefix("other_clip "), replace(sample, waveform=other.waveform)),
+        ("silence", silent.name, replace(sample, waveform=silent.waveform, transcript=silent.transcript)),
+        (
+            "mismatched",
+            other.name.removeprefix("other_clip "),
+            replace(sample, waveform=other.waveform, transcript=other.transcript),
+        ),
     ]

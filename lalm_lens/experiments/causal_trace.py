@@ -160,7 +160,7 @@ def check(model: HookedLALM, samples: Sequence[Sample], settings: Settings) -> N
         raise InputError(f"n_together is a number of clips, 1 or more; got {settings.n_together}.")
     processor = processor_of(model)
     for sample in samples:
-        refuse_silence(sample)
+        refuse_unheard(sample)
         heard = settings.corruption.of(sample, samples)
         refuse_unaligned(sample, *prompts_of(processor, sample, heard, settings), settings.grid)
 
@@ -175,6 +175,12 @@ def refuse_unaligned(sample: Sample, clean: Prompt, corrupted: Prompt, grid: Gri
             f"{', '.join(grid.of_transcript)} at {grid.site} cannot be patched. Leave them out of the kinds, or let "
             "both runs read the same transcript."
         )
+
+
+def refuse_unheard(sample: Sample) -> None:
+    if not sample.is_heard:
+        raise AudioError(f"{sample.name} has no clip that could be corrupted. Leave it out.")
+    refuse_silence(sample)
 
 
 def refuse_silence(sample: Sample) -> None:
