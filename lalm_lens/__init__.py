@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.probe import Probe, probe
     from lalm_lens.experiments.resolution import critical_layer, resolution_correlation
     from lalm_lens.experiments.scale_attention import ScaledAttention, scale_attention
+    from lalm_lens.experiments.specification import Specification, specification_curve
     from lalm_lens.experiments.steer import (
         Direction,
         Steering,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from lalm_lens.loading import from_hf, from_pretrained
     from lalm_lens.model import HookedLALM
     from lalm_lens.readouts import Logits, LogProbs, Probabilities, Resid, Score
+    from lalm_lens.reproduce import Reproduction, evaluate_claims, reproduce
     from lalm_lens.results import CausalTrace
     from lalm_lens.runs import OWN, Run, Source
     from lalm_lens.transcripts import transcribed
@@ -116,6 +118,7 @@ _HOME = {
     "Probabilities": "readouts",
     "Probe": "experiments.probe",
     "Recompute": "interventions",
+    "Reproduction": "reproduce",
     "Resid": "readouts",
     "Run": "runs",
     "Sample": "datasets",
@@ -127,6 +130,7 @@ _HOME = {
     "Search": "experiments.moment",
     "Silence": "corrupt",
     "Source": "runs",
+    "Specification": "experiments.specification",
     "Steering": "experiments.steer",
     "TextDominance": "experiments.text_dominance",
     "WhiteNoise": "corrupt",
@@ -146,6 +150,7 @@ _HOME = {
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
     "enrich": "experiments.enrich",
+    "evaluate_claims": "reproduce",
     "from_hf": "loading",
     "from_pretrained": "loading",
     "information_score": "experiments.information_score",
@@ -170,11 +175,13 @@ _HOME = {
     "read_clips": "datasets",
     "read_folder": "datasets",
     "read_sample": "datasets",
+    "reproduce": "reproduce",
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "sakura": "datasets",
     "scale_attention": "experiments.scale_attention",
     "silence": "corrupt",
+    "specification_curve": "experiments.specification",
     "split": "datasets",
     "steer": "experiments.steer",
     "text_dominance": "experiments.text_dominance",
@@ -225,6 +232,7 @@ __all__ = [
     "Probabilities",
     "Probe",
     "Recompute",
+    "Reproduction",
     "Resid",
     "Run",
     "Sample",
@@ -236,6 +244,7 @@ __all__ = [
     "Search",
     "Silence",
     "Source",
+    "Specification",
     "Steering",
     "TextDominance",
     "WhiteNoise",
@@ -255,6 +264,7 @@ __all__ = [
     "critical_layer",
     "cut_to",
     "enrich",
+    "evaluate_claims",
     "from_hf",
     "from_pretrained",
     "information_score",
@@ -279,11 +289,13 @@ __all__ = [
     "read_clips",
     "read_folder",
     "read_sample",
+    "reproduce",
     "resolution_correlation",
     "run_branches",
     "sakura",
     "scale_attention",
     "silence",
+    "specification_curve",
     "split",
     "steer",
     "text_dominance",

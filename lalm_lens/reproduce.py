@@ -26,7 +26,7 @@ from lalm_lens.experiments.evidence import TRACED, Measured, NotMeasured, eviden
 from lalm_lens.experiments.information_score import InformationScore
 from lalm_lens.results import CausalTrace
 from lalm_lens.shapes import typed
-from lalm_lens.tables import Table, markdown
+from lalm_lens.tables import Table, write_tables
 
 UNDEFINED = "undefined on these clips"
 KINDS: tuple[type[Table], ...] = (InformationScore, Enrichment, CausalTrace, AttentionKnockout)
@@ -161,11 +161,7 @@ def show_reproduction(found: Reproduction, out: Path | None) -> None:
     """Print what was measured and what is missing; write the table in three formats."""
     print(to_print(found))
     if out is not None:
-        print(found.save(out / "reproduction.parquet"))
-        texts = {".csv": found.frame.to_csv(index=False), ".md": markdown(found.frame)}
-        for suffix, text in texts.items():
-            path = out / f"reproduction{suffix}"
-            path.write_text(text, encoding="utf-8")
+        for path in write_tables(out, {"reproduction": found.frame}):
             print(path)
 
 

@@ -1,5 +1,7 @@
 """Published rows beside tables whose verdict is known, and the arithmetic of Table III against scipy."""
 
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from lalm_lens import AttentionKnockout, CausalTrace, Enrichment, InformationScore, resolution_correlation
+from lalm_lens import AttentionKnockout, CausalTrace, Enrichment, InformationScore, cli, resolution_correlation
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.claims import CLAIMS, QUANTITIES, Evidence, correlation, p_of, rank_correlation
@@ -150,6 +152,7 @@ def of_desta2(tmp_path_factory) -> tuple[InformationScore, Reproduction]:
         ("accuracy_percent", "gender", "agrees"),  # 85
         ("accuracy_percent", "language", "differs"),  # 100 in every resample, and 91.53
         ("accuracy_percent", "emotion", "agrees"),  # 35, and 33.53
+        ("accuracy_percent", "animal", "differs"),  # 5, at most 15, and 18.67
         ("critical_layer", "animal", "not measured"),  # no layer is above the threshold
         ("rise_with_depth", "gender", "agrees"),
         ("deepest_dip", "gender", "differs"),
@@ -378,3 +381,47 @@ def test_a_knockout_alone_does_not_say_how_deep_a_model_is(tmp_path):
     AttentionKnockout.concat([frame.fillna(filled)]).save(tmp_path / "knocked.parquet")
     with pytest.raises(DataError, match="do not say how many layers"):
         reproduce([tmp_path], named={"here": "DeSTA2"})
+
+
+# --- on the command line, and on the page -------------------------------------------------------------------------
+
+
+def run(monkeypatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["lalm-lens", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_the_command_compares_and_writes(monkeypatch, tmp_path, capsys):
+    traced("here", (np.arange(N_LAYERS) >= 20) * 1.0).save(tmp_path / "trace.parquet")
+    named = ("--as", "here=Qwen2-Audio-Instruct", "--resamples", 10)
+    assert run(monkeypatch, "reproduce", tmp_path, *named, "--out", tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"Qwen2-Audio-Instruct +here +animal .* early_recovery .* agrees", told)
+    assert f"needs lalm-lens audiolens {DESTA2}" in told
+    saved = Reproduction.load(tmp_path / "out" / "reproduction.parquet")
+    assert len(pd.read_csv(tmp_path / "out" / "reproduction.csv")) == len(saved.frame)
+    lines = (tmp_path / "out" / "reproduction.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(saved.frame) + 2
+    assert run(monkeypatch, "reproduce", tmp_path, "--claims", "--resamples", 10) == 0
+    assert "holds" in capsys.readouterr().out
+
+
+def test_the_command_says_what_is_wrong_in_one_line(monkeypatch, tmp_path, capsys):
+    traced("tiny", np.arange(8) / 7).save(tmp_path / "trace.parquet")
+    for args, message in (
+        (("--as", "tiny=DeSTA2"), "it has 8 layers"),
+        (("--as", "tiny"), "--as names each model once"),
+        (("--as", "tiny=DeSTA2", "--claims"), "leave out --as"),
+    ):
+        assert run(monkeypatch, "reproduce", tmp_path, *args) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+
+
+def test_the_page_has_every_claim():
+    page = (Path(__file__).parent.parent / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    for name, claim in CLAIMS.items():
+        assert f"| `{name}` {claim.condition} |" in page

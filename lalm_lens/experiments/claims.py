@@ -29,6 +29,7 @@ Reads = Literal[
 PLACES = ("early", "object", "late", "last")  # the segments of arXiv 2603.13768, section 3.3
 RELATIONS: dict[Relation, Callable[[float, float], bool]] = {"<": operator.lt, ">": operator.gt, ">=": operator.ge}
 CT, AL = "arXiv 2603.13768", "arXiv 2506.05140"
+FEW = 6  # layers: fewer have no middle and no ends
 DEPTH_15 = 15 / 32  # of the models whose curves are stable "after layer 15"
 
 
@@ -67,7 +68,7 @@ class Evidence:
         return self.find_all([measure], n_resamples, seed)[0]
 
     def find_all(self, measures: Sequence[Callable[..., Numbers]], n_resamples: int, seed: int) -> list[Finding]:
-        """Several measures of the same resamples."""
+        """Several measures of the same resamples; NaN where a part of what they read is not there."""
         weights = self.weights or tuple(np.ones(len(group)) for group in self.groups)
         weighted = [
             np.column_stack([weight, (weight.reshape(-1, *[1] * (group.ndim - 1)) * group).reshape(len(group), -1)])
@@ -77,7 +78,9 @@ class Evidence:
         def of(*means: Float[np.ndarray, "resample _"]) -> Float[np.ndarray, "resample measure"]:
             both = zip(means, self.groups, strict=True)
             groups = [(its[:, 1:] / its[:, :1]).reshape(-1, *group.shape[1:]) for its, group in both]
-            return np.stack([measure(self, *groups) for measure in measures], axis=-1)
+            found = np.stack([measure(self, *groups) for measure in measures], axis=-1)
+            lacks = np.any([np.isnan(its).reshape(len(its), -1).any(1) for its in groups], axis=0)
+            return np.where(lacks[:, None], np.nan, found)
 
         lows, highs = intervals_of(weighted, of, n_resamples, seed)
         found = of(*(its.mean(0, keepdims=True) for its in weighted))[0]
@@ -181,6 +184,8 @@ def earlier_than_others(about: Evidence, own: Curve, *others: Float[np.ndarray, 
 @claim("recovery is highest at the last token", f"{CT}, Fig. 3, sec. 5.2", "places", ">=", 0.8)
 def last_is_highest(about: Evidence, places: Float[np.ndarray, "resample place layer"]) -> Numbers:
     """Share of the layers in the second half in which no other segment recovers as much as the last token."""
+    if places.shape[-1] < FEW:
+        return np.full(len(places), np.nan)
     later = places[..., places.shape[-1] // 2 + 1 :]
     return (later[:, -1] > later[:, :-1].max(1)).mean(1)
 
@@ -188,7 +193,9 @@ def last_is_highest(about: Evidence, places: Float[np.ndarray, "resample place l
 @claim("a spike at the object token in the middle layers", f"{CT}, Fig. 3, sec. 5.2", "places", ">=", 0.05)
 def object_spike(about: Evidence, places: Float[np.ndarray, "resample place layer"]) -> Numbers:
     """What the object recovers beyond the rest of the prompt, at most, in the middle third of the layers."""
-    early, objects, late, _ = places[..., thirds(places)[1]].swapaxes(0, 1)
+    if places.shape[-1] < FEW:
+        return np.full(len(places), np.nan)
+    early, objects, late, _ = places[..., middle_third(places.shape[-1])].swapaxes(0, 1)
     return (objects - np.maximum(early, late)).max(1)
 
 
@@ -277,6 +284,8 @@ def late_drop(about: Evidence, scores: Float[np.ndarray, "resample form layer"])
 def middle_over_ends(about: Evidence, scores: Float[np.ndarray, "resample form layer"]) -> Numbers:
     """Mean score from a third of the depth to five sixths, above that of the layers before and of those behind."""
     n_layers, mean = scores.shape[-1], scores.mean(1)
+    if n_layers < FEW:
+        return np.full(len(scores), np.nan)
     first, end = n_layers // 3, -(-5 * n_layers // 6)
     inside, before, behind = (its.mean(1) for its in (mean[:, first:end], mean[:, :first], mean[:, end:]))
     return inside - np.maximum(before, behind)
@@ -356,9 +365,8 @@ def interior_optimum(about: Evidence, accuracy: Float[np.ndarray, "resample arm 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
 
 
-def thirds(values: Float[np.ndarray, "*rest layer"]) -> list[slice]:
-    edges = [round(n * values.shape[-1] / 3) for n in range(4)]
-    return [slice(edges[n], edges[n + 1]) for n in range(3)]
+def middle_third(n_layers: int) -> slice:
+    return slice(round(n_layers / 3), round(2 * n_layers / 3))
 
 
 def depth_of(is_there: Bool[np.ndarray, "resample layer"], about: Evidence) -> Numbers:

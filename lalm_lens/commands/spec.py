@@ -1,0 +1,74 @@
+"""`lalm-lens spec`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lalm_lens.attributes import ATTRIBUTES, attribute_named
+from lalm_lens.commands.base import (
+    Device,
+    Dtype,
+    Model,
+    Own,
+    Part,
+    app,
+    choice,
+    conversion_named,
+    one_of,
+    parts_named,
+    ready,
+)
+
+EXAMPLES = """[bold]Examples[/bold]
+
+lalm-lens spec ./checkpoint ./clips --attribute emotion --out specified
+
+lalm-lens spec Qwen/Qwen2-Audio-7B-Instruct ./clips --attribute animal --out specified --device cuda --dtype bfloat16
+"""
+
+
+@app.command("spec", epilog=EXAMPLES)
+def spec_command(
+    model: Model,
+    clips: Annotated[Path, typer.Argument(help="A folder with metadata.jsonl (file_name, label on each line).")],
+    attribute: Annotated[str, typer.Option(help=f"What is asked: {', '.join(ATTRIBUTES)}.")],
+    out: Annotated[Path, typer.Option(help="Folder for specification.parquet, .csv, .md and .png.")],
+    form: Annotated[str, choice("form", "What the user says in the prompts that are traced")] = "P3",
+    snr_db: Annotated[float, typer.Option(help="Clip over noise, in dB, where noise is what is heard instead.")] = 0.0,
+    resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the clips.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the noise, of the choice of other clips, and of the resamples.")] = 0,
+    device: Device = "cpu",
+    device_map: Annotated[str | None, typer.Option(help="auto: spread over GPUs, CPU and disk, as it fits.")] = None,
+    dtype: Dtype = "float32",
+    token_budget: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that share a block: less needs less memory.")
+    ] = None,
+    part: Part = None,
+    conversion: Own = None,
+) -> None:
+    """Do the papers' claims survive what they leave open? Every combination of those choices, and one picture."""
+    from lalm_lens.datasets import read_folder
+
+    asked, form = attribute_named(attribute), one_of("form", form)
+    parts, samples = parts_named(part), read_folder(clips)
+    ready(out)
+    import torch
+
+    from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise
+    from lalm_lens.experiments.specification import specification_curve
+    from lalm_lens.loading import from_pretrained
+    from lalm_lens.tables import write_tables
+
+    how = {"parts": parts, "conversion": conversion_named(conversion)}
+    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype), **how)
+    corruptions = (Silence(), WhiteNoise(snr_db, seed), OtherClip(seed))
+    settings = {"form": form, "corruptions": corruptions, "token_budget": token_budget}
+    found = specification_curve(lens, samples, attribute=asked, **settings, n_resamples=resamples, seed=seed)
+    print(found)
+    for reason, n_rows in found.reasons().itertuples(index=False):
+        print(f"not measured, {n_rows} rows: {reason}")
+    paths = write_tables(out, {"specification": found.frame})
+    found.plot().savefig(out / "specification.png", dpi=130)
+    for path in (*paths, out / "specification.png"):
+        print(path)
