@@ -1,0 +1,239 @@
+"""`lalm-lens conflict`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lalm_lens.attributes import ATTRIBUTES, Attribute
+from lalm_lens.commands.audiolens import heard, read_study
+from lalm_lens.commands.base import (
+    Device,
+    Dtype,
+    Model,
+    Own,
+    Part,
+    app,
+    asked_about,
+    conversion_named,
+    parts_named,
+    ready,
+)
+from lalm_lens.errors import InputError, LensError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from lalm_lens.datasets import Sample
+    from lalm_lens.model import HookedLALM
+
+EXAMPLES = """[bold]Examples[/bold]
+
+lalm-lens conflict Qwen/Qwen2-Audio-7B-Instruct ./sakura --out conflict --device cuda --dtype bfloat16
+
+lalm-lens conflict ./checkpoint ./clips --attribute animal --only dominance,suppression --out conflict
+
+lalm-lens conflict ./checkpoint ./clips --attribute animal --framing "A friend says: {label}." --out conflict
+"""
+
+LONG = 40  # rows: more are not printed
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all steps are about."""
+
+    model: "HookedLALM"
+    samples: "list[Sample]"
+    attribute: Attribute
+    framings: list[str]
+    n_pathways: int
+    seed: int
+    token_budget: int | None
+    out: Path
+
+    @property
+    def how(self) -> dict:
+        return {"attribute": self.attribute, "seed": self.seed}
+
+
+Shown = tuple["dict[str, pd.DataFrame]", "dict[str, Figure]"]
+
+
+def dominance(asked: Asked) -> Shown:
+    """Finding 1: the text dominates."""
+    from lalm_lens.conflict import make_conflict
+    from lalm_lens.experiments.audio_sensitivity import audio_sensitivity
+    from lalm_lens.experiments.text_dominance import text_dominance
+
+    items = make_conflict(asked.samples, framing=asked.framings, order=["audio_first", "text_first"], **asked.how)
+    found = text_dominance(asked.model, items, token_budget=asked.token_budget)
+    found.save(asked.out / "dominance.parquet")
+    needed = audio_sensitivity(asked.model, asked.samples, token_budget=asked.token_budget, **asked.how)
+    needed.save(asked.out / "sensitivity.parquet")
+    tables = {"dominance": found.tdr(), "accuracies": found.accuracies(), "sensitivity": needed.summary()}
+    return tables, {"dominance": found.plot()}
+
+
+def paths(asked: Asked) -> Shown:
+    """Finding 2: pathways of text and audio are distinct, and converge in late layers."""
+    from lalm_lens.experiments.convergence import convergence
+    from lalm_lens.experiments.pathways import pathways
+
+    met = convergence(asked.model, asked.samples, framing=asked.framings[0], **asked.how)
+    met.save(asked.out / "convergence.parquet")
+    few = asked.samples[: asked.n_pathways]
+    found = pathways(asked.model, few, within="conflict", framing=asked.framings[0], **asked.how)
+    found.save(asked.out / "pathways.parquet")
+    tables = {"convergence": met.layers(), "overlap": found.overlap(), "agreement": found.agreement()}
+    pictures = {view: found.plot(view) for view in ("map", "nodes", "overlap")}
+    return tables, {"convergence": met.plot(), **{f"pathways_{name}": its for name, its in pictures.items()}}
+
+
+def suppressed(asked: Asked) -> Shown:
+    """Finding 3: the text suppresses the audio, and does not erase it."""
+    import pandas as pd
+
+    from lalm_lens.conflict import make_conflict
+    from lalm_lens.experiments.probe import probe
+    from lalm_lens.experiments.suppression import suppression
+
+    verdicts, pictures = [], {}
+    for order in ("audio_first", "text_first"):
+        how: dict = {"framing": asked.framings[0], "order": order, **asked.how}
+        found = suppression(asked.model, asked.samples, token_budget=asked.token_budget, **how)
+        found.save(asked.out / f"suppression_{order}.parquet")
+        items = make_conflict(asked.samples, conditions=["conflict"], **how)
+        stated = {"audio": [str(its.audio_label) for its in items], "text": [str(its.text_label) for its in items]}
+        reads = {}
+        for side, targets in stated.items():
+            rarest = min(targets.count(label) for label in targets)
+            places: dict = {"stacks": ["decoder"], "places": ["last", "object"], "n_folds": max(2, min(5, rarest))}
+            reads[side] = probe(asked.model, items, targets=targets, **places, **asked.how)
+            reads[side].save(asked.out / f"probe_{order}_{side}.parquet")
+        verdicts.append({"order": order, **found.verdict(seed=asked.seed)})
+        pictures[f"suppression_{order}"] = found.plot(reads)
+    return {"suppression": pd.DataFrame(verdicts)}, pictures
+
+
+def repair(asked: Asked) -> Shown:
+    """The repair: late states of the audio go back into earlier layers."""
+    from lalm_lens.conflict import make_conflict
+    from lalm_lens.experiments.back_patch import back_patch
+
+    items = make_conflict(asked.samples, conditions=["audio_only", "conflict"], framing=asked.framings[0], **asked.how)
+    found = back_patch(asked.model, items, token_budget=asked.token_budget, **asked.how)
+    found.save(asked.out / "back_patch.parquet")
+    found.chosen().save(asked.out / "back_patch.json")
+    return {"back_patch": found.summary(seed=asked.seed)}, {"back_patch": found.plot()}
+
+
+STEPS: dict[str, Callable[[Asked], Shown]] = {
+    "dominance": dominance,
+    "pathways": paths,
+    "suppression": suppressed,
+    "repair": repair,
+}
+
+
+@app.command("conflict", epilog=EXAMPLES)
+def conflict_command(
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder with metadata.jsonl (file_name, label on each line) and --attribute, or with a folder like "
+            f"that for each attribute, by its name: {', '.join(ATTRIBUTES)}."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for tables, pictures and conflict.md, one inside per attribute.")],
+    attribute: Annotated[
+        str | None, typer.Option(help="What is asked; of a folder of attributes some, with commas between.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="Your own question, in place of --attribute.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Its answers, with commas between.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="How its answer is forced to begin, as 'The animal is'.")] = None,
+    only: Annotated[str | None, typer.Option(help=f"Some of {', '.join(STEPS)}, with commas between.")] = None,
+    framing: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How the text states a label: statement, transcript, option, or a text with {label}; repeat "
+            "it for dominance. The first is that of all else."
+        ),
+    ] = None,
+    n_pathways: Annotated[int, typer.Option(min=1, help="Clips whose pathways are looked for, which is dear.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the stated labels, splits and bootstraps.")] = 0,
+    cut: Annotated[bool, typer.Option("--cut", help="Cut clips that are longer than the model hears.")] = False,
+    transcript: Annotated[str | None, typer.Option(help="What DeSTA reads of every clip; else what it says.")] = None,
+    voice_activity: Annotated[bool, typer.Option("--voice-activity", help="No speech, no transcript.")] = False,
+    device: Device = "cpu",
+    device_map: Annotated[str | None, typer.Option(help="auto: spread over GPUs, CPU and disk, as it fits.")] = None,
+    dtype: Dtype = "float32",
+    token_budget: Annotated[int | None, typer.Option(min=1, help="Tokens that share a block.")] = None,
+    part: Part = None,
+    conversion: Own = None,
+) -> None:
+    """Find out whom a model believes where a text disagrees with what it hears, where in it the text wins, and whether
+    back-patching repairs it (after arXiv 2606.18924)."""
+    steps = list(STEPS) if only is None else [step_named(each.strip()) for each in only.split(",")]
+    own = (question, labels, prefix) != (None, None, None)
+    study = read_study(data, asked_about(attribute, question, labels, prefix) if own else attribute)
+    parts = parts_named(part)
+    ready(out)
+    import torch
+
+    from lalm_lens.conflict import FRAMINGS, framing_of
+    from lalm_lens.loading import from_pretrained
+
+    framings = framing or list(FRAMINGS)
+    for each in framings:
+        framing_of(each)
+    loading = {"parts": parts, "conversion": conversion_named(conversion), "dtype": getattr(torch, dtype)}
+    lens = from_pretrained(model, device=device, device_map=device_map, **loading)
+    left_out: list[str] = []
+    page = [f"# Text against audio in {lens.cfg.model_name}"]
+    for its, samples in study.items():
+        clips = heard(lens, samples, cut, transcript, voice_activity)
+        folder = out / its.name
+        asked = Asked(lens, clips, its, framings, n_pathways, seed, token_budget, folder)
+        page.append(f"## {its.name}")
+        for name in steps:
+            try:
+                page += written(asked, *STEPS[name](asked), f"{STEPS[name].__doc__}")
+            except LensError as error:
+                left_out.append(f"{name} of {its.name}: {error}")
+    page += [f"Left out: {line}" for line in left_out]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "conflict.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    for line in left_out:
+        print(f"Left out: {line}")
+    print(out / "conflict.md")
+    raise typer.Exit(1 if left_out else 0)
+
+
+def step_named(name: str) -> str:
+    if name not in STEPS:
+        raise InputError(f"--only is {name!r}. Choose some of {', '.join(STEPS)}.")
+    return name
+
+
+def written(asked: Asked, tables: "dict[str, pd.DataFrame]", figures: "dict[str, Figure]", title: str) -> list[str]:
+    """Write a step's tables and figures, print the tables, and return what the page says of it."""
+    from lalm_lens.tables import markdown, write_tables
+
+    write_tables(asked.out / "tables", tables)
+    page = [f"### {title}"]
+    print(f"{asked.attribute.name}. {title}")
+    for name, table in tables.items():
+        if len(table) > LONG:
+            page.append(f"{name}: [{len(table)} rows]({asked.attribute.name}/tables/{name}.csv)")
+            continue
+        page.append(f"{name}:\n\n{markdown(table)}")
+        print(f"{name}\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='-')}\n")
+    for name, figure in figures.items():
+        figure.savefig(asked.out / f"{name}.png", dpi=150)
+        page.append(f"![{name}]({asked.attribute.name}/{name}.png)")
+    return page
