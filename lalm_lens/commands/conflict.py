@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lalm_lens.attributes import ATTRIBUTES, Attribute
-from lalm_lens.commands.audiolens import heard, read_study
+from lalm_lens.commands.audiolens import heard, numbers, read_study
 from lalm_lens.commands.base import (
     Device,
     Dtype,
@@ -51,6 +51,7 @@ class Asked:
     attribute: Attribute
     framings: list[str]
     n_pathways: int
+    windows: list[int]
     seed: int
     token_budget: int | None
     out: Path
@@ -80,12 +81,14 @@ def dominance(asked: Asked) -> Shown:
 
 def paths(asked: Asked) -> Shown:
     """Finding 2: pathways of text and audio are distinct, and converge in late layers."""
+    from lalm_lens.datasets import split
     from lalm_lens.experiments.convergence import convergence
     from lalm_lens.experiments.pathways import pathways
 
     met = convergence(asked.model, asked.samples, framing=asked.framings[0], **asked.how)
     met.save(asked.out / "convergence.parquet")
-    few = asked.samples[: asked.n_pathways]
+    is_all = len(asked.samples) <= asked.n_pathways
+    few = asked.samples if is_all else split(asked.samples, asked.n_pathways, asked.seed)[0]
     found = pathways(asked.model, few, within="conflict", framing=asked.framings[0], **asked.how)
     found.save(asked.out / "pathways.parquet")
     tables = {"convergence": met.layers(), "overlap": found.overlap(), "agreement": found.agreement()}
@@ -125,7 +128,8 @@ def repair(asked: Asked) -> Shown:
     from lalm_lens.experiments.back_patch import back_patch
 
     items = make_conflict(asked.samples, conditions=["audio_only", "conflict"], framing=asked.framings[0], **asked.how)
-    found = back_patch(asked.model, items, token_budget=asked.token_budget, **asked.how)
+    how: dict = {"windows": asked.windows, "token_budget": asked.token_budget, **asked.how}
+    found = back_patch(asked.model, items, **how)
     found.save(asked.out / "back_patch.parquet")
     found.chosen().save(asked.out / "back_patch.json")
     return {"back_patch": found.summary(seed=asked.seed)}, {"back_patch": found.plot()}
@@ -165,6 +169,7 @@ def conflict_command(
         ),
     ] = None,
     n_pathways: Annotated[int, typer.Option(min=1, help="Clips whose pathways are looked for, which is dear.")] = 32,
+    windows: Annotated[str, typer.Option(help="Layers that are back-patched together, odd, with commas.")] = "1,3,5",
     seed: Annotated[int, typer.Option(help="Of the stated labels, splits and bootstraps.")] = 0,
     cut: Annotated[bool, typer.Option("--cut", help="Cut clips that are longer than the model hears.")] = False,
     transcript: Annotated[str | None, typer.Option(help="What DeSTA reads of every clip; else what it says.")] = None,
@@ -179,6 +184,7 @@ def conflict_command(
     """Find out whom a model believes where a text disagrees with what it hears, where in it the text wins, and whether
     back-patching repairs it (after arXiv 2606.18924)."""
     steps = list(STEPS) if only is None else [step_named(each.strip()) for each in only.split(",")]
+    sizes = [int(each) for each in numbers("windows", windows)]
     own = (question, labels, prefix) != (None, None, None)
     study = read_study(data, asked_about(attribute, question, labels, prefix) if own else attribute)
     parts = parts_named(part)
@@ -198,7 +204,7 @@ def conflict_command(
     for its, samples in study.items():
         clips = heard(lens, samples, cut, transcript, voice_activity)
         folder = out / its.name
-        asked = Asked(lens, clips, its, framings, n_pathways, seed, token_budget, folder)
+        asked = Asked(lens, clips, its, framings, n_pathways, sizes, seed, token_budget, folder)
         page.append(f"## {its.name}")
         for name in steps:
             try:

@@ -1,0 +1,178 @@
+"""Suppressed or erased: every row against plain HF under a mask, verdicts on tables whose answer is known."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from reference import hf_cut, recorded
+
+from lalm_lens import cli
+from lalm_lens.assets import TINY_LALM
+from lalm_lens.conflict import make_conflict
+from lalm_lens.datasets import read_folder
+from lalm_lens.errors import DataError
+from lalm_lens.experiments.asked import Question
+from lalm_lens.experiments.back_patch import BackPatchChoice
+from lalm_lens.experiments.suppression import RUNS, Suppression, suppression
+
+pytestmark = pytest.mark.numbers
+
+QUIET = {"progress": False}
+
+
+@pytest.mark.parametrize("order", ["audio_first", "text_first"])
+def test_every_row_is_plain_hf_with_the_text_in_and_out_of_sight(random_pair, folders, order):
+    hf, model = random_pair
+    samples = read_folder(folders["animal"])[:2]
+    found = suppression(model, samples, attribute="animal", order=order, seed=3, **QUIET).frame
+    assert len(found) == 2 * 3 * 2 * 8
+    blocks = {f"{n}": block for n, block in enumerate(hf.model.language_model.layers)}
+    for sample in samples:
+        alone, conflict = make_conflict([sample], "animal", conditions=["audio_only", "conflict"], order=order, seed=3)
+        conflict = next(
+            item
+            for item in make_conflict(samples, "animal", conditions=["conflict"], order=order, seed=3)
+            if item.audio_label == sample.label
+        )
+        question = Question.about(model, [conflict], "animal", "P3", True)
+        labels = np.array(question.labels)
+        ends = {}
+        for kind, item in (("audio_only", alone), ("conflict", conflict), ("cut", conflict)):
+            run = question.run(item)
+            stated = [position.region == "statement" for position in run.prompt.positions]
+            closed = torch.zeros(1, run.n_pos, run.n_pos, dtype=torch.bool)
+            closed[0, -1, stated] = kind == "cut"
+            batch = run.inputs.to_hf("feature_attention_mask")
+            with recorded(blocks) as states, torch.no_grad():
+                hf_cut(hf, batch, dict.fromkeys(range(8), closed))
+                stack = torch.stack([states[f"{n}"][0] for n in range(8)])
+                logits = hf.lm_head(hf.model.language_model.norm(stack))[..., question.tokens].double()
+            options = [n for n, position in enumerate(run.prompt.positions) if position.region == "object"]
+            for place, at in (("last", [-1]), ("object", options)):
+                log_p = logits[:, at].log_softmax(-1).mean(1)
+                if place == "last":
+                    ends[kind] = log_p[-1]
+                rows = found[(found.run == kind) & (found.place == place) & (found["clip"] == sample.name)]
+                rows = rows.sort_values("layer")
+                predicted = labels[log_p.argmax(-1).numpy()]
+                assert rows.predicted.tolist() == predicted.tolist()
+                says = np.select([predicted == conflict.audio_label, predicted == conflict.text_label], [0, 1], 2)
+                assert rows.says.tolist() == np.array(["audio", "text", "other"])[says].tolist()
+                for side in ("audio", "text"):
+                    theirs = log_p[:, labels.tolist().index(getattr(conflict, f"{side}_label"))]
+                    np.testing.assert_allclose(rows[f"log_p_{side}"], theirs, atol=2e-4)
+        assert not torch.allclose(ends["conflict"], ends["cut"], atol=1e-3)  # what is out of sight was looked at
+
+
+def table(rights: dict[str, np.ndarray]) -> Suppression:
+    """Clips whose audio's label the last of two layers says, or the text's."""
+    rows = [
+        {"run": run, "sample": f"{n}", "layer": layer, "place": "last", "says": "audio" if right else "text"}
+        for run, its in rights.items()
+        for n, right in enumerate(its)
+        for layer in (0, 1)
+    ]
+    frame = pd.DataFrame(rows).assign(model="m", attribute="a", form="P3", label_space=True, framing="statement")
+    frame["clip"] = frame["sample"]
+    frame.loc[frame.layer == 0, "says"] = "other"
+    frame = frame.assign(strength="baseline", order="audio_first", cut_layers="all", log_p_audio=0.0, log_p_text=0.0)
+    return Suppression.concat([frame])
+
+
+def hits(n: int, of: int = 40) -> np.ndarray:
+    return np.arange(of) < n
+
+
+@pytest.mark.parametrize(
+    ("n_right", "verdict"),
+    [
+        ((38, 2, 38), "suppression"),
+        ((38, 2, 36), "suppression"),
+        ((38, 2, 2), "erasure"),
+        ((38, 2, 3), "erasure"),
+        ((38, 2, 20), "in part"),
+        ((38, 37, 38), "no dominance"),
+    ],
+)
+def test_the_verdict_is_that_of_the_counts(n_right, verdict):
+    its = table(dict(zip(RUNS, map(hits, n_right), strict=True))).verdict(n_resamples=500)
+    assert its["verdict"] == verdict
+    alone, conflict, cut = (n / 40 for n in n_right)
+    assert [its[run] for run in RUNS] == pytest.approx([alone, conflict, cut])
+    if verdict != "no dominance":
+        assert its["returned"] == pytest.approx((cut - conflict) / (alone - conflict))
+        assert its["low"] <= its["returned"] <= its["high"]
+
+
+def test_curves_count_both_labels_and_pictures_show_them(tmp_path):
+    found = table({run: hits(n) for run, n in zip(RUNS, (38, 2, 20), strict=True)})
+    curves = found.curves(n_resamples=50)
+    ends = curves[curves.layer == 1].set_index(["run", "side"]).rate
+    assert ends["audio_only", "audio"] == 0.95
+    assert (ends["conflict", "text"], ends["cut", "text"]) == (0.95, 0.5)
+    assert (curves[curves.layer == 0].rate == 0).all()
+    texts = [text.get_text() for ax in found.plot().axes for text in [ax.title, ax.xaxis.label]]
+    assert "without the text" in texts
+    assert Suppression.load(found.save(tmp_path / "s.parquet")).verdict(n_resamples=50)["verdict"] == "in part"
+    assert "in part" in repr(found)
+    with pytest.raises(DataError, match="more than one order"):
+        Suppression(found.frame.assign(order=["audio_first", "text_first"] * 120)).verdict()
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def command(monkeypatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["lalm-lens", "conflict", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_the_command_writes_what_it_finds_and_says_what_it_leaves_out(monkeypatch, folders, tmp_path, capsys):
+    gender = folders["gender"]
+    options = ("--attribute", "gender", "--n-pathways", 2, "--windows", 1, "--framing", "statement", "--out", tmp_path)
+    assert command(monkeypatch, TINY_LALM, gender, *options) == 0
+    page = (tmp_path / "conflict.md").read_text(encoding="utf-8")
+    names = {path.name for path in (tmp_path / "gender").glob("*.png")}
+    assert names == {
+        *(f"{name}.png" for name in ("dominance", "convergence", "back_patch")),
+        *(f"pathways_{view}.png" for view in ("map", "nodes", "overlap")),
+        *(f"suppression_{order}.png" for order in ("audio_first", "text_first")),
+    }
+    assert all(f"(gender/{name})" in page for name in names)
+    assert BackPatchChoice.load(tmp_path / "gender" / "back_patch.json").place == "audio"
+    tables = {path.stem for path in (tmp_path / "gender" / "tables").glob("*.csv")}
+    assert {"dominance", "accuracies", "sensitivity", "convergence", "overlap", "suppression", "back_patch"} <= tables
+    capsys.readouterr()
+    one = tmp_path / "one"
+    assert command(monkeypatch, TINY_LALM, gender, *options[:2], "--only", "suppression", "--out", one) == 0
+    assert not (one / "gender" / "dominance.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--only", "dominance,mood"], "--only is 'mood'. Choose some of dominance, pathways, suppression, repair"),
+        (["--framing", "hear this"], "There is no framing 'hear this'"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_a_line(monkeypatch, folders, tmp_path, capsys, args, says):
+    assert command(monkeypatch, TINY_LALM, folders["gender"], "--attribute", "gender", *args, "--out", tmp_path) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_step_that_cannot_be_done_stops_no_other(monkeypatch, folders, tmp_path, capsys):
+    """Two clips of one label are too few for probes."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    lines = (folders["gender"] / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    (clips / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for sample in read_folder(folders["gender"])[:2]:
+        (clips / sample.name).symlink_to(folders["gender"] / sample.name)
+    options = ("--attribute", "gender", "--only", "suppression,dominance", "--out", tmp_path / "out")
+    assert command(monkeypatch, TINY_LALM, clips, *options) == 1
+    assert "Left out: suppression of gender:" in capsys.readouterr().out
+    assert (tmp_path / "out" / "gender" / "dominance.png").exists()
