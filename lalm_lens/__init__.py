@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         prompt_contrast,
         steer,
     )
+    from lalm_lens.experiments.suppression import Suppression, suppression
     from lalm_lens.experiments.text_dominance import TextDominance, compare_dominance, text_dominance
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
@@ -132,6 +133,7 @@ _HOME = {
     "Source": "runs",
     "Specification": "experiments.specification",
     "Steering": "experiments.steer",
+    "Suppression": "experiments.suppression",
     "TextDominance": "experiments.text_dominance",
     "WhiteNoise": "corrupt",
     "ablate": "experiments.ablate",
@@ -184,6 +186,7 @@ _HOME = {
     "specification_curve": "experiments.specification",
     "split": "datasets",
     "steer": "experiments.steer",
+    "suppression": "experiments.suppression",
     "text_dominance": "experiments.text_dominance",
     "transcribed": "transcripts",
     "transcripts": "transcripts",
@@ -246,6 +249,7 @@ __all__ = [
     "Source",
     "Specification",
     "Steering",
+    "Suppression",
     "TextDominance",
     "WhiteNoise",
     "ablate",
@@ -298,6 +302,7 @@ __all__ = [
     "specification_curve",
     "split",
     "steer",
+    "suppression",
     "text_dominance",
     "transcribed",
     "transcripts",
