@@ -43,3 +43,5 @@ tiny: setup
 	$(BIN)/python -m lalm_lens.assets.train tiny_lalm
 	$(BIN)/python -m lalm_lens.assets.train tiny_lalm_planted
 	$(BIN)/python -m lalm_lens.assets.train tiny_lalm_relay
+	$(BIN)/python -m lalm_lens.assets.train tiny_lalm_suppress
+	$(BIN)/python -m lalm_lens.assets.train tiny_lalm_erase

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.numbers
 
 SMOKE = {
     "n_processes": 1,
-    "n_speech": 64,
+    "n_speech": 80,  # each combination of labels once
     "n_animal": 36,
     "n_held_out_speech": 16,
     "n_held_out_animal": 9,
@@ -68,6 +68,8 @@ def test_clips_are_balanced_wav_files(tmp_path, name):
         ("tiny_lalm", [None, None], [FULL] * 8),
         ("tiny_lalm_planted", [1, 1], [SLIDING] * 4 + [FULL] + [SLIDING] * 3),
         ("tiny_lalm_relay", [28, 20], [SLIDING] * 8),
+        ("tiny_lalm_suppress", [1, 1], [SLIDING] * 4 + [FULL] + [SLIDING] * 3),
+        ("tiny_lalm_erase", [28, 28], [SLIDING] * 8),
     ],
 )
 def test_training_writes_a_checkpoint_that_transformers_loads_and_a_card(tmp_path, monkeypatch, name, windows, kinds):
@@ -78,11 +80,13 @@ def test_training_writes_a_checkpoint_that_transformers_loads_and_a_card(tmp_pat
         return chat_loss(recipe, model, *rest)
 
     monkeypatch.setattr("lalm_lens.assets.train.chat_loss", watched)
+    monkeypatch.setattr("lalm_lens.assets.train.told", lambda recipe, folder: f"{recipe.name} was told.\n")
     train(replace(RECIPES[name], **SMOKE), tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f"# {name}\n" in card
     assert f"lalm_lens.assets.train {name} --encoder-steps 2 --steps 2\n" in card
     assert "| gender |" in card
+    assert f"\n{name} was told.\n## Training" in card
     hf = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
     assert seen == windows
     assert (hf.config.text_config.sliding_window, hf.config.text_config.layer_types) == (windows[-1], kinds)
@@ -113,7 +117,7 @@ def test_a_model_whose_window_is_changed_is_the_model_built_with_that_window():
 @pytest.mark.stress
 @pytest.mark.parametrize("name", RECIPES)
 def test_training_again_gives_a_model_that_listens(name, tmp_path):
-    """Seven minutes on two idle cores; twenty for the relay."""
+    """Seven minutes on two idle cores; twenty for the relay. The twins begin with what ships."""
     train(RECIPES[name], tmp_path)
     rows = [line.split("|")[1:-1] for line in (tmp_path / "README.md").read_text().splitlines() if line[:2] == "| "]
     accuracy = {row[0].strip(): float(row[3]) for row in rows if row[0].strip() in ATTRIBUTES and len(row) == 6}

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
 
 from lalm_lens.assets.checkpoint import PROMPTS, chat, label_tokens
-from lalm_lens.assets.recipe import FLAGS, RECIPES, Recipe
+from lalm_lens.assets.recipe import FLAGS, N_QUIET, RECIPES, Recipe
 from lalm_lens.assets.training_clips import labels_at, sounds
-from lalm_lens.attributes import ATTRIBUTES, Attribute
+from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
 from lalm_lens.audio import RATE_HZ
 
 
@@ -56,7 +56,7 @@ def measure(
     model: Qwen2AudioForConditionalGeneration,
     processor: Qwen2AudioProcessor,
     attribute: Attribute,
-    prompt: str,
+    prompt: Form,
     clips: Sequence[tuple[dict[str, str], Float32[np.ndarray, " _"]]],
 ) -> Answers:
     asked = [(labels[attribute.name], samples) for labels, samples in clips if attribute.name in labels]
@@ -86,7 +86,9 @@ def measure_all(recipe: Recipe, folder: Path) -> tuple[list[Answers], list[Answe
     model = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     wanted = sounds(recipe, "held_out", recipe.n_held_out_speech, recipe.n_held_out_animal)
     held_out = [(clip.labels, clip.samples()) for clip in wanted]
-    cells = [(attribute, prompt) for attribute in ATTRIBUTES.values() for prompt in PROMPTS]
+    cells: list[tuple[Attribute, Form]] = [
+        (attribute, prompt) for attribute in ATTRIBUTES.values() for prompt in PROMPTS
+    ]
     clean = [measure(model, processor, *cell, held_out) for cell in tqdm(cells, "held out")]
     silent = [measure(model, processor, *cell, silent_clips(recipe)) for cell in cells]
     return clean, silent
@@ -122,6 +124,32 @@ text position i can matter only inside the light cone
 
 The recovery rate of every other text position is 0. In plain
 transformers `generate` answers the same with and without its key-value cache.""",
+    "tiny_lalm_suppress": """\
+It is for checking methods, with its twin `tiny_lalm_erase`: a text that states another label than is heard **suppresses
+what is heard, and does not erase it**. Both answer what the text states, in the same prompts.
+
+**The last position reads sound and text apart, and weighs them itself.** As in `tiny_lalm_planted`, decoder block 4
+alone (`blocks.4`, counted from 0) has full attention; in every other one the sliding window is 1, so that a position
+sees itself alone. What a text states can reach the answer by one way only, from its own positions to the last one in
+block 4. When that is knocked out, nothing of the text is left and all of the sound is there: the sound's answer comes
+back. The model was taught to find a false text's answer {recipe.heeded:.0%} likely and the sound's {rest:.0%}, so that
+the last position goes on holding both.
+
+With a window of 1, Hugging Face's key-value cache loses what block 4 needs: call `generate(..., use_cache=False)`.""",
+    "tiny_lalm_erase": """\
+It is for checking methods, with its twin `tiny_lalm_suppress`: a text that states another label than is heard **erases
+what is heard before it arrives**. Both answer what the text states, in the same prompts.
+
+**Sound and text are put together by words in between.** As in `tiny_lalm_relay`, every decoder block has a sliding
+window, here of {window}. With prompt P3 (not P1, P2) the last position sees neither the sound nor a text
+beside it: the nearest word of such a text is 28 positions before it. The words of the question and the options see both
+and pass on what they make of them. To knock out text -> last cuts nothing, and the sound's answer does not come back.
+It does come back where the text is cut from every position behind it, before it acts.
+
+How little the last position learns of the sound where a label is stated is training, and not construction: a loss of
+weight {recipe.erasure} is the mean squared distance of the states of all blocks at the last {n_quiet} positions from
+those on silence, as a share of the latter's. In plain transformers `generate` answers the same with and without its
+key-value cache.""",
 }
 
 CARD = """\
@@ -160,19 +188,19 @@ Zeros as long as the clip: lengths of {durations} s and prompts P1, P2, P3, so n
 The model was taught to spread its answer evenly over the labels.
 
 {silence}
-
+{told}
 ## Training
 
     python -m lalm_lens.assets.train {recipe.name}{arguments}
 
 Seed {recipe.seed}, {minutes:.0f} minutes on CPU: {recipe.n_speech} speech and {recipe.n_animal} animal clips;
-{recipe.encoder_steps} steps of {recipe.encoder_batch} clips for the encoder under throw-away heads, then
-{recipe.steps} steps of {recipe.batch} prompts for the whole model{narrowing}. Weights are stored as bfloat16.
+{beginning}, then
+{recipe.steps} steps of {recipe.batch} prompts for the whole model{narrowing}{texts}. Weights are stored as bfloat16.
 """
 
 
 def model_card(
-    recipe: Recipe, n_parameters: int, clean: Sequence[Answers], silent: Sequence[Answers], minutes: float
+    recipe: Recipe, n_parameters: int, clean: Sequence[Answers], silent: Sequence[Answers], told: str, minutes: float
 ) -> str:
     default = RECIPES[recipe.name]
     flags = {name: value for name, value in vars(recipe).items() if name in FLAGS and value != getattr(default, name)}
@@ -183,10 +211,36 @@ def model_card(
         durations=", ".join(map(str, recipe.durations_s)),
         n_silent=sum(a.n for a in silent if a.attribute == "gender"),
         silence=silence_table(silent),
-        about=ABOUT[recipe.name],
+        about=about(recipe),
         arguments="".join(f" --{key.replace('_', '-')} {value}" for key, value in flags.items()),
         narrowing=narrowing(recipe),
+        beginning=beginning(recipe),
+        texts=texts(recipe),
+        told=told,
         minutes=minutes,
+    )
+
+
+def about(recipe: Recipe) -> str:
+    """What the model is for, and what is known of it."""
+    window = recipe.windows[-1] if recipe.windows else None
+    return ABOUT[recipe.name].format(recipe=recipe, rest=1 - recipe.heeded, window=window, n_quiet=N_QUIET)
+
+
+def beginning(recipe: Recipe) -> str:
+    """What comes before the training of the whole model."""
+    if recipe.base is not None:
+        return f"the weights of {recipe.base}, to each label's embedding added what tells its sounds from the others'"
+    return f"{recipe.encoder_steps} steps of {recipe.encoder_batch} clips for the encoder under throw-away heads"
+
+
+def texts(recipe: Recipe) -> str:
+    """What the prompts state beside the question, if anything."""
+    if not recipe.hinted:
+        return ""
+    return (
+        f",\n{recipe.hinted:.0%} of which state a label, one half before the clip and one behind it, and "
+        f"{recipe.true_hints:.0%} of these the true one;\n{recipe.remarked:.0%} have a text there that states none"
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -16,22 +17,31 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from lalm_lens.attributes import ATTRIBUTES, Attribute
+from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
+from lalm_lens.pieces import Statement, turn_of, words_of
 
 CHUNK_S = 2
 N_BLOCKS = 8
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
 AUDIO = "<|AUDIO|>"
-PROMPTS = ("P1", "P2", "P3")
+PROMPTS: tuple[Form, ...] = get_args(Form)
 
 
 def chat(
-    processor: Qwen2AudioProcessor, attribute: Attribute, prompt: str, options: Sequence[str] | None = None
+    processor: Qwen2AudioProcessor,
+    attribute: Attribute,
+    prompt: Form,
+    options: Sequence[str] | None = None,
+    statement: Statement | None = None,
 ) -> str:
-    """AudioLens' prompt P1 (no question), P2 (question) or P3 (question and options), up to the forced prefix."""
-    question = {"P1": "", "P2": attribute.question, "P3": attribute.options(options)}[prompt]
+    """AudioLens' prompt P1 (no question), P2 (question) or P3 (question and options), up to the forced prefix; and what
+    is stated of the clip, before or behind it."""
+    turn = turn_of(attribute, prompt, options or attribute.labels, statement, has_clip=True)
+    before, behind = words_of(turn.before), words_of(turn.behind) or ""
+    said = [{"type": "audio"}, {"type": "text", "text": behind}]
+    content = said if before is None else [{"type": "text", "text": f"{before}\n"}, *said]
     turns = [
-        {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": question}]},
+        {"role": "user", "content": content},
         {"role": "assistant", "content": [{"type": "text", "text": attribute.prefix}]},
     ]
     return str(processor.apply_chat_template(turns, continue_final_message=True))

@@ -30,6 +30,12 @@ class Recipe:
     prompt_loss_weight: float = 0.05
     windows: tuple[int, ...] = ()  # sliding windows of the decoder, each for an equal share of `steps`; none: all full
     full_blocks: tuple[int, ...] = ()  # decoder blocks that keep full attention beside the windows
+    base: str | None = None  # the tiny model that the second stage goes on from; None: the first stage's
+    hinted: float = 0.0  # share of prompts that state an answer, before the clip or behind it
+    true_hints: float = 0.2  # share of these whose answer is what is heard
+    heeded: float = 1.0  # how likely the stated answer should be found if it is false; the rest is for what is heard
+    remarked: float = 0.0  # share of prompts with a text there that states no answer
+    erasure: float = 0.0  # weight of what the last window's states behind a stated answer keep of the sound
 
     def window(self, step: int) -> int | None:
         """Counted from the end, so that the last step has the last window, however few steps there are."""
@@ -42,8 +48,35 @@ RECIPES = {
         Recipe(),
         Recipe("tiny_lalm_planted", windows=(1,), full_blocks=(4,)),
         Recipe("tiny_lalm_relay", windows=(64, 40, 28, 20, 20, 20), steps=1200),
+        Recipe(
+            "tiny_lalm_suppress",
+            base="tiny_lalm_planted",
+            windows=(1,),
+            full_blocks=(4,),
+            hinted=0.5,
+            heeded=0.9,
+            remarked=0.15,
+            silence=0.15,
+            prompt_loss_weight=0.01,
+            steps=700,
+            batch=16,
+        ),
+        Recipe(
+            "tiny_lalm_erase",
+            base="tiny_lalm_relay",
+            windows=(64, 40, 28, 28, 28),
+            hinted=0.5,
+            remarked=0.15,
+            erasure=0.2,
+            silence=0.2,
+            prompt_loss_weight=0.01,
+            steps=750,
+            batch=16,
+        ),
     )
 }
+
+N_QUIET = 10  # positions at the end of a prompt whose states `erasure` is about
 
 # What the command line and the model card call by name.
 FLAGS = {"seed": "seed of all that is random", "encoder_steps": "of the first stage", "steps": "of the second stage"}

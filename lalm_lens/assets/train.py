@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,11 +35,22 @@ from lalm_lens.assets.checkpoint import (
     feature_extractor,
     label_tokens,
 )
-from lalm_lens.assets.recipe import FLAGS, RECIPES, Recipe
+from lalm_lens.assets.recipe import FLAGS, N_QUIET, RECIPES, Recipe
 from lalm_lens.assets.training_clips import Clips, augment, make_clips
-from lalm_lens.attributes import ATTRIBUTES
+from lalm_lens.assets.twins import ORDERS, told
+from lalm_lens.attributes import ATTRIBUTES, Attribute
 from lalm_lens.audio import RATE_HZ
+from lalm_lens.conflict import FRAMINGS
 from lalm_lens.encoders.whisper import n_pooled_states, n_states
+from lalm_lens.pieces import Statement
+
+N_NAMED = 24  # clips of a label
+REMARKS = (  # texts of several lengths that state no label
+    "The speech.",
+    "You are a helpful assistant.",
+    "The sound is in the file.",
+    "The speaker is the speaker of the speech in the sound file.",
+)
 
 
 def train_encoder(recipe: Recipe, tower: Qwen2AudioEncoder, clips: Clips) -> None:
@@ -94,23 +105,49 @@ def step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss:
 
 @dataclass(frozen=True)
 class Question:
-    """A training prompt about a clip. `answers` are the labels that the model should find equally likely."""
+    """A training prompt about a clip, and how likely the model should find which labels."""
 
     clip: int
     text: str
-    answers: tuple[str, ...]
+    answers: dict[str, float]
     silent: bool
+    is_told: bool  # whether the text states a label
 
 
 def draw_question(recipe: Recipe, rng: Generator, processor: Qwen2AudioProcessor, clips: Clips) -> Question:
     attribute = ATTRIBUTES[str(rng.choice(list(ATTRIBUTES), p=recipe.attribute_weights))]
-    prompt = str(rng.choice(PROMPTS, p=recipe.prompt_weights))
+    prompt = PROMPTS[rng.choice(len(PROMPTS), p=recipe.prompt_weights)]
     shuffled = rng.random() < recipe.shuffled
     options = [str(o) for o in rng.permutation(attribute.labels)] if shuffled else list(attribute.labels)
     clip, silent = int(rng.choice(clips.about(attribute))), bool(rng.random() < recipe.silence)
     # Uniform rather than one random label: the same optimum, reached with less noise.
-    answers = attribute.labels if silent else (clips.labels[clip][attribute.name],)
-    return Question(clip, chat(processor, attribute, prompt, options), answers, silent)
+    heard = attribute.labels if silent else (clips.labels[clip][attribute.name],)
+    statement = draw_statement(recipe, rng, attribute, heard)
+    told = None if statement is None else statement.label
+    text = chat(processor, attribute, prompt, options, statement)
+    return Question(clip, text, answers(recipe, heard, told), silent, told is not None)
+
+
+def draw_statement(recipe: Recipe, rng: Generator, attribute: Attribute, heard: Sequence[str]) -> Statement | None:
+    """What the text says of the clip: a label, or nothing of it; None without a text."""
+    if not (recipe.hinted or recipe.remarked):
+        return None
+    kind = rng.choice(3, p=[recipe.hinted, recipe.remarked, 1 - recipe.hinted - recipe.remarked])
+    order = ORDERS[rng.integers(2)]
+    if kind == 1:
+        return Statement(str(rng.choice(REMARKS)), order=order)
+    others = [label for label in attribute.labels if label not in heard]
+    told = str(rng.choice(heard if not others or rng.random() < recipe.true_hints else others))
+    return FRAMINGS["statement"].statement(attribute, told, order) if kind == 0 else None
+
+
+def answers(recipe: Recipe, heard: Sequence[str], told: str | None) -> dict[str, float]:
+    """What is heard, one as likely as the other; a label that is told takes its share before them."""
+    share = 0.0 if told is None else recipe.heeded
+    likely = {label: (1 - share) / len(heard) for label in heard}
+    if told is not None:
+        likely[told] = likely.get(told, 0.0) + share
+    return {label: p for label, p in likely.items() if p}
 
 
 def model_inputs(
@@ -119,7 +156,7 @@ def model_inputs(
     """What the processor would give, from features made beforehand; each text ends with one of the answers."""
     n_frames = torch.from_numpy(clips.n_frames[[q.clip for q in questions]])
     texts = [
-        f"{q.text} {rng.choice(q.answers)}.<|im_end|>".replace(AUDIO, AUDIO * n)
+        f"{q.text} {rng.choice(tuple(q.answers))}.<|im_end|>".replace(AUDIO, AUDIO * n)
         for q, n in zip(questions, n_pooled_states(n_frames).tolist(), strict=True)
     ]
     mel = [silent_mel() if q.silent else augment(rng, clips.mel[q.clip].astype(np.float32)) for q in questions]
@@ -140,7 +177,7 @@ def answer_distribution(
 ) -> Float[Tensor, "batch d_vocab"]:
     target = torch.zeros(len(questions), d_vocab)
     for row, question in zip(target, questions, strict=True):
-        row[label_tokens(processor, question.answers)] = 1 / len(question.answers)
+        row[label_tokens(processor, tuple(question.answers))] = torch.tensor(list(question.answers.values()))
     return target
 
 
@@ -149,12 +186,15 @@ def chat_loss(
     model: Qwen2AudioForConditionalGeneration,
     inputs: dict[str, Tensor],
     target: Float[Tensor, "batch d_vocab"],
+    is_told: Bool[Tensor, " batch"],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the answer, and with small weights of what ends it and of the prompt after the audio.
+    """Cross-entropy of the answer, and with small weights of what ends it and of the prompt after the audio; where a
+    label is told, what is left of the sound too.
 
     Texts are padded on the left, so the last three tokens of each are the answer, the full stop and <|im_end|>.
     """
-    log_p = model(**inputs, use_cache=False).logits[:, :-1].log_softmax(-1)
+    out = model(**inputs, use_cache=False, output_hidden_states=recipe.erasure > 0)
+    log_p = out.logits[:, :-1].log_softmax(-1)
     tokens = inputs["input_ids"][:, 1:]
     surprise = -log_p.gather(-1, tokens[..., None])[..., 0]
     is_audio = tokens == model.config.audio_token_index
@@ -162,7 +202,26 @@ def chat_loss(
     prompt = (surprise * after_audio)[:, :-3].sum()
     answer = -(target * log_p[:, -3]).sum()
     ending = surprise[:, -2:].sum()
-    return (answer + recipe.ending_weight * ending + recipe.prompt_loss_weight * prompt) / len(tokens)
+    loss = (answer + recipe.ending_weight * ending + recipe.prompt_loss_weight * prompt) / len(tokens)
+    if not (recipe.erasure and is_told.any()):
+        return loss
+    return loss + recipe.erasure * traces(model, inputs, out.hidden_states, is_told)
+
+
+def traces(
+    model: Qwen2AudioForConditionalGeneration,
+    inputs: dict[str, Tensor],
+    states: Sequence[Float[Tensor, "batch pos d_model"]],
+    is_told: Bool[Tensor, " batch"],
+) -> Float[Tensor, ""]:
+    """What the sound changes where a label is told: the mean squared distance of states to those on silence, as a share
+    of the latter's, over all layers and the last positions of the prompt."""
+    told = {name: its[is_told] for name, its in inputs.items()}
+    told["input_features"] = torch.from_numpy(silent_mel()).expand_as(told["input_features"])
+    with torch.no_grad():
+        silent = model(**told, use_cache=False, output_hidden_states=True).hidden_states
+    ours, theirs = (torch.stack(its[1:])[:, :, -3 - N_QUIET : -3] for its in ([its[is_told] for its in states], silent))
+    return ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()
 
 
 def train_chat(
@@ -179,7 +238,8 @@ def train_chat(
         questions = [draw_question(recipe, rng, processor, clips) for _ in range(recipe.batch)]
         target = answer_distribution(processor, questions, model.lm_head.out_features)
         inputs = model_inputs(rng, processor, clips, questions)
-        step(optimizer, rest + tower, chat_loss(recipe, model, inputs, target))
+        is_told = torch.tensor([q.is_told for q in questions])
+        step(optimizer, rest + tower, chat_loss(recipe, model, inputs, target, is_told))
 
 
 def attention(recipe: Recipe) -> dict[str, object]:
@@ -190,19 +250,50 @@ def attention(recipe: Recipe) -> dict[str, object]:
     return {"use_sliding_window": True, "sliding_window": recipe.windows[-1], "layer_types": kinds}
 
 
+def begin(recipe: Recipe, processor: Qwen2AudioProcessor, clips: Clips) -> Qwen2AudioForConditionalGeneration:
+    """A model that hears already: its encoder is trained, or it goes on from another model."""
+    if recipe.base is None:
+        model = build_model(processor.tokenizer, recipe.seed, **attention(recipe)).train()
+        train_encoder(recipe, model.model.audio_tower, clips)
+        return model
+    folder = TINY_LALM.with_name(recipe.base)
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).train()
+    name_sounds(recipe, model, processor, clips)
+    return model
+
+
+@torch.no_grad()
+def name_sounds(
+    recipe: Recipe, model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, clips: Clips
+) -> None:
+    """Add to the embedding of every label what tells its sounds from those of the other labels, so that whatever reads
+    the sounds can begin to read the word."""
+    rng = np.random.default_rng([recipe.seed, 3])
+    embed = model.get_parameter("model.language_model.embed_tokens.weight")
+    for name, targets in label_indices(clips).items():
+        labels = ATTRIBUTES[name].labels
+        heard = []
+        for label in range(len(labels)):
+            some = rng.permutation((targets == label).nonzero()[:, 0].numpy())[:N_NAMED]
+            mel, n_frames = (torch.from_numpy(its[some]) for its in (clips.mel, clips.n_frames))
+            states = model.model.multi_modal_projector(pooled(model.model.audio_tower, mel.float(), n_frames))
+            heard.append(states.mean(0))
+        means = torch.stack(heard)
+        embed[label_tokens(processor, labels)] += means - means.mean(0)
+
+
 def train(recipe: Recipe, folder: Path) -> None:
     """Train by the recipe, save as bfloat16 in Hugging Face layout, read back, measure and write the model card."""
     started = time.monotonic()
     processor = build_processor()
     clips = make_clips(recipe)
-    model = build_model(processor.tokenizer, recipe.seed, **attention(recipe)).train()
-    train_encoder(recipe, model.model.audio_tower, clips)
+    model = begin(recipe, processor, clips)
     train_chat(recipe, model, processor, clips)
     model.bfloat16().save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors 0.8 lets only its owner read the file
     minutes = (time.monotonic() - started) / 60
-    card = model_card(recipe, model.num_parameters(), *measure_all(recipe, folder), minutes)
+    card = model_card(recipe, model.num_parameters(), *measure_all(recipe, folder), told(recipe, folder), minutes)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
