@@ -7,7 +7,7 @@ const KINDS = {
   audio_window: "windows of audio positions", encoder_window: "windows of the audio encoder's states",
   moment: "windows that the search for the moment tried", lens: "audio positions, the lens alone", token: "text positions",
 };
-const MARGIN = { l: 62, r: 84, t: 8, b: 40 }; // the same for all figures of a clip, so that their seconds stand in line
+const MARGIN = { l: 76, r: 84, t: 8, b: 40 }; // the same for all figures of a clip, so that their seconds stand in line
 const CONFIG = { displayModeBar: false, responsive: true };
 const DRAG = matchMedia("(hover: hover)").matches ? "zoom" : false; // where fingers scroll, they do not zoom
 let context = null, playing = null;
@@ -196,10 +196,10 @@ async function play(index, start, end) {
   playing.start(0, start, Math.max(0.01, end - start));
 }
 
-async function clicked(article, card, map, column) {
-  const told = article.querySelector(".told"), its = map.columns[column];
+async function clicked(article, card, axis, its) {
+  const told = article.querySelector(".told");
   if (its.start_s === undefined) {
-    told.textContent = map.axis === "slots"
+    told.textContent = axis === "slots"
       ? "This slot looks at the whole clip. It has no time span, so nothing is played."
       : "This is text: there is nothing to play.";
     return;
@@ -220,6 +220,12 @@ function marked(article, start, end) {
   const place = article.querySelector(".spectrogram");
   const shape = { type: "rect", xref: "x", yref: "paper", x0: start, x1: end, y0: 0, y1: 1, line: { color: "#fff", width: 2 } };
   if (place) Plotly.relayout(place, { shapes: [shape] });
+}
+
+function stretch(card, at) { // the column of a map around a moment, or else its second
+  const timed = card.maps.filter((map) => map.axis === "time").flatMap((map) => map.columns);
+  const second = { start_s: Math.floor(at), end_s: Math.min(Math.floor(at) + 1, card.duration_s) };
+  return timed.find((its) => its.start_s <= at && at < its.end_s) || second;
 }
 
 function figure(article, name) {
@@ -244,15 +250,11 @@ function drawCard(article) {
     if (!isNew) return;
     place.on("plotly_click", ({ points: [point] }) => {
       const column = at[point.pointNumber[1]];
-      if (column !== null) clicked(article, card, map, column);
+      if (column !== null) clicked(article, card, map.axis, map.columns[column]);
     });
   });
-  const first = card.maps.findIndex((map) => map.axis === "time");
-  if (isNew && card.mel && first >= 0) {
-    article.querySelector(".spectrogram").on("plotly_click", ({ points: [point] }) => {
-      const column = card.maps[first].columns.findIndex((its) => its.start_s <= point.x && point.x < its.end_s);
-      if (column >= 0) clicked(article, card, card.maps[first], column);
-    });
+  if (isNew && card.mel) {
+    article.querySelector(".spectrogram").on("plotly_click", ({ points: [{ x }] }) => clicked(article, card, "time", stretch(card, x)));
   }
   article.dataset.drawn = "yes";
 }
