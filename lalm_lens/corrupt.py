@@ -79,9 +79,14 @@ class OtherClip:
             )
         other = min(others, key=lambda other: number(self.seed, sample.name, other.name))
         n_samples = len(sample.waveform)
-        heard = other.waveform[:n_samples]
-        said = other.transcript if len(heard) == len(other.waveform) else None  # a part of a clip says less
-        return Corrupted(f"other_clip {other.name}", pad(heard, (0, n_samples - len(heard))), said)
+        said = other.transcript if len(other.waveform) <= n_samples else None  # a part of a clip says less
+        return Corrupted(f"other_clip {other.name}", fitted(other.waveform, n_samples), said)
+
+
+def fitted(waveform: Waveform, n_samples: int) -> Waveform:
+    """Cut, or followed by zeros."""
+    heard = waveform[:n_samples]
+    return pad(heard, (0, n_samples - len(heard)))
 
 
 Corruption = Silence | WhiteNoise | OtherClip

@@ -15,8 +15,8 @@ from lalm_lens.errors import AudioError, DataError, HookError, InputError, Promp
 from lalm_lens.experiments.causal_trace import causal_trace, exclusions
 from lalm_lens.experiments.recovery import Recovery
 from lalm_lens.loading import from_pretrained
-from lalm_lens.report import write_report
 from lalm_lens.results import COLUMNS, CausalTrace
+from lalm_lens.trace_page import write_trace_page
 
 pytestmark = pytest.mark.numbers
 
@@ -194,7 +194,7 @@ def test_the_summary_averages_what_is_kept(traces):
 def test_the_report_shows_the_summary_and_the_pictures(traces, tmp_path):
     trace = traces["emotion"]
     data = trace.save(tmp_path / "trace.parquet")
-    page = write_report(trace, data, [tmp_path / "layers.png"]).read_text(encoding="utf-8")
+    page = write_trace_page(trace, data, [tmp_path / "layers.png"]).read_text(encoding="utf-8")
     assert f"<td>{trace.summary().p_clean.iloc[0]:.3f}</td>" in page
     assert '<img src="layers.png"' in page
     assert "&lt;table" not in page

@@ -57,7 +57,7 @@ def is_whole(out: Path, attributes: tuple[str, ...], n_clips: int) -> CausalTrac
     assert trace.frame.groupby("attribute")["sample"].nunique().eq(n_clips).all()
     for name in ("layers", "segments", *(f"tokens_{attribute}" for attribute in attributes)):
         assert (out / f"{name}.png").read_bytes().startswith(PNG)
-        assert f"{name}.png" in (out / "report.html").read_text(encoding="utf-8")
+        assert f"{name}.png" in (out / "trace.html").read_text(encoding="utf-8")
     return trace
 
 
@@ -83,7 +83,7 @@ def test_the_demo_traces_all_four_attributes(monkeypatch, tmp_path, capsys):
     is_whole(tmp_path, ("gender", "language", "emotion", "animal"), 2)
     for name in ATTRIBUTES:
         assert (tmp_path / f"known_{name}.png").read_bytes().startswith(PNG)
-        assert f"known_{name}.png" in (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert f"known_{name}.png" in (tmp_path / "trace.html").read_text(encoding="utf-8")
     assert len(list((tmp_path / "clips").rglob("*.wav"))) == 8
     assert "fusion_layer" in capsys.readouterr().out
 
@@ -139,7 +139,7 @@ def test_a_model_reads_the_transcripts_beside_the_labels(monkeypatch, tmp_path, 
     assert frame[["transcript", "transcript_is"]].drop_duplicates().to_numpy().tolist() == [["clean", "text"]]
     rows = frame[(frame.region == "transcript") & (frame.layer == 0)]
     assert "".join(rows.token) == " a test"
-    assert "Transcript: clean, counted as text" in (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
+    assert "Transcript: clean, counted as text" in (tmp_path / "o" / "trace.html").read_text(encoding="utf-8")
     assert lalm_lens(monkeypatch, *args, "--transcript", "fillr") == 2
     assert "did you mean filler?" in capsys.readouterr().err
 

@@ -36,7 +36,7 @@ def trace(
     clips: Annotated[
         Path, typer.Argument(help="A sound file, or a folder with metadata.jsonl (file_name, label on each line).")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for trace.parquet, the pictures and report.html.")],
+    out: Annotated[Path, typer.Option(help="Folder for trace.parquet, the pictures and trace.html.")],
     attribute: Annotated[str | None, typer.Option(help=f"What is asked: {', '.join(ATTRIBUTES)}.")] = None,
     label: Annotated[str | None, typer.Option(help="The true answer, for a single sound file.")] = None,
     question: Annotated[str | None, typer.Option(help="Your own question, in place of --attribute.")] = None,
@@ -132,11 +132,11 @@ def demo(
 
 
 def show(trace: "CausalTrace", first: "list[Path]", out: Path) -> None:
-    """Write table, pictures and report into `out`, print the summary and where things lie.
+    """Write table, pictures and a page into `out`, print the summary and where things lie.
 
     `first` are pictures that are there already."""
-    from lalm_lens.report import write_report
     from lalm_lens.results import to_read
+    from lalm_lens.trace_page import write_trace_page
 
     data = trace.save(out / "trace.parquet")
     pictures = [*first]
@@ -147,11 +147,11 @@ def show(trace: "CausalTrace", first: "list[Path]", out: Path) -> None:
     for name in trace.frame.attribute.unique() if "tokens" in trace.views else ():
         pictures.append(out / f"tokens_{name}.png")
         trace.only(name).plot("tokens").savefig(pictures[-1], dpi=150)
-    report = write_report(trace, data, pictures)
+    page = write_trace_page(trace, data, pictures)
     print(to_read(trace.summary()).to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
     if "moments" in trace.views and len(trace.kept):
         print(trace.moments().to_string(index=False, float_format="{:.3f}".format))
     if not len(trace.kept):
         print("No clip was kept, so the pictures show the excluded ones. docs/causal_tracing.md says what excludes.")
-    for path in (data, *pictures, report):
+    for path in (data, *pictures, page):
         print(path)

@@ -89,14 +89,19 @@ def clip_of(folder: Path, where: str, row: dict) -> Clip:
 
 
 def read_attributes(folder: str | Path, names: Sequence[str]) -> dict[str, list[Sample]]:
-    """The clips of each folder inside `folder`, or its folder `data`, that has one of these names, in capitals or not:
-    SAKURA as it is on GitHub. Labels are spelled as the attribute does.
+    """The clips of each folder of an attribute. Labels are spelled as the attribute does.
 
-    Raises `DataError` if there is none, and what `read_folder` raises.
+    Raises what `attribute_folders` and `read_folder` raise.
     """
+    return {name: read_clips(list_as(its, ATTRIBUTES[name])) for name, its in attribute_folders(folder, names).items()}
+
+
+def attribute_folders(folder: str | Path, names: Sequence[str]) -> dict[str, Path]:
+    """Each folder inside `folder`, or its folder `data`, that has one of these names, in capitals or not: SAKURA as it
+    is on GitHub. Raises `DataError` if there is none."""
     roots = [root for root in (Path(folder), Path(folder) / "data") if root.is_dir()]
     inside = {path.name.lower(): path for root in reversed(roots) for path in root.iterdir() if path.is_dir()}
-    found = {name: read_as(inside[name], ATTRIBUTES[name]) for name in names if name in inside}
+    found = {name: inside[name] for name in names if name in inside}
     if not found:
         raise DataError(
             f"{folder} has neither metadata.jsonl nor a folder of an attribute ({', '.join(names)}) that has one."
@@ -104,5 +109,6 @@ def read_attributes(folder: str | Path, names: Sequence[str]) -> dict[str, list[
     return found
 
 
-def read_as(folder: Path, attribute: Attribute) -> list[Sample]:
-    return read_clips(cleaned(list_folder(folder), attribute))
+def list_as(folder: Path, attribute: Attribute) -> list[Clip]:
+    """The clips that a folder lists, their labels as the attribute spells them."""
+    return cleaned(list_folder(folder), attribute)

@@ -51,9 +51,9 @@ recovery of the windows that it began with: where it is much larger, no single m
 """
 
 
-def write_report(trace: CausalTrace, data: Path, pictures: Sequence[Path]) -> Path:
-    """`report.html` beside the table and the pictures that it shows."""
-    path = data.with_name("report.html")
+def write_trace_page(trace: CausalTrace, data: Path, pictures: Sequence[Path]) -> Path:
+    """`trace.html` beside the table and the pictures that it shows."""
+    path = data.with_name("trace.html")
     page = Environment(autoescape=True).from_string(PAGE)
     how: dict = {"index": False, "border": 0, "float_format": "{:.3f}".format, "na_rep": "-"}
     table = to_read(trace.summary()).to_html(**how)

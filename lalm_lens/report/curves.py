@@ -1,0 +1,81 @@
+"""Curves by layer as a page draws them, and the overview."""
+
+import pandas as pd
+
+from lalm_lens.experiments.information_score import InformationScore
+from lalm_lens.report.found import Study
+from lalm_lens.report.maps import rounded
+from lalm_lens.results import CausalTrace, summarise
+
+PARTS = {"layer": "text positions", "audio_layer": "audio positions"}
+SEGMENTS = ("early", "object", "late", "last")
+
+
+def overview(study: Study) -> dict[str, str | float | int]:
+    """What a row of the overview says of a traced study."""
+    row = study.rows.iloc[0]
+    how = {name: str(row[name]).replace("_", " ") for name in ("form", "direction")}
+    site = next((name for name in study.rows.site.unique() if name != "embed"), "embed")
+    heard = str(row.corruption).partition(" ")[0].replace("_", " ")
+    about = {"model": study.model, "attribute": study.attribute, **how, "site": site, "corrupted hears": heard}
+    return about | summarise(study.rows)
+
+
+def trace_curves(study: Study) -> dict | None:
+    """Mean recovery over kept clips with its interval: all text, all audio, and single positions by segment. None if
+    there is no such row or no clip was kept."""
+    rows = study.whole[study.whole.status == "kept"]
+    tokens = rows[(rows.kind == "token") & rows.segment.isin(SEGMENTS)]
+    lines = []
+    for column, those, hidden in (("kind", rows[rows.kind.isin(list(PARTS))], False), ("segment", tokens, True)):
+        if len(those):
+            means = CausalTrace(those).aggregate((column, "layer"))
+            for name in [*PARTS, *SEGMENTS]:
+                its = means[means[column] == name]
+                if len(its):
+                    lines.append({"name": PARTS.get(name, f"one word: {name}"), "hidden": hidden, **line(its, "mean")})
+    if not lines:
+        return None
+    of_metric = str(rows.metric.iloc[0]).replace("_", " ")
+    return {
+        "title": f"{study.model}: {study.attribute}, {study.form}",
+        "n": int(rows["sample"].nunique()),
+        "y": f"recovery rate of {of_metric}",
+        "noise": rounded(rows.noise.max()),
+        "lines": lines,
+    }
+
+
+def score_curves(scores: InformationScore) -> list[dict]:
+    """Information scores at the last position without knockouts, a figure for each model, attribute and way to score a
+    label, and a line for each form of the prompt."""
+    means = scores.curves()
+    means = means[(means.place == "last") & (means.knockout == "none")]
+    figures = []
+    for (model, attribute, space, norm), its in means.groupby(
+        ["model", "attribute", "label_space", "norm"], sort=False
+    ):
+        said = f"labels {'with' if space else 'without'} the space before them{'' if norm else ', no final norm'}"
+        figures.append(
+            {
+                "title": f"{model}: {attribute}, {said}",
+                "n": int(its.n.iloc[0]),
+                "y": "information score",
+                "chance": rounded(1 / its.n_labels.iloc[0]),
+                "lines": [
+                    {"name": form, "hidden": False, **line(rows, "score")}
+                    for form, rows in its.groupby("form", sort=False)
+                ],
+            }
+        )
+    return figures
+
+
+def line(rows: pd.DataFrame, mean: str) -> dict[str, list]:
+    rows = rows.sort_values("layer")
+    return {
+        "layers": [int(layer) for layer in rows.layer],
+        "mean": [rounded(value) for value in rows[mean]],
+        "low": [rounded(value) for value in rows.low],
+        "high": [rounded(value) for value in rows.high],
+    }

@@ -1,0 +1,281 @@
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const BANDS = { early: "#8fb8de", object: "#f2c46d", late: "#a8d5a2", last: "#e08a8a" };
+const LINES = ["#4a8fd6", "#d9772f", "#8a9099", "#c98a10", "#48a14d", "#cf4d4d"];
+const KINDS = {
+  audio_window: "windows of audio positions", encoder_window: "windows of the audio encoder's states",
+  moment: "windows that the search for the moment tried", lens: "audio positions, the lens alone", token: "text positions",
+};
+const MARGIN = { l: 76, r: 84, t: 8, b: 40 }; // the same for all figures of a clip, so that their seconds stand in line
+const CONFIG = { displayModeBar: false, responsive: true };
+const DRAG = matchMedia("(hover: hover)").matches ? "zoom" : false; // where fingers scroll, they do not zoom
+let context = null, playing = null;
+const decoded = new Map();
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+const escaped = (said) => said.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const visible = (token) => escaped(token.replace(/\n/g, "\\n").replace(/ /g, "\u2423"));
+const layerName = (layer) => (layer < 0 ? "embed" : String(layer));
+const span = (start, end) => `${start.toFixed(2)} to ${end.toFixed(2)} s`;
+
+function layout(more) {
+  const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("line") };
+  const { xaxis, yaxis, ...rest } = more;
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("ink"), size: 12 },
+    hoverlabel: { bgcolor: colour("card"), bordercolor: colour("soft"), font: { color: colour("ink") }, align: "left" },
+    dragmode: DRAG, xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
+  };
+}
+
+function layerTicks(layers) {
+  const blocks = layers.filter((layer) => layer >= 0), step = Math.max(1, Math.ceil(blocks.length / 10));
+  const shown = layers.filter((layer) => layer < 0 || layer % step === 0);
+  return { tickvals: shown, ticktext: shown.map(layerName) };
+}
+
+function drawCurve(place) {
+  const its = data.curves[place.dataset.curve], traces = [];
+  its.lines.forEach((line, n) => {
+    const same = { legendgroup: line.name, visible: line.hidden ? "legendonly" : true };
+    const [paint, x] = [LINES[n % LINES.length], line.layers];
+    if (line.low.every((value) => value !== null)) {
+      traces.push({
+        ...same, x: [...x, ...x.slice().reverse()], y: [...line.high, ...line.low.slice().reverse()], fill: "toself",
+        fillcolor: paint + "33", line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false,
+      });
+    }
+    traces.push({
+      ...same, x, y: line.mean, name: line.name, mode: "lines+markers", line: { color: paint }, marker: { size: 5 },
+      text: x.map((layer, i) => `layer ${layerName(layer)}: ${line.mean[i].toFixed(3)}` +
+        (line.low[i] === null ? "" : ` (${line.low[i].toFixed(3)} to ${line.high[i].toFixed(3)})`)),
+      hovertemplate: "%{text}",
+    });
+  });
+  const shapes = (its.chance === undefined ? [0, 1] : [its.chance]).map((y) => (
+    { type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: colour("soft"), width: 1, dash: "dot" } }));
+  const read = its.chance === undefined ? `noise floor ${its.noise.toExponential(0)}` : "dotted: chance";
+  Plotly.react(place, traces, layout({
+    title: { text: `${escaped(its.title)}<br>n = ${its.n}`, font: { size: 12 } }, height: 330, shapes,
+    margin: { l: 55, r: 10, t: 46, b: 80 }, legend: { orientation: "h", y: -0.32, font: { size: 11 } },
+    xaxis: { ...layerTicks([...new Set(its.lines.flatMap((line) => line.layers))].sort((a, b) => a - b)),
+      title: { text: `layer (${read})` } },
+    yaxis: { title: { text: its.y }, ...(its.chance === undefined ? {} : { range: [-0.03, 1.03] }) },
+  }), CONFIG);
+}
+
+function wordsOf(map, row, column) {
+  const cell = map.words === null ? [] : map.words[row][column], said = [];
+  for (let n = 0; n < cell.length; n += 2) {
+    said.push(`${visible(data.words[cell[n]])} ${(cell[n + 1] / 1000).toFixed(3)}`);
+  }
+  return said.length ? "<br>the lens says: " + said.join(", ") : "";
+}
+
+function whereIs(map, column) {
+  const its = map.columns[column], parts = [];
+  if (its.token !== undefined) parts.push(`<b>${visible(its.token)}</b>`);
+  if (its.positions) {
+    const [first, last] = its.positions;
+    parts.push(first === last ? `position ${first}` : `positions ${first} to ${last}`);
+  }
+  if (its.start_s !== undefined) parts.push(span(its.start_s, its.end_s));
+  if (its.of_s && (its.of_s[0] !== its.start_s || its.of_s[1] !== its.end_s)) parts.push(`of ${span(...its.of_s)}`);
+  if (map.axis === "slots") parts.push("looks at the whole clip: no time span");
+  if (its.segment || its.region) parts.push(its.segment || its.region);
+  if (its.option) parts.push(`option ${escaped(its.option)}${its.is_correct ? ", the true one" : ""}`);
+  return parts.join(", ");
+}
+
+function hover(map) {
+  const place = map.columns.map((_, column) => whereIs(map, column));
+  return map.layers.map((layer, row) => map.columns.map((_, column) => {
+    const rate = map.recovery && map.recovery[row][column];
+    const says = rate === null || rate === undefined ? "" : `<br>recovery ${rate.toPrecision(4)}`;
+    return `${place[column]}<br>layer ${layerName(layer)}${says}${wordsOf(map, row, column)}`;
+  }));
+}
+
+function scale(map) {
+  if (map.recovery === null) {
+    const z = map.words.map((row) => row.map((cell) => (cell.length ? cell[1] / 1000 : null)));
+    const paint = [[0, colour("few")], [1, colour("many")]];
+    return { z, zmin: 0, zmax: 1, colorscale: paint, said: "probability<br>of the word" };
+  }
+  const largest = Math.max(0.01, ...map.recovery.flat().filter((rate) => rate !== null).map(Math.abs));
+  const most = map.axis === "tokens" ? 1 : Math.min(1, largest);
+  const paint = [[0, colour("low")], [0.5, colour("middle")], [1, colour("high")]];
+  return { z: map.recovery, zmin: -most, zmax: most, colorscale: paint, said: "recovery<br>rate" };
+}
+
+function edges(map) { // of the columns; in time a gap between two stretches is a column of its own
+  if (map.axis !== "time") return { x: map.columns.map((_, n) => n), at: map.columns.map((_, n) => n) };
+  const x = [map.columns[0].start_s], at = [];
+  map.columns.forEach((column, n) => {
+    if (column.start_s > x[x.length - 1] + 1e-6) { x.push(column.start_s); at.push(null); }
+    x.push(column.end_s);
+    at.push(n);
+  });
+  return { x, at };
+}
+
+function bands(map) {
+  const shapes = [], annotations = [];
+  for (let start = 0, end; start < map.columns.length; start = end) {
+    const segment = map.columns[start].segment;
+    for (end = start + 1; end < map.columns.length && map.columns[end].segment === segment;) end += 1;
+    if (!BANDS[segment]) continue;
+    shapes.push({ type: "rect", xref: "x", yref: "paper", x0: start - 0.5, x1: end - 0.5, y0: 1.01, y1: 1.05,
+      fillcolor: BANDS[segment], line: { width: 0 } });
+    annotations.push({ xref: "x", yref: "paper", x: (start + end - 1) / 2, y: 1.05, yanchor: "bottom", text: segment,
+      showarrow: false, font: { size: 11 } });
+  }
+  return { shapes, annotations };
+}
+
+function xaxisOf(map, card) {
+  const title = { text: `${KINDS[map.kind]}${map.axis === "time" ? ", s" : ""}`, standoff: 8 };
+  if (map.axis === "time") {
+    const end = card.duration_s || map.columns[map.columns.length - 1].end_s;
+    return { range: [0, end], title, showgrid: false };
+  }
+  if (map.axis === "slots") {
+    return { title: { text: "audio slots, each of the whole clip: no place in time" }, showgrid: false };
+  }
+  const tickvals = map.columns.map((_, n) => n);
+  const ticktext = map.columns.map((column) => visible(column.token || column.region));
+  return { tickvals, ticktext, tickangle: -90, tickfont: { size: 10 }, showgrid: false, title };
+}
+
+function drawMap(place, card, map) {
+  const isText = map.axis === "tokens", { z, said, ...paint } = scale(map), { x, at } = edges(map), text = hover(map);
+  const cells = (grid, none) => grid.map((row) => at.map((n) => (n === null ? none : row[n])));
+  const height = Math.max(isText ? 240 : 130, 13 * map.layers.length + 70) + (isText ? 70 : 0);
+  const margin = isText ? { ...MARGIN, t: 30, b: 104 } : MARGIN;
+  const rows = map.layers.map((_, n) => n), ticks = layerTicks(map.layers);
+  Plotly.react(place, [{
+    type: "heatmap", x, y: rows, z: cells(z, null), text: cells(text, ""), hovertemplate: "%{text}<extra></extra>",
+    ...paint, xgap: isText ? 1 : 0, ygap: 1, hoverongaps: true,
+    colorbar: { title: { text: said, font: { size: 11 } }, thickness: 10, x: 1.01, xpad: 0, tickfont: { size: 10 } },
+  }], layout({
+    height, margin, ...(isText ? bands(map) : {}), xaxis: xaxisOf(map, card),
+    yaxis: { title: { text: map.kind === "encoder_window" ? "encoder block" : "layer" }, showgrid: false,
+      tickvals: ticks.tickvals.map((layer) => map.layers.indexOf(layer)), ticktext: ticks.ticktext },
+  }), CONFIG);
+  return at;
+}
+
+function drawSpectrogram(place, card) {
+  const [n_bins, n_frames] = card.mel.shape.split(",").map(Number), each = card.duration_s / n_frames;
+  Plotly.react(place, [{
+    type: "heatmap", z: card.mel, x0: each / 2, dx: each, y0: 0, dy: 1, colorscale: "Viridis", showscale: false,
+    hovertemplate: "%{x:.2f} s<extra></extra>",
+  }], layout({
+    height: 130, margin: { ...MARGIN, b: 22 }, xaxis: { range: [0, card.duration_s], showgrid: false },
+    yaxis: { title: { text: "log-mel" }, showticklabels: false, showgrid: false, range: [-0.5, n_bins - 0.5] },
+  }), CONFIG);
+}
+
+async function soundOf(index) {
+  context = context || new AudioContext();
+  if (!decoded.has(index)) {
+    const bytes = Uint8Array.from(atob(data.sounds[index].split(",")[1]), (letter) => letter.charCodeAt(0));
+    decoded.set(index, await context.decodeAudioData(bytes.buffer));
+  }
+  return decoded.get(index);
+}
+
+async function play(index, start, end) {
+  const buffer = await soundOf(index);
+  await context.resume();
+  if (playing) playing.stop();
+  playing = context.createBufferSource();
+  playing.buffer = buffer;
+  playing.connect(context.destination);
+  playing.start(0, start, Math.max(0.01, end - start));
+}
+
+async function clicked(article, card, axis, its) {
+  const told = article.querySelector(".told");
+  if (its.start_s === undefined) {
+    told.textContent = axis === "slots"
+      ? "This slot looks at the whole clip. It has no time span, so nothing is played."
+      : "This is text: there is nothing to play.";
+    return;
+  }
+  const [start, end] = its.of_s || [its.start_s, its.end_s];
+  if (card.clean === undefined) {
+    told.textContent = `${span(start, end)}: there is no clip to play.`;
+    return;
+  }
+  const which = article.querySelector("select"), index = which ? Number(which.value) : card.clean;
+  const name = which ? which.selectedOptions[0].textContent : "clean";
+  marked(article, start, end);
+  await play(index, start, end);
+  told.textContent = `Played ${span(start, end)} of the ${name} clip.`;
+}
+
+function marked(article, start, end) {
+  const place = article.querySelector(".spectrogram");
+  const shape = { type: "rect", xref: "x", yref: "paper", x0: start, x1: end, y0: 0, y1: 1, line: { color: "#fff", width: 2 } };
+  if (place) Plotly.relayout(place, { shapes: [shape] });
+}
+
+function stretch(card, at) { // the column of a map around a moment, or else its second
+  const timed = card.maps.filter((map) => map.axis === "time").flatMap((map) => map.columns);
+  const second = { start_s: Math.floor(at), end_s: Math.min(Math.floor(at) + 1, card.duration_s) };
+  return timed.find((its) => its.start_s <= at && at < its.end_s) || second;
+}
+
+function figure(article, name) {
+  const outer = document.createElement("div"), inner = document.createElement("div");
+  outer.className = "figure";
+  inner.className = name;
+  outer.append(inner);
+  article.querySelector(".figures").append(outer);
+  return inner;
+}
+
+function drawCard(article) {
+  const card = data.cards[article.dataset.card], isNew = !article.querySelector(".figure");
+  if (isNew && card.mel) figure(article, "spectrogram");
+  if (isNew) card.maps.forEach((map) => {
+    const place = figure(article, "map");
+    if (map.axis === "tokens") place.style.minWidth = `${150 + 16 * map.columns.length}px`;
+  });
+  if (card.mel) drawSpectrogram(article.querySelector(".spectrogram"), card);
+  article.querySelectorAll(".map").forEach((place, n) => {
+    const map = card.maps[n], at = drawMap(place, card, map);
+    if (!isNew) return;
+    place.on("plotly_click", ({ points: [point] }) => {
+      const column = at[point.pointNumber[1]];
+      if (column !== null) clicked(article, card, map.axis, map.columns[column]);
+    });
+  });
+  if (isNew && card.mel) {
+    article.querySelector(".spectrogram").on("plotly_click", ({ points: [{ x }] }) => clicked(article, card, "time", stretch(card, x)));
+  }
+  article.dataset.drawn = "yes";
+}
+
+const draw = (place) => (place.matches("article") ? drawCard(place) : drawCurve(place));
+const seen = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries.filter((entry) => entry.isIntersecting)) {
+    seen.unobserve(target);
+    target.dataset.drawn = "yes";
+    draw(target);
+  }
+}, { rootMargin: "800px" });
+
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+function theme(isDark) {
+  document.documentElement.dataset.theme = isDark ? "dark" : "light";
+  document.querySelectorAll("[data-drawn]").forEach(draw);
+}
+
+document.querySelectorAll("audio").forEach((player) => { player.src = data.sounds[player.dataset.sound]; });
+document.getElementById("theme").onclick = () => theme(document.documentElement.dataset.theme !== "dark");
+prefersDark.onchange = () => theme(prefersDark.matches);
+theme(prefersDark.matches);
+document.querySelectorAll("[data-curve], [data-card]").forEach((place) => seen.observe(place));

@@ -1,0 +1,151 @@
+"""The page itself: tables and clips in, one HTML file out."""
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+
+from lalm_lens.errors import DataError, InputError
+from lalm_lens.experiments.information_score import InformationScore
+from lalm_lens.report.curves import overview, score_curves, trace_curves
+from lalm_lens.report.found import Found, Study, find
+from lalm_lens.report.maps import Words, maps_of, rounded
+from lalm_lens.report.sounds import Clips, Sounds, spectrogram
+from lalm_lens.results import to_read
+from lalm_lens.shapes import typed
+
+HERE = Path(__file__).parent
+
+
+class Shown(NamedTuple):
+    """One clip of one study."""
+
+    study: Study
+    sample: str
+    rows: pd.DataFrame  # of its trace
+    said: pd.DataFrame  # of its lens
+
+
+@typed
+def write_report(
+    folder: str | Path, *, clips: Sequence[str | Path] = (), n_samples: int = 20, out: str | Path | None = None
+) -> Path:
+    """Write one HTML file about the traces, information scores and logit lenses in `folder`, by default into it as
+    `report.html`: an overview, curves by layer, and for `n_samples` clips their maps. `clips` are the folders with the
+    sound files and their metadata.jsonl: with them there are spectrograms and players. Clips that are kept come first,
+    as many of every study.
+
+    Raises `DataError` for a folder without a table to show, and without plotly, an extra.
+    """
+    if n_samples < 0:
+        raise InputError(f"n_samples is how many clips are shown, 0 or more; got {n_samples}.")
+    plotly = plotly_js()
+    found, heard = find(Path(folder)), Clips.of([Path(each) for each in clips])
+    studies = list(found.studies())
+    sounds, words = Sounds(), Words()
+    cards = [card(shown, heard, sounds, words) for shown in chosen(studies, found, n_samples)]
+    scores = score_curves(InformationScore(found.scores)) if len(found.scores) else []
+    traced = [curves for study in studies if (curves := trace_curves(study)) is not None]
+    page = (
+        environment()
+        .get_template("page.html")
+        .render(
+            plotly=plotly,
+            style=(HERE / "page.css").read_text(encoding="utf-8"),
+            script=(HERE / "page.js").read_text(encoding="utf-8"),
+            tables=tables(studies, found),
+            curves=[*traced, *scores],
+            cards=cards,
+            has_clips=bool(clips),
+            data={"curves": [*traced, *scores], "cards": cards, "sounds": sounds.uris(), "words": list(words.places)},
+        )
+    )
+    path = Path(folder) / "report.html" if out is None else Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def plotly_js() -> str:
+    """The library as text. Raises `DataError` where plotly, an extra, is missing."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise DataError(f"A report needs {error.name}: pip install 'lalm_lens[report]'.") from None
+    return get_plotlyjs()
+
+
+def environment() -> Environment:
+    """Jinja that escapes; what `tojson` writes holds no "<", so it ends no script."""
+    found = Environment(autoescape=True, loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True)
+    found.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
+    return found
+
+
+def tables(studies: Sequence[Study], found: Found) -> list[tuple[str, str]]:
+    """The overview, as titles and HTML."""
+    traced = [overview(study) for study in studies if len(study.rows)]
+    shown = []
+    if traced:
+        rows = to_read(pd.DataFrame(traced).astype({"fusion_layer": "Int64"}))
+        shown.append(("Causal tracing", html(rows)))
+    if len(found.scores):
+        points = InformationScore(found.scores).table()
+        told = [name for name in ("norm", "knockout") if points[name].nunique() == 1]
+        shown.append(("Information scores, means over prompts", html(points.drop(columns=told))))
+    return shown
+
+
+def html(table: pd.DataFrame) -> str:
+    """With escaped words, numbers of three decimals and "-" for what is not known."""
+    cells = table.astype(object).where(table.notna(), "-").rename(columns=lambda name: name.replace("_", " "))
+    return cells.to_html(index=False, border=0, float_format="{:.3f}".format)
+
+
+def chosen(studies: Sequence[Study], found: Found, n_samples: int) -> list[Shown]:
+    """The first clips of every study, those that are kept before others."""
+    by_turns = [one for turn in zip_longest(*(clips_of(study, found) for study in studies)) for one in turn if one]
+    places = {id(study): place for place, study in enumerate(studies)}
+    return sorted(by_turns[:n_samples], key=lambda shown: places[id(shown.study)])
+
+
+def clips_of(study: Study, found: Found) -> Iterator[Shown]:
+    lens = found.lens
+    asked = (lens.model == study.model) & (lens.attribute == study.attribute) & (lens.form == study.form)
+    said = lens[asked & lens.norm & (lens.knockout == "none")]
+    rows = study.whole
+    kept = rows[rows.status == "kept"]
+    names = [*kept["sample"].unique(), *rows["sample"].unique(), *(said["sample"].unique() if not len(rows) else ())]
+    for name in dict.fromkeys(names):
+        yield Shown(study, name, rows[rows["sample"] == name], said[said["sample"] == name])
+
+
+def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words) -> dict:
+    """What the page holds of one clip."""
+    study, rows = shown.study, shown.rows
+    first = (rows if len(rows) else shown.said).iloc[0]
+    found = {
+        "sample": shown.sample,
+        "label": str(first.label),
+        "model": study.model,
+        "attribute": study.attribute,
+        "form": study.form,
+        "maps": list(maps_of(rows, shown.said, words)),
+    }
+    if len(rows):
+        numbers = {name: rounded(first[name]) for name in ("p_clean", "p_corrupted", "noise")}
+        told = {name: str(first[name]).replace("_", " ") for name in ("status", "metric", "direction")}
+        found |= numbers | told | {"corruption": str(first.corruption).replace("_", " ", 1)}
+    sample = clips.find(study.attribute, shown.sample, str(first.label))
+    if sample is None:
+        return found
+    found |= {"clean": sounds.add(sample.waveform), "duration_s": len(sample.waveform) / 16_000}
+    found["mel"] = spectrogram(sample.waveform)
+    if len(rows):
+        seed = 0 if pd.isna(first.seed) else int(first.seed)
+        corrupted = clips.corrupted(sample, study.attribute, str(first.corruption), seed)
+        found |= {} if corrupted is None else {"corrupted": sounds.add(corrupted)}
+    return found

@@ -1,0 +1,324 @@
+"""The interactive page holds what the tables hold, and nothing from elsewhere."""
+
+import json
+import re
+from base64 import b64decode
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from lalm_lens.assets import TINY_LALM
+from lalm_lens.assets.clips import write_clips
+from lalm_lens.corrupt import OtherClip, WhiteNoise
+from lalm_lens.datasets import Sample, read_folder
+from lalm_lens.errors import DataError
+from lalm_lens.experiments.causal_trace import causal_trace
+from lalm_lens.experiments.information_score import InformationScore, information_score
+from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
+from lalm_lens.loading import from_pretrained
+from lalm_lens.report import write_report
+from lalm_lens.report.found import Study
+from lalm_lens.report.maps import Words
+from lalm_lens.report.page import Shown
+from lalm_lens.report.page import card as card_of
+from lalm_lens.report.sounds import Clips, Sounds, compression, opus, spectrogram, text
+from lalm_lens.results import CausalTrace
+
+pytestmark = pytest.mark.numbers
+
+N_CLIPS = 2
+
+
+class Page(HTMLParser):
+    """What of a page can be wrong: tags left open, scripts and what is fetched."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open: list[str] = []
+        self.scripts: list[str] = []
+        self.fetched: list[str] = []
+        self.ids: list[str | None] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "srcset", "poster")]
+        if tag == "script":
+            self.scripts.append("")
+            self.ids.append(dict(attrs).get("id"))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+
+    @property
+    def data(self) -> dict:
+        return json.loads(self.scripts[self.ids.index("data")])
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    return write_clips(tmp_path_factory.mktemp("clips"), "gender", N_CLIPS, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, clips) -> Path:
+    """A trace, scores and a lens of two clips."""
+    model, samples = from_pretrained(TINY_LALM), read_folder(clips)
+    out = tmp_path_factory.mktemp("tables")
+    how: dict = {"attribute": "gender", "progress": False}
+    causal_trace(model, samples, corruption=OtherClip(), audio="windows", window_s=0.4, **how).save(out / "a/t.parquet")
+    logit_lens(model, samples, positions="audio", top_k=3, **how).save(out / "a/lens.parquet")
+    information_score(model, samples, forms=["P3"], label_spaces=(True,), **how).save(out / "b/scores.parquet")
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(folder, clips, tmp_path_factory) -> Page:
+    return Page(write_report(folder, clips=[clips], out=tmp_path_factory.mktemp("page") / "r.html"))
+
+
+def card_map(card: dict, kind: str) -> dict:
+    (found,) = [its for its in card["maps"] if its["kind"] == kind]
+    return found
+
+
+def test_the_page_is_whole_and_fetches_nothing(page, folder):
+    assert not page.open
+    assert not page.fetched  # players get their sounds from the page's own data
+    own = [script for name, script in zip(page.ids, page.scripts, strict=True) if name != "plotly"]
+    assert not any(re.search(r"(?i)https?:|//cdn|import\(|fetch\(", script) for script in own)
+    assert "plotly.js v" in page.scripts[page.ids.index("plotly")][:200]
+
+
+def test_the_policy_of_the_page_forbids_the_network(folder):
+    text = write_report(folder).read_text(encoding="utf-8")
+    policy = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)[0]
+    assert policy.startswith("default-src 'none'")
+    assert not re.search(r"http|\*|connect", policy)
+
+
+def test_the_maps_hold_the_recovery_of_the_table(page, folder):
+    trace = CausalTrace.load(folder / "a" / "t.parquet").frame
+    n_compared = 0
+    for card in page.data["cards"]:
+        rows = trace[trace["sample"] == card["sample"]]
+        assert card["p_clean"] == pytest.approx(rows.p_clean.iloc[0], rel=1e-6)
+        for kind, column in (("token", "position"), ("audio_window", "start_s")):
+            found = card_map(card, kind)
+            grid = rows[rows.kind == kind].pivot(index="layer", columns=column, values="recovery")
+            assert found["layers"] == grid.index.tolist()
+            names = [its["positions"][0] if kind == "token" else its["start_s"] for its in found["columns"]]
+            np.testing.assert_allclose(names, grid.columns.to_numpy(float), atol=1e-6)
+            np.testing.assert_allclose(found["recovery"], grid, rtol=1e-6)
+            n_compared += grid.size
+        tokens = rows[rows.kind == "token"].drop_duplicates("position").sort_values("position")
+        assert [its["token"] for its in card_map(card, "token")["columns"]] == tokens.token.tolist()
+        segments = tokens.segment.astype(object).where(tokens.segment.notna(), None).tolist()
+        assert [its.get("segment") for its in card_map(card, "token")["columns"]] == segments
+    assert n_compared == trace.kind.isin(["token", "audio_window"]).sum()
+
+
+def test_a_cell_says_the_most_probable_words_of_its_positions(page, folder):
+    lens = LogitLens.load(folder / "a" / "lens.parquet").frame
+    words = page.data["words"]
+    for card in page.data["cards"]:
+        found = card_map(card, "audio_window")
+        rows = lens[(lens["sample"] == card["sample"]) & (lens.kind == "top")]
+        for n, column in enumerate(found["columns"]):
+            first, last = column["positions"]
+            its = rows[rows.position.between(first, last)]
+            assert its.start_s.min() == pytest.approx(column["start_s"])
+            assert its.end_s.max() == pytest.approx(column["end_s"])
+            for layer, at in its.groupby("layer"):
+                likely = at.loc[at.probability.idxmax()]
+                cell = found["words"][found["layers"].index(layer)][n]
+                assert words[cell[0]] == likely.word
+                assert cell[1] == round(1000 * likely.probability)
+                assert len(cell) == 6
+
+
+def test_curves_hold_the_means_of_the_tables(page, folder):
+    trace, scores = CausalTrace.load(folder / "a" / "t.parquet"), InformationScore.load(folder / "b" / "scores.parquet")
+    of_trace, of_scores = page.data["curves"]
+    means = trace.aggregate()
+    for name, kind in (("text positions", "layer"), ("audio positions", "audio_layer")):
+        (line,) = [its for its in of_trace["lines"] if its["name"] == name]
+        for column in ("mean", "low", "high"):
+            np.testing.assert_allclose(line[column], means[means.kind == kind][column], rtol=1e-6)
+    curve = scores.curves().query("place == 'last'")
+    np.testing.assert_allclose(of_scores["lines"][0]["mean"], curve.score)
+    assert of_scores["chance"] == 0.5
+
+
+def test_players_hold_the_clean_and_the_other_clip(page, clips):
+    data, samples = page.data, {sample.name: sample for sample in read_folder(clips)}
+    assert len(data["sounds"]) == N_CLIPS  # each clip is the other's corruption, and stands once
+    for card in data["cards"]:
+        other = card["corruption"].removeprefix("other clip ")
+        for key, name in (("clean", card["sample"]), ("corrupted", other)):
+            kind, _, content = data["sounds"][card[key]].partition(",")
+            assert kind == "data:audio/ogg;base64"
+            heard, rate_hz = soundfile.read(BytesIO(b64decode(content)))
+            n = min(len(heard), len(samples[name].waveform))
+            assert rate_hz == 16_000
+            assert n > 25_000
+            assert np.corrcoef(heard[:n], samples[name].waveform[:n])[0, 1] > 0.9
+        assert card["mel"]["shape"] == "40, 160"
+
+
+def test_what_was_heard_is_made_again_from_the_table(clips):
+    heard, (first, second) = Clips.of([clips]), read_folder(clips)
+    for corruption in (WhiteNoise(3.0, seed=7), OtherClip(1)):
+        theirs = corruption.of(first, [first, second])
+        assert torch.equal(heard.corrupted(first, "gender", theirs.name, 7), theirs.waveform)
+    assert heard.corrupted(first, "gender", "other_clip gone.wav", 0) is None
+    assert not heard.corrupted(first, "gender", "silence", 0).any()
+
+
+def test_the_spectrogram_follows_the_pitch():
+    seconds = torch.arange(16_000) / 16_000
+    rising = torch.sin(2 * torch.pi * (500 + 1000 * seconds) * seconds)
+    picture = spectrogram(rising)
+    levels = np.frombuffer(b64decode(picture["bdata"]), np.uint8).reshape(40, -1)
+    loudest = levels.argmax(0)
+    assert levels.max() == 255
+    assert (np.diff(loudest[5:-5]) >= 0).all()
+    assert loudest[-5] > loudest[5] + 8
+
+
+def test_without_clips_maps_stand_without_players(folder, tmp_path):
+    path = write_report(folder, n_samples=1, out=tmp_path / "r.html")
+    (card,) = Page(path).data["cards"]
+    assert card_map(card, "token")
+    assert "clean" not in card
+    assert "no players" in path.read_text(encoding="utf-8")
+
+
+def test_what_a_table_says_ends_no_script(folder, clips, tmp_path):
+    evil = "</script><script>alert(1)</script>"
+    frame = CausalTrace.load(folder / "a" / "t.parquet").frame
+    CausalTrace(frame.assign(label=evil, token=evil, model=evil)).save(tmp_path / "t.parquet")
+    path = write_report(tmp_path)
+    found = Page(path)
+    assert not found.open
+    assert len(found.scripts) == 3
+    assert evil not in path.read_text(encoding="utf-8")
+    card = found.data["cards"][0]
+    assert card["label"] == evil
+    assert card_map(card, "token")["columns"][0]["token"] == evil
+
+
+def test_twenty_long_clips_stay_under_three_megabytes(folder, tmp_path):
+    """Of a model of 32 layers: 30 s each, corrupted by noise, which is hard to compress; windows of 1 s."""
+    frame = CausalTrace.load(folder / "a" / "t.parquet").frame
+    one = frame[(frame["sample"] == frame["sample"].iloc[0]) & (frame.layer == 0)]
+    words = one[one.kind == "token"]
+    windows = pd.concat([one[one.kind == "audio_window"].iloc[:1].assign(start_s=n, end_s=n + 1.0) for n in range(30)])
+    rng = np.random.default_rng(0)
+    layers = pd.concat([pd.concat([words, windows]).assign(layer=layer) for layer in range(32)], ignore_index=True)
+    layers["recovery"] = rng.standard_normal(len(layers))
+    lens = LogitLens.load(folder / "a" / "lens.parquet").frame
+    state = lens[(lens.kind == "top") & (lens.layer == 0)].head(3)
+    places = pd.DataFrame({"position": range(750), "layer": 0}).merge(pd.DataFrame({"layer": range(32)}), how="cross")
+    places = places.rename(columns={"layer_y": "layer"})[["position", "layer"]]
+    said = state.drop(columns=["position", "layer"]).merge(places, how="cross")
+    said = said.assign(start_s=said.position * 0.04, end_s=said.position * 0.04 + 0.04)
+    said["word"] = rng.choice([f"word{n}" for n in range(2000)], len(said))
+    said["token_id"] = rng.integers(0, 100_000, len(said))
+    said["probability"] = rng.random(len(said))
+    noise = torch.from_numpy(rng.standard_normal((2, 30 * 16_000)).astype(np.float32) * 0.1)
+
+    class Noisy(Clips):
+        def find(self, attribute, name, label=None):
+            return Sample(name, "male", noise[0])
+
+        def corrupted(self, sample, attribute, corruption, seed):
+            return noise[1]
+
+    words_of_page, sounds = Words(), Sounds()
+    study = Study("m", "gender", "P3", layers)
+    card = card_of(Shown(study, "a.wav", layers, said), Noisy({}), sounds, words_of_page)
+    level = compression(20 * 2 * 30)  # all clips of a page share what there is
+    n_sound = sum(len(text(opus(samples, level))) for samples in sounds.waveforms)
+    n_bytes = 20 * (len(json.dumps(card, separators=(",", ":"))) + n_sound)
+    assert len(sounds.waveforms) == 2
+    assert 2e6 < n_bytes + len(json.dumps(list(words_of_page.places))) < 3e6
+
+
+def test_slots_of_a_q_former_have_no_time(folder, tmp_path):
+    lens = LogitLens.load(folder / "a" / "lens.parquet").frame
+    LogitLens(lens.assign(start_s=np.nan, end_s=np.nan)).save(tmp_path / "lens.parquet")
+    for card in Page(write_report(tmp_path)).data["cards"]:
+        found = card_map(card, "lens")
+        assert found["axis"] == "slots"
+        assert found["recovery"] is None
+        assert not any("start_s" in column for column in found["columns"])
+
+
+def test_a_search_shows_the_finest_window_at_each_moment(folder, tmp_path):
+    frame = CausalTrace.load(folder / "a" / "t.parquet").frame
+    one = frame[frame.kind == "audio_window"].iloc[:1].assign(kind="moment", layer=-1, site="embed")
+    spans = [(0.0, 0.8, 0.5), (0.8, 1.6, 0.1), (0.0, 0.4, 0.2), (0.4, 0.8, 0.3)]
+    rows = pd.concat([one.assign(start_s=start, end_s=end, recovery=rate) for start, end, rate in spans])
+    CausalTrace(rows.reset_index(drop=True)).save(tmp_path / "t.parquet")
+    found = card_map(Page(write_report(tmp_path)).data["cards"][0], "moment")
+    assert [its["of_s"] for its in found["columns"]] == [[0.0, 0.4], [0.4, 0.8], [0.8, 1.6]]
+    assert found["recovery"] == [[0.2, 0.3, 0.1]]
+
+
+def test_clips_are_taken_from_every_study_kept_ones_first(folder, tmp_path):
+    frame = CausalTrace.load(folder / "a" / "t.parquet").frame
+    names = sorted(frame["sample"].unique())
+    frame["status"] = np.where(frame["sample"] == names[0], "clean_wrong", "kept")
+    CausalTrace(frame).save(tmp_path / "a.parquet")
+    CausalTrace(frame.assign(metric="log_probability")).save(tmp_path / "b.parquet")
+    CausalTrace(frame).save(tmp_path / "again.parquet")
+    cards = Page(write_report(tmp_path, n_samples=2)).data["cards"]
+    assert [(its["metric"], its["sample"]) for its in cards] == [
+        ("probability", names[1]),
+        ("log probability", names[1]),
+    ]
+
+
+def test_what_cannot_be_shown_is_refused(folder, clips, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="holds no table"):
+        write_report(tmp_path)
+    with pytest.raises(DataError, match="is no folder"):
+        write_report(tmp_path / "gone")
+    with pytest.raises(DataError, match="has neither metadata"):
+        write_report(folder, clips=[tmp_path])
+    frame = CausalTrace.load(folder / "a" / "t.parquet").frame
+    CausalTrace(frame).save(tmp_path / "a.parquet")
+    CausalTrace(frame.assign(recovery=0.0)).save(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="disagree on"):
+        write_report(tmp_path)
+    (tmp_path / "c.parquet").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="is not a Parquet file"):
+        write_report(tmp_path)
+    other = tmp_path / "clips"
+    write_clips(other, "gender", N_CLIPS, seed=4)
+    with pytest.raises(DataError, match="Two clips are named"):
+        write_report(folder, clips=[clips, other])
+
+
+def test_the_command_writes_the_page(folder, clips, tmp_path, capsys, monkeypatch):
+    from test_cli import lalm_lens
+
+    out = tmp_path / "r.html"
+    assert lalm_lens(monkeypatch, "report", folder, "--clips", clips, "--samples", 1, "--out", out) == 0
+    assert str(out) in capsys.readouterr().out
+    assert len(Page(out).data["cards"]) == 1
