@@ -4,11 +4,11 @@ import sys
 
 from typer.exceptions import TyperException
 
-from lalm_lens.commands import audiolens, check, reproduce, trace
+from lalm_lens.commands import audiolens, check, reproduce, run, trace
 from lalm_lens.commands.base import app
 from lalm_lens.errors import LensError
 
-COMMANDS = trace, audiolens, reproduce, check  # in the order of the help
+COMMANDS = trace, audiolens, run, reproduce, check  # in the order of the help
 
 
 def main() -> None:

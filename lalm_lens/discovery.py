@@ -78,8 +78,9 @@ def experiments_in(module: ModuleType) -> Iterator[Experiment]:
         required = [its.name for its in needed.parameters.values() if its.default is Parameter.empty]
         table = needed.return_annotation
         table = getattr(module, table, None) if isinstance(table, str) else table
-        is_table = isinstance(table, type) and issubclass(table, Table)
-        if is_table and required[:2] == ["model", "samples"] and set(required) <= set(GIVEN):
+        if required[:2] != ["model", "samples"] or not set(required) <= set(GIVEN):
+            continue
+        if isinstance(table, type) and issubclass(table, Table):
             yield Experiment(name, function, table)
 
 
@@ -105,7 +106,7 @@ def value_of(value: Any, hint: Any, what: str, n_layers: int = 1) -> Any:
     `InputError` for another type.
     """
     found = built(value, hint, what, n_layers)
-    if is_bearable(found, hint):
+    if is_bearable(found, hint) and (not isinstance(value, bool) or takes_bool(hint)):
         return found
     choices = choices_of(hint)
     if choices is not None:
@@ -143,6 +144,11 @@ def made(kind: type, given: Mapping[str, Any], what: str, n_layers: int = 1) -> 
         raise InputError(f"{what}, a {kind.__name__}, is not complete: {error}.") from None
     except LensError as error:
         raise InputError(f"{what}: {error}") from None
+
+
+def takes_bool(hint: Any) -> bool:
+    """Whether an annotation names `bool`, which Python counts among whole numbers."""
+    return hint is bool or any(map(takes_bool, get_args(hint)))
 
 
 def dataclasses_in(hint: Any) -> Iterator[type]:

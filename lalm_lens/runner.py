@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from pyarrow.parquet import read_metadata
 
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import LensError, reason
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
 from lalm_lens.study import Planned
-from lalm_lens.units import Opened, Unit, claimed, writable
+from lalm_lens.units import ABOUT, Opened, Unit, claimed, writable
 
 ENDING = ".study.json"  # of the file that says which units a study has
 AGAIN_S = 0.2  # until a unit that somebody else has claimed is looked at again
@@ -118,6 +119,21 @@ def write_list(plan: Planned, out: Path) -> Path:
     finally:
         new.unlink(missing_ok=True)
     return path
+
+
+def measured(unit: Unit, alike: Sequence[Unit], out: Path, models: Models) -> float | None:
+    """Seconds that a clip takes: of those of `alike` that are finished, else of the first clip of `unit`, run once
+    more after the first time. None where clips cannot be asked about alone."""
+    told = [json.loads(read_metadata(its.path(out)).metadata[ABOUT]) for its in alike if its.is_finished(out)]
+    if told:
+        return sum(its["wall_s"] for its in told) / sum(len(its["clips"]) for its in told)
+    if not unit.experiment.table.BY_CLIP:
+        return None
+    lens, samples, arguments = models.of(unit.model), unit.read()[:1], unit.arguments()
+    unit.experiment.run(lens, samples, **arguments)
+    start = time.perf_counter()
+    unit.experiment.run(lens, samples, **arguments)
+    return time.perf_counter() - start
 
 
 def run_local(units: Sequence[Unit], out: Path, device: str = "cpu") -> Iterator[Outcome]:

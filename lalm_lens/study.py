@@ -168,7 +168,8 @@ class Study:
     def attribute(self, name: str) -> Attribute:
         if name not in self.attributes:
             raise PromptError(
-                f"There is no attribute {name!r}. Choose one of {', '.join(self.attributes)}, or write an [[attribute]]."
+                f"There is no attribute {name!r}. Choose one of {', '.join(self.attributes)}, or write one as an "
+                "[[attribute]]."
             )
         return self.attributes[name]
 
@@ -269,7 +270,9 @@ def planned(study: Study, conversion_named: Callable[[str | None], Conversion | 
         opened = study.opened(table, conversion_named)
         model, weights = without_weights(opened.path, **opened.files), fingerprint(opened)
         if model.processor is None:
-            raise InputError(f"{opened.path} has no tokenizer and feature extractor beside it: save the processor there.")
+            raise InputError(
+                f"{opened.path} has no tokenizer and feature extractor beside it: save the processor there."
+            )
         heard = [each.heard_by(model.processor) for each in screened]
         left_out += [
             {"model": model.cfg.model_name, "dataset": each.dataset.called, "attribute": each.attribute.name}
@@ -284,9 +287,7 @@ def planned(study: Study, conversion_named: Callable[[str | None], Conversion | 
     return Planned(study, tuple(units.values()), pd.DataFrame(left_out, columns=columns, dtype="str"))
 
 
-def units_of(
-    chosen: Chosen, screened: Screened, opened: Opened, model: HookedLALM, weights: str
-) -> Iterator[Unit]:
+def units_of(chosen: Chosen, screened: Screened, opened: Opened, model: HookedLALM, weights: str) -> Iterator[Unit]:
     assert model.processor is not None
     settings = chosen.experiment.settings(chosen.given, model.decoder_cfg.n_layers)
     about = (opened, model.cfg.model_name, weights, screened.dataset.called, screened.attribute)
@@ -299,9 +300,7 @@ def units_of(
             yield Unit(*about, form, chosen.experiment, settings, clips, others, n_heard)
 
 
-def others_of(
-    clips: Sequence[Listed], every: Sequence[Listed], settings: Mapping[str, Any]
-) -> tuple[Listed, ...]:
+def others_of(clips: Sequence[Listed], every: Sequence[Listed], settings: Mapping[str, Any]) -> tuple[Listed, ...]:
     """What may be heard in place of these clips: of all that there are, those that are chosen."""
     by_name = {its.clip.name: its for its in every}
     corruptions = [value for value in settings.values() if isinstance(value, OtherClip)]
