@@ -141,7 +141,7 @@ class Study:
     @classmethod
     def read(cls, path: str | Path, out: str | Path | None = None) -> "Study":
         """Raises `InputError` for what a study does not have, and for settings that an experiment does not."""
-        path = Path(path)
+        path = Path(path).absolute()  # workers may run elsewhere
         try:
             text = path.read_text(encoding="utf-8")
             given = tomllib.loads(text)

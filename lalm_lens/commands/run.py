@@ -71,7 +71,7 @@ def outcomes(units: "Sequence[Unit]", out: Path, engine: str, device: str, worke
         return run_local(units, out, device)
     from lalm_lens.ray_runner import run_ray
 
-    return run_ray(units, out, workers)
+    return run_ray(units, out, workers, device)
 
 
 def shown(outcomes: "Iterator[Outcome]", units: "Sequence[Unit]") -> "Iterator[Outcome]":
