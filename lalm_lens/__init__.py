@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lalm_lens import patching, transcripts
+    from lalm_lens.activations import save_activations
     from lalm_lens.alme import read_alme
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
@@ -70,12 +71,12 @@ if TYPE_CHECKING:
     from lalm_lens.readouts import Logits, LogProbs, Probabilities, Resid, Score
     from lalm_lens.results import CausalTrace
     from lalm_lens.runs import OWN, Run, Source
+    from lalm_lens.study_results import Results, compare_models, load_results
     from lalm_lens.transcripts import transcribed
     from lalm_lens.transformer import HookedTransformer
 
 _HOME = {
     "ATTRIBUTES": "attributes",
-    "OWN": "runs",
     "Ablation": "experiments.ablate",
     "Add": "interventions",
     "AttentionKnockout": "experiments.attention_knockout",
@@ -107,6 +108,7 @@ _HOME = {
     "Logits": "readouts",
     "NearestTokens": "experiments.nearest_tokens",
     "NeuronGain": "experiments.neurons",
+    "OWN": "runs",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
@@ -117,6 +119,7 @@ _HOME = {
     "Probe": "experiments.probe",
     "Recompute": "interventions",
     "Resid": "readouts",
+    "Results": "study_results",
     "Run": "runs",
     "Sample": "datasets",
     "Sampling": "generation",
@@ -142,6 +145,7 @@ _HOME = {
     "causal_trace": "experiments.causal_trace",
     "circuits": "experiments.circuits",
     "compare_dominance": "experiments.text_dominance",
+    "compare_models": "study_results",
     "convergence": "experiments.convergence",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
@@ -153,6 +157,7 @@ _HOME = {
     "list_dataset": "datasets",
     "list_folder": "datasets",
     "list_hub": "datasets",
+    "load_results": "study_results",
     "logit_lens": "experiments.logit_lens",
     "make_conflict": "conflict",
     "mean_difference": "experiments.steer",
@@ -173,6 +178,7 @@ _HOME = {
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "sakura": "datasets",
+    "save_activations": "activations",
     "scale_attention": "experiments.scale_attention",
     "silence": "corrupt",
     "split": "datasets",
@@ -226,6 +232,7 @@ __all__ = [
     "Probe",
     "Recompute",
     "Resid",
+    "Results",
     "Run",
     "Sample",
     "Sampling",
@@ -251,6 +258,7 @@ __all__ = [
     "causal_trace",
     "circuits",
     "compare_dominance",
+    "compare_models",
     "convergence",
     "critical_layer",
     "cut_to",
@@ -262,6 +270,7 @@ __all__ = [
     "list_dataset",
     "list_folder",
     "list_hub",
+    "load_results",
     "logit_lens",
     "make_conflict",
     "mean_difference",
@@ -282,6 +291,7 @@ __all__ = [
     "resolution_correlation",
     "run_branches",
     "sakura",
+    "save_activations",
     "scale_attention",
     "silence",
     "split",

@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pyarrow import ArrowInvalid, parquet
@@ -52,10 +53,11 @@ class Results:
         if not len(rows):
             wanted = "".join(f", {name} = {value!r}" for name, value in chosen.items())
             raise DataError(f"No finished unit is of {experiment}{wanted}; there are {', '.join(self.experiments)}.")
-        refuse_mixed(rows, kind)
         with ThreadPoolExecutor() as pool:
             tables = list(pool.map(parquet.read_table, rows.path))
-        return kind.concat([pa.concat_tables(tables, promote_options="permissive").to_pandas()])
+        frame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+        refuse_mixed(rows, kind, frame)
+        return kind.concat([frame])
 
     def __repr__(self) -> str:
         counts = self.units.groupby("experiment", sort=False).agg(n=("n_rows", "size"), rows=("n_rows", "sum"))
@@ -75,16 +77,24 @@ def told(rows: pd.DataFrame, name: str) -> pd.Series:
     return pd.Series([settings.get(name) for settings in rows.settings], rows.index, dtype=object)
 
 
-def refuse_mixed(rows: pd.DataFrame, kind: type[Table]) -> None:
-    settings = {name for each in rows.settings for name in each} - set(kind.COLUMNS)
+def refuse_mixed(units: pd.DataFrame, kind: type[Table], frame: pd.DataFrame) -> None:
+    """Raise `DataError` for units that differ in a setting, unless a column tells it of every row: `metric`, or
+    `knockout` of the setting `knockouts`, where the units have different ones."""
+    settings = {name for each in units.settings for name in each} - set(kind.COLUMNS)
     for name in (*HIDDEN, *sorted(settings)):
-        for _, values in told(rows, name).groupby([rows.model, rows.attribute]):
-            different = list(dict.fromkeys(map(str, values)))
-            if len(different) > 1:
+        values, column = told(units, name).map(str), name.removesuffix("s")
+        for _, alike in values.groupby([units.model, units.attribute]):
+            if alike.nunique() > 1 and not (column in kind.COLUMNS and apart(frame[column], values, units.n_rows)):
                 raise DataError(
                     f"These units are of more than one {name}, and no column of the table says which: "
-                    f"{'; '.join(different)}. Choose one: {name}=..."
+                    f"{'; '.join(alike.unique())}. Choose one: {name}=..."
                 )
+
+
+def apart(column: pd.Series, values: pd.Series, n_rows: pd.Series) -> bool:
+    """Whether units with different values of a setting have nothing in common in a column."""
+    pairs = pd.DataFrame({"column": column.map(str).to_numpy(), "value": np.repeat(values.to_numpy(), n_rows)})
+    return not pairs.drop_duplicates().column.duplicated().any()
 
 
 @typed

@@ -398,6 +398,17 @@ def test_what_no_column_tells_apart_is_not_mixed(study, undisturbed, tmp_path):
     assert len(results.table("causal_trace", kinds=("layer",)).frame) == 2 * 6 * 9
 
 
+def test_what_a_column_tells_apart_may_be_mixed(study, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    cut = 'shard = 6\nknockouts = [{ type = "Knockout", layers = "all", queries = [-1], keys = "audio" }]'
+    (study.parent / "cut.toml").write_text(STUDY.replace("shard = 1", cut))
+    more = planned(Study.read(study.parent / "cut.toml"))
+    write_list(more, tmp_path)
+    list(run_local(more.units[:1], tmp_path))
+    scores = load_results(tmp_path).table("information_score").frame
+    assert scores.groupby("knockout")["sample"].nunique().tolist() == [6, 6]
+
+
 def test_models_are_compared_on_the_clips_that_both_have():
     rng = np.random.default_rng(0)
     rows = [

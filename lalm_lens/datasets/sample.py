@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from lalm_lens.audio import Waveform, read_audio
 from lalm_lens.errors import DataError
@@ -70,6 +70,7 @@ def heard(samples: Sequence[Sample]) -> list[Waveform]:
     return [sample.waveform for sample in samples if sample.is_heard]
 
 
+@runtime_checkable
 class Named(Protocol):
     """What is listed: a clip, read or not."""
 
