@@ -81,13 +81,18 @@ class DatasetTable:
 
 @dataclass(frozen=True)
 class Chosen:
-    """[[experiment]]: which, with which settings, on which attributes, in which prompts and how many clips a unit."""
+    """[[experiment]]: which, with which settings, in which prompts, with which models and about which attributes (all,
+    if there are none), and how many clips a unit."""
 
     experiment: Experiment
     given: Mapping[str, Any]
     prompts: tuple[Form | None, ...]
-    attributes: tuple[str, ...] | None
+    models: tuple[str, ...]  # paths, as they are written
+    attributes: tuple[str, ...]
     shard: int | None  # None: all clips of a dataset
+
+    def is_about(self, model: str, attribute: str) -> bool:
+        return model in (self.models or (model,)) and attribute in (self.attributes or (attribute,))
 
     @classmethod
     def of(cls, table: Mapping[str, Any], prompts: tuple[Form, ...]) -> "Chosen":
@@ -99,9 +104,10 @@ class Chosen:
             if own is not None:
                 raise InputError(f"The experiment {experiment.name} asks in one prompt alone: leave out prompts.")
             asked = (None,)
-        attributes = given.pop("attributes", None)
-        if attributes is not None:
-            attributes = value_of(attributes, tuple[str, ...], f"attributes of {experiment.name}")
+        models, attributes = (
+            value_of(given.pop(key, []), tuple[str, ...], f"{key} of {experiment.name}")
+            for key in ("models", "attributes")
+        )
         shard = value_of(given.pop("shard", SHARD if experiment.table.BY_CLIP else None), int | None, "shard")
         if shard is not None and (shard < 1 or not experiment.table.BY_CLIP):
             raise InputError(
@@ -110,7 +116,7 @@ class Chosen:
                 else f"What {experiment.name} says of a clip depends on the others: leave out shard."
             )
         experiment.settings(given)
-        return cls(experiment, given, asked, attributes, shard)
+        return cls(experiment, given, asked, models, attributes, shard)
 
 
 def name_of(table: dict[str, Any]) -> str:
@@ -161,8 +167,11 @@ class Study:
             experiments=tuple(Chosen.of(each, prompts) for each in tables(given, "experiment")),
         )
         for asked in (*study.datasets, *study.experiments):
-            for name in asked.attributes or ():
+            for name in asked.attributes:
                 study.attribute(name)
+        paths = [model.path for model in study.models]
+        if unknown := [path for chosen in study.experiments for path in chosen.models if path not in paths]:
+            raise InputError(f"No [[model]] has the path {unknown[0]!r}, only {', '.join(paths)}.")
         return study
 
     def attribute(self, name: str) -> Attribute:
@@ -281,7 +290,7 @@ def planned(study: Study, conversion_named: Callable[[str | None], Conversion | 
             for name, why in each.excluded.items()
         ]
         for chosen, each in product(study.experiments, heard):
-            if chosen.attributes is None or each.attribute.name in chosen.attributes:
+            if chosen.is_about(table.path, each.attribute.name):
                 units |= {unit.hash: unit for unit in units_of(chosen, each, opened, model, weights)}
     columns = ["model", "dataset", "attribute", "sample", "reason"]
     return Planned(study, tuple(units.values()), pd.DataFrame(left_out, columns=columns, dtype="str"))

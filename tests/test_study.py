@@ -344,6 +344,7 @@ def test_a_dry_run_counts_and_measures(study, undisturbed, plan, tmp_path, monke
         ('folder = "clips"', "", InputError, "one of a folder"),
         ('folder = "clips"', 'folder = "nowhere"', DataError, "no metadata.jsonl"),
         ("prompts", "prompts =", InputError, "cannot be read as a study"),
+        ("shard = 2", 'models = ["other"]', InputError, "No .*model.* has the path 'other'"),
         ("shard = 2", 'form = "P3"', InputError, "no setting 'form'"),
     ],
 )
