@@ -325,6 +325,7 @@ def test_a_dry_run_counts_and_measures(study, undisturbed, plan, tmp_path, monke
             cli.main()
         said = capsys.readouterr().out
         assert words in said
+        assert out == undisturbed or "P2, corruption=OtherClip(seed=1), kinds=('layer',): 6 clips, " in said
     assert not list(tmp_path.iterdir())
     assert "Still to do: about 00:00:00." in said
 

@@ -78,7 +78,7 @@ def shown(outcomes: "Iterator[Outcome]", units: "Sequence[Unit]") -> "Iterator[O
     """With a bar that counts clips, and tells how fast they go and how long it takes."""
     from tqdm import tqdm
 
-    with tqdm(total=sum(len(unit.clips) for unit in units), unit="clip", smoothing=0.1) as bar:
+    with tqdm(total=sum(len(unit.clips) for unit in units), unit="clip", smoothing=0.1, disable=not units) as bar:
         for outcome in outcomes:
             unit = outcome.unit
             bar.set_description(" ".join(filter(None, (unit.experiment.name, unit.attribute.name, unit.form))))
@@ -122,7 +122,7 @@ def show_cost(missing: "Sequence[Unit]", out: Path, plan: "Planned", device: str
     for kind, units in by_kind(missing).items():
         n_clips = sum(len(unit.clips) for unit in units)
         clip_s = measured(units[0], [unit for unit in plan.units if kind_of(unit) == kind], out, models)
-        shown = ", ".join(filter(None, kind[:3]))
+        shown = ", ".join([*filter(None, kind[:3]), *changed(units[0])])
         if clip_s is None:
             unknown += n_clips
             print(f"{shown}: {n_clips} clips, which need each other: not measured")
@@ -135,6 +135,12 @@ def show_cost(missing: "Sequence[Unit]", out: Path, plan: "Planned", device: str
 def kind_of(unit: "Unit") -> tuple:
     settings = tuple(f"{name}={value!r}" for name, value in sorted(unit.settings.items()))
     return unit.model_name, unit.experiment.name, unit.form, unit.model.dtype, settings
+
+
+def changed(unit: "Unit") -> list[str]:
+    """The settings that are not those by default."""
+    default = unit.experiment.settings({})
+    return [f"{name}={value!r}" for name, value in unit.settings.items() if value != default[name]]
 
 
 def by_kind(units: "Sequence[Unit]") -> "dict[tuple, list[Unit]]":
