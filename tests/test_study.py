@@ -9,12 +9,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import torch
 
 from lalm_lens import cli
 from lalm_lens.assets import TINY_LALM
@@ -25,10 +29,10 @@ from lalm_lens.discovery import Experiment, experiment_named, experiments, value
 from lalm_lens.errors import DataError, InputError, LensError, PromptError
 from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.results import CausalTrace
-from lalm_lens.runner import Models, run_local, table_of, unfinished, write_list
+from lalm_lens.runner import Models, run_local, table_of, unfinished, uninterrupted, write_list
 from lalm_lens.study import Planned, Study, planned
 from lalm_lens.study_results import compare_models, load_results
-from lalm_lens.units import Opened, claimed, fingerprint
+from lalm_lens.units import Opened, Unit, claimed, fingerprint
 
 pytestmark = pytest.mark.numbers
 
@@ -53,7 +57,16 @@ shard = 2
 kinds = ["layer"]
 corruption = {{ type = "OtherClip", seed = 1 }}
 """
-FORK = multiprocessing.get_context("fork")  # what has been imported need not be imported again
+# Children of a process that has imported what they need, and has no threads: a lock that one holds would stay held.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(
+    [
+        "lalm_lens.cli",
+        "lalm_lens.runner",
+        "lalm_lens.experiments.causal_trace",
+        "lalm_lens.experiments.information_score",
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +89,7 @@ def done(plan: Planned, out: Path) -> Path:
 
 
 def finish_all(plan: Planned, out: Path) -> None:
+    torch.set_num_threads(1)
     assert not [its.failure for its in run_local(unfinished(plan.units, out), out) if its.failure]
 
 
@@ -132,15 +146,16 @@ def test_a_study_that_is_killed_twenty_times_ends_as_if_it_had_not_been(plan, un
     assert n_killed == 20
 
 
+def tell(plan: Planned, out: Path, told: Queue) -> None:
+    torch.set_num_threads(1)
+    found = list(run_local(plan.units, out))
+    told.put((len(found), sum(not outcome.was_there for outcome in found)))
+
+
 def test_two_runners_share_a_folder(plan, undisturbed, tmp_path):
     write_list(plan, tmp_path)
     told = FORK.Queue()
-
-    def run() -> None:
-        found = list(run_local(plan.units, tmp_path))
-        told.put((len(found), sum(not outcome.was_there for outcome in found)))
-
-    children = [FORK.Process(target=run) for _ in range(2)]
+    children = [FORK.Process(target=tell, args=(plan, tmp_path, told)) for _ in range(2)]
     for child in children:
         child.start()
     (seen, ran), (also_seen, also_ran) = told.get(timeout=120), told.get(timeout=120)
@@ -150,16 +165,16 @@ def test_two_runners_share_a_folder(plan, undisturbed, tmp_path):
     assert_same(tmp_path, undisturbed)
 
 
+def hold(unit: Unit, out: Path, ready: Event) -> None:
+    with claimed(unit, out) as is_mine:
+        assert is_mine
+        ready.set()
+        time.sleep(60)
+
+
 def test_a_claim_is_of_one_process_and_ends_with_it(plan, tmp_path):
     unit, ready = plan.units[0], FORK.Event()
-
-    def hold() -> None:
-        with claimed(unit, tmp_path) as is_mine:
-            assert is_mine
-            ready.set()
-            time.sleep(60)
-
-    child = FORK.Process(target=hold)
+    child = FORK.Process(target=hold, args=(unit, tmp_path, ready))
     child.start()
     assert ready.wait(30)
     with claimed(unit, tmp_path) as is_mine:
@@ -170,19 +185,19 @@ def test_a_claim_is_of_one_process_and_ends_with_it(plan, tmp_path):
         assert is_mine
 
 
+def fill_the_disk(plan: Planned, out: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if no more fitted
+    try:
+        finish_all(plan, out)
+    except OSError:
+        os._exit(7)
+
+
 def test_a_full_disk_is_an_error_that_loses_nothing(plan, undisturbed, tmp_path):
     write_list(plan, tmp_path)
     n = len(plan.units) // 2
     list(run_local(plan.units[:n], tmp_path))
-
-    def run() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if no more fitted
-        try:
-            finish_all(plan, tmp_path)
-        except OSError:
-            os._exit(7)
-
-    child = FORK.Process(target=run)
+    child = FORK.Process(target=fill_the_disk, args=(plan, tmp_path))
     child.start()
     child.join()
     assert child.exitcode == 7
@@ -191,24 +206,44 @@ def test_a_full_disk_is_an_error_that_loses_nothing(plan, undisturbed, tmp_path)
     assert_same(done(plan, tmp_path), undisturbed)
 
 
-def test_the_command_goes_on_where_it_was_interrupted(study, plan, undisturbed, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["lalm-lens", "run", str(study), "--out", str(tmp_path)])
-    child = FORK.Process(target=cli.main)
+def command(study: Path, out: Path, log: Path) -> None:
+    torch.set_num_threads(1)
+    sys.argv = ["lalm-lens", "run", str(study), "--out", str(out)]
+    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        cli.main()
+
+
+def test_the_command_goes_on_where_it_was_interrupted(study, plan, undisturbed, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    child = FORK.Process(target=command, args=(study, out, log))
     child.start()
-    while child.is_alive() and len(unfinished(plan.units, tmp_path)) == len(plan.units):
+    while child.is_alive() and len(unfinished(plan.units, out)) == len(plan.units):
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGINT)
     child.join()
     assert child.exitcode == 130
-    assert "The same command goes on." in capfd.readouterr().err
-    left = len(unfinished(plan.units, tmp_path))
+    assert "The same command goes on." in log.read_text()
+    left = len(unfinished(plan.units, out))
     assert 0 < left < len(plan.units)
-    child = FORK.Process(target=cli.main)
+    child = FORK.Process(target=command, args=(study, out, log))
     child.start()
     child.join()
     assert child.exitcode == 0
-    assert f"{len(plan.units) - left} of them finished" in capfd.readouterr().out
-    assert_same(tmp_path, undisturbed)
+    assert f"{len(plan.units) - left} of them finished" in log.read_text()
+    assert_same(out, undisturbed)
+
+
+def test_an_interrupt_waits_until_clips_are_read():
+    steps = []
+
+    def read() -> None:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            steps.append("read to the end")
+
+    with pytest.raises(KeyboardInterrupt):
+        read()
+    assert steps == ["read to the end"]
 
 
 def test_rows_are_those_of_the_function_on_the_same_clips(plan, undisturbed, study, tiny_lalm):
