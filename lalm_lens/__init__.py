@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lalm_lens import patching, transcripts
+    from lalm_lens.activations import save_activations
     from lalm_lens.alme import read_alme
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
@@ -73,12 +74,12 @@ if TYPE_CHECKING:
     from lalm_lens.reproduce import Reproduction, evaluate_claims, reproduce
     from lalm_lens.results import CausalTrace
     from lalm_lens.runs import OWN, Run, Source
+    from lalm_lens.study_results import Results, compare_models, load_results
     from lalm_lens.transcripts import transcribed
     from lalm_lens.transformer import HookedTransformer
 
 _HOME = {
     "ATTRIBUTES": "attributes",
-    "OWN": "runs",
     "Ablation": "experiments.ablate",
     "Add": "interventions",
     "AttentionKnockout": "experiments.attention_knockout",
@@ -110,6 +111,7 @@ _HOME = {
     "Logits": "readouts",
     "NearestTokens": "experiments.nearest_tokens",
     "NeuronGain": "experiments.neurons",
+    "OWN": "runs",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
@@ -121,6 +123,7 @@ _HOME = {
     "Recompute": "interventions",
     "Reproduction": "reproduce",
     "Resid": "readouts",
+    "Results": "study_results",
     "Run": "runs",
     "Sample": "datasets",
     "Sampling": "generation",
@@ -148,6 +151,7 @@ _HOME = {
     "causal_trace": "experiments.causal_trace",
     "circuits": "experiments.circuits",
     "compare_dominance": "experiments.text_dominance",
+    "compare_models": "study_results",
     "convergence": "experiments.convergence",
     "critical_layer": "experiments.resolution",
     "cut_to": "datasets",
@@ -160,6 +164,7 @@ _HOME = {
     "list_dataset": "datasets",
     "list_folder": "datasets",
     "list_hub": "datasets",
+    "load_results": "study_results",
     "logit_lens": "experiments.logit_lens",
     "make_conflict": "conflict",
     "mean_difference": "experiments.steer",
@@ -181,6 +186,7 @@ _HOME = {
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "sakura": "datasets",
+    "save_activations": "activations",
     "scale_attention": "experiments.scale_attention",
     "silence": "corrupt",
     "specification_curve": "experiments.specification",
@@ -237,6 +243,7 @@ __all__ = [
     "Recompute",
     "Reproduction",
     "Resid",
+    "Results",
     "Run",
     "Sample",
     "Sampling",
@@ -264,6 +271,7 @@ __all__ = [
     "causal_trace",
     "circuits",
     "compare_dominance",
+    "compare_models",
     "convergence",
     "critical_layer",
     "cut_to",
@@ -276,6 +284,7 @@ __all__ = [
     "list_dataset",
     "list_folder",
     "list_hub",
+    "load_results",
     "logit_lens",
     "make_conflict",
     "mean_difference",
@@ -297,6 +306,7 @@ __all__ = [
     "resolution_correlation",
     "run_branches",
     "sakura",
+    "save_activations",
     "scale_attention",
     "silence",
     "specification_curve",

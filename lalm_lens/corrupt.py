@@ -1,8 +1,9 @@
 """What a corrupted run hears in place of the clip."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,10 +11,13 @@ from torch.nn.functional import pad
 
 from lalm_lens.audio import Waveform
 from lalm_lens.datasets import Sample
+from lalm_lens.datasets.sample import Named
 from lalm_lens.errors import AudioError, DataError
 from lalm_lens.shapes import typed
 
 MAX_SNR_DB = 100.0
+
+N = TypeVar("N", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -65,19 +69,15 @@ class WhiteNoise:
 class OtherClip:
     """Another of the samples, of a different label, cut or followed by zeros to the same length: a counterfactual.
 
-    Which one depends on `seed`, the clip's name and the names there are, not on their order.
+    Which one depends on `seed`, the clip's name and the names there are, not on their order. It is one of `among`, by
+    default of the samples of the experiment.
     """
 
     seed: int = 0
+    among: tuple[Sample, ...] | None = field(default=None, repr=False, compare=False)
 
     def of(self, sample: Sample, samples: Sequence[Sample]) -> Corrupted:
-        others = [other for other in samples if other.label != sample.label]
-        if not others:
-            raise DataError(
-                f"There is no other clip for {sample.name}: all clips are labelled {sample.label!r}. Add clips of a "
-                "different label, or corrupt by silence."
-            )
-        other = min(others, key=lambda other: number(self.seed, sample.name, other.name))
+        other = self.choose(sample, samples if self.among is None else self.among)
         n_samples = len(sample.waveform)
         said = other.transcript if len(other.waveform) <= n_samples else None  # a part of a clip says less
         return Corrupted(f"other_clip {other.name}", fitted(other.waveform, n_samples), said)
@@ -87,6 +87,16 @@ def fitted(waveform: Waveform, n_samples: int) -> Waveform:
     """Cut, or followed by zeros."""
     heard = waveform[:n_samples]
     return pad(heard, (0, n_samples - len(heard)))
+
+    def choose(self, sample: Named, others: Sequence[N]) -> N:
+        """By names and labels alone. Raises `DataError` if there is no other label."""
+        different = [other for other in others if other.label != sample.label]
+        if not different:
+            raise DataError(
+                f"There is no other clip for {sample.name}: all clips are labelled {sample.label!r}. Add clips of a "
+                "different label, or corrupt by silence."
+            )
+        return min(different, key=lambda other: number(self.seed, sample.name, other.name))
 
 
 Corruption = Silence | WhiteNoise | OtherClip

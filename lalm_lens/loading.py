@@ -123,6 +123,20 @@ def from_pretrained(
 
 
 @typed
+def without_weights(
+    path_or_hub_id: str | Path,
+    *,
+    conversion: Conversion | None = None,
+    parts: Mapping[str, str | Path] | None = None,
+) -> HookedLALM:
+    """A checkpoint's shapes on the meta device, and its processor: enough to ask what it hears and how it is asked.
+    Raises as `from_pretrained`."""
+    files = Files.find(path_or_hub_id, conversion, parts)
+    model = skeleton(files.config, files.conversion, model_name(path_or_hub_id))
+    return with_processor(model, read_processor(files), files.conversion)
+
+
+@typed
 def from_hf(
     model: nn.Module, processor: ProcessorMixin | None = None, *, conversion: Conversion | None = None
 ) -> HookedLALM:

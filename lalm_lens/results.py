@@ -115,6 +115,7 @@ class CausalTrace(Table):
     """Recovery rates, one row per patched run; columns as in `COLUMNS`."""
 
     NAME: ClassVar[str] = "a causal trace"
+    BY_CLIP: ClassVar[bool] = True
     COLUMNS: ClassVar[dict[str, str]] = COLUMNS
 
     @property

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import pandas as pd
-from pyarrow import ArrowInvalid
+import pyarrow as pa
+from pyarrow import ArrowInvalid, parquet
 
 from lalm_lens.errors import DataError
 
@@ -19,6 +20,7 @@ class Table:
     """A result as a table; its columns and their types are `COLUMNS`."""
 
     COLUMNS: ClassVar[dict[str, str]]
+    BY_CLIP: ClassVar[bool] = False  # whether the rows of a clip are the same whichever other clips there are
     NAME: ClassVar[str]  # as in "is not a causal trace"
 
     frame: pd.DataFrame
@@ -44,15 +46,7 @@ class Table:
 
     def save(self, path: str | Path) -> Path:
         """Write a Parquet file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        try:
-            self.frame.to_parquet(unfinished, index=False)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return path
+        return write_whole(self.frame, Path(path))
 
     @classmethod
     def load(cls: type[T], path: str | Path) -> T:
@@ -65,6 +59,23 @@ class Table:
         if missing:
             raise DataError(f"{path} is not {cls.NAME}: it has no column {', '.join(missing)}.")
         return cls(frame[list(cls.COLUMNS)].astype(cls.COLUMNS))
+
+
+def write_whole(frame: pd.DataFrame, path: Path, about: Mapping[str, str] | None = None) -> Path:
+    """A Parquet file, whole or not at all, with some words `about` it among its metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **(about or {})})
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            parquet.write_table(table, file)
+            file.flush()
+            os.fsync(file.fileno())  # else a rename may outlive what it names when the power fails
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
 
 
 def write_tables(out: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path]:

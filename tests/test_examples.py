@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lalm_lens.study import Study
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SLOW = {"transformer_lens_hears.py"}
 SAYS = {
@@ -15,6 +17,13 @@ SAYS = {
 
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SAYS)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
+def test_every_study_can_be_read(path):
+    study = Study.read(path)
+    assert study.experiments
+    assert {name for dataset in study.datasets for name in dataset.attributes} <= set(study.attributes)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.stress] * (name in SLOW)) for name in SAYS])

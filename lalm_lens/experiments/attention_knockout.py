@@ -110,6 +110,7 @@ class AttentionKnockout(Changed):
     are `right`."""
 
     NAME: ClassVar[str] = "a table of attention knockout"
+    BY_CLIP: ClassVar[bool] = True
     CELL: ClassVar[tuple[str, ...]] = CELL
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,

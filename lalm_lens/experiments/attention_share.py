@@ -158,6 +158,7 @@ class AttentionShare(Table):
     """Attention by region, one row per clip, layer, head and region."""
 
     NAME: ClassVar[str] = "a table of attention shares"
+    BY_CLIP: ClassVar[bool] = True
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         "queries": "str",

@@ -43,6 +43,7 @@ class InformationScore(Table):
     """What each layer predicts of each clip: one row per clip, prompt, place, layer and way to score a label."""
 
     NAME: ClassVar[str] = "an information score"
+    BY_CLIP: ClassVar[bool] = True
     COLUMNS: ClassVar[dict[str, str]] = {
         "model": "str",
         "attribute": "str",

@@ -135,6 +135,7 @@ class KnockoutGeneration(Table):
     """What was written before and after a knockout, one row per clip and knocked-out run."""
 
     NAME: ClassVar[str] = "a table of knockout in generation"
+    BY_CLIP: ClassVar[bool] = True
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         **RUN_COLUMNS,

@@ -31,6 +31,7 @@ class LogitLens(Table):
     """What layers say, one row per clip, layer, position and token that is read."""
 
     NAME: ClassVar[str] = "a logit lens"
+    BY_CLIP: ClassVar[bool] = True
     COLUMNS: ClassVar[dict[str, str]] = {
         "model": "str",
         "attribute": "str",

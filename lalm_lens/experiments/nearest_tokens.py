@@ -48,6 +48,7 @@ class NearestTokens(Table):
     """The nearest tokens of states: one row per clip, layer, position, measure and token."""
 
     NAME: ClassVar[str] = "a table of nearest tokens"
+    BY_CLIP: ClassVar[bool] = True
     COLUMNS: ClassVar[dict[str, str]] = {
         "model": "str",
         "attribute": "str",

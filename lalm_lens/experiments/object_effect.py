@@ -117,6 +117,7 @@ class ObjectEffect(Table):
     """The effect of the option tokens on what a model chooses, one row per clip, part and layer."""
 
     NAME: ClassVar[str] = "a table of object effects"
+    BY_CLIP: ClassVar[bool] = True
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         "corruption": "str",  # what the corrupted run heard

@@ -104,6 +104,7 @@ class ScaledAttention(Changed):
     """Answers before and after attention was scaled, one row per clip, factor and set of layers and heads."""
 
     NAME: ClassVar[str] = "a table of scaled attention"
+    BY_CLIP: ClassVar[bool] = True
     CELL: ClassVar[tuple[str, ...]] = ("factor", "queries", "keys", "normalisation", "kind", "layer", "layers", "heads")
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,

@@ -1,0 +1,167 @@
+"""`lalm-lens run`."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lalm_lens.commands.base import Device, app, conversion_named
+
+if TYPE_CHECKING:
+    from lalm_lens.runner import Outcome
+    from lalm_lens.study import Planned
+    from lalm_lens.units import Unit
+
+EXAMPLES = """[bold]Examples[/bold]
+
+lalm-lens run study.toml --dry-run
+
+lalm-lens run study.toml --device cuda
+
+lalm-lens run study.toml --engine ray
+"""
+INTERRUPTED = 130
+
+
+@app.command("run", epilog=EXAMPLES)
+def run_command(
+    config: Annotated[Path, typer.Argument(help="The study, as TOML: models, datasets, prompts, experiments.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the results, in place of the one in the file.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count, and measure on a clip of each what the whole will take.")
+    ] = False,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Here, or on all GPUs of a Ray cluster.")] = "local",
+    device: Device = "cpu",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of Ray; else one for each GPU, or one where there is none.")
+    ] = None,
+) -> None:
+    """Run a whole study, or go on with it: what is finished is not run again."""
+    from lalm_lens.runner import unfinished, write_list
+    from lalm_lens.study import Study, planned
+
+    plan = planned(Study.read(config, out), conversion_named)
+    out = plan.study.out
+    missing = unfinished(plan.units, out)
+    show_counts(plan, missing)
+    if dry_run:
+        show_cost(missing, out, plan, device)
+        return
+    write_list(plan, out)
+    done: list[Outcome] = []
+    try:
+        for outcome in shown(outcomes(missing, out, engine, device, workers), missing):
+            done.append(outcome)
+    except KeyboardInterrupt:
+        left = len(unfinished(plan.units, out))
+        print(f"Interrupted; {left} of {len(plan.units)} units are left. The same command goes on.", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    show_summary(plan, done)
+    raise typer.Exit(1 if any(outcome.failure for outcome in done) else 0)
+
+
+def outcomes(units: "Sequence[Unit]", out: Path, engine: str, device: str, workers: int | None) -> "Iterator[Outcome]":
+    if engine == "local":
+        from lalm_lens.runner import run_local
+
+        return run_local(units, out, device)
+    from lalm_lens.ray_runner import run_ray
+
+    return run_ray(units, out, workers, device)
+
+
+def shown(outcomes: "Iterator[Outcome]", units: "Sequence[Unit]") -> "Iterator[Outcome]":
+    """With a bar that counts clips, and tells how fast they go and how long it takes."""
+    from tqdm import tqdm
+
+    with tqdm(total=sum(len(unit.clips) for unit in units), unit="clip", smoothing=0.1, disable=not units) as bar:
+        for outcome in outcomes:
+            unit = outcome.unit
+            bar.set_description(" ".join(filter(None, (unit.experiment.name, unit.attribute.name, unit.form))))
+            bar.update(len(unit.clips))
+            if outcome.failure:
+                bar.write(f"Failed: {named(unit)}: {outcome.failure}", file=sys.stderr)
+            yield outcome
+
+
+def named(unit: "Unit") -> str:
+    first, last = unit.clips[0].clip.name, unit.clips[-1].clip.name
+    about = (unit.experiment.name, unit.model_name, unit.attribute.name, unit.form, f"{first} to {last}")
+    return ", ".join(filter(None, about))
+
+
+def show_counts(plan: "Planned", missing: "Sequence[Unit]") -> None:
+    import pandas as pd
+
+    left = {unit.hash for unit in missing}
+    rows = [
+        {"model": unit.model_name, "experiment": unit.experiment.name, "attribute": unit.attribute.name}
+        | {"units": 1, "clips": len(unit.clips), "finished": unit.hash not in left}
+        for unit in plan.units
+    ]
+    counts = pd.DataFrame(rows).groupby(["model", "experiment", "attribute"], sort=False).sum().reset_index()
+    print(counts.to_string(index=False))
+    print(f"{len(plan.units)} units in {plan.study.out}, {len(plan.units) - len(missing)} of them finished.")
+    show_excluded(plan)
+
+
+def show_excluded(plan: "Planned") -> None:
+    for row in plan.excluded.drop_duplicates(["dataset", "attribute", "sample", "reason"]).to_dict("records"):
+        print(f"Left out of {row['dataset']}, {row['attribute']}: {row['sample']}: {row['reason']}")
+
+
+def show_cost(missing: "Sequence[Unit]", out: Path, plan: "Planned", device: str) -> None:
+    """What the whole will take, from finished units of the same kind, or one clip of the others."""
+    from lalm_lens.runner import Models, measured
+
+    models, total_s, unknown = Models(device), 0.0, 0
+    for kind, units in by_kind(missing).items():
+        n_clips = sum(len(unit.clips) for unit in units)
+        clip_s = measured(units[0], [unit for unit in plan.units if kind_of(unit) == kind], out, models)
+        shown = ", ".join([*filter(None, kind[:3]), *changed(units[0])])
+        if clip_s is None:
+            unknown += n_clips
+            print(f"{shown}: {n_clips} clips, which need each other: not measured")
+        else:
+            total_s += clip_s * n_clips
+            print(f"{shown}: {n_clips} clips, {clip_s:.2f} s each, {duration(clip_s * n_clips)}")
+    print(f"Still to do: about {duration(total_s)}" + (f", and {unknown} clips not measured." if unknown else "."))
+
+
+def kind_of(unit: "Unit") -> tuple:
+    settings = tuple(f"{name}={value!r}" for name, value in sorted(unit.settings.items()))
+    return unit.model_name, unit.experiment.name, unit.form, unit.model.dtype, settings
+
+
+def changed(unit: "Unit") -> list[str]:
+    """The settings that are not those by default."""
+    default = unit.experiment.settings({})
+    return [f"{name}={value!r}" for name, value in unit.settings.items() if value != default[name]]
+
+
+def by_kind(units: "Sequence[Unit]") -> "dict[tuple, list[Unit]]":
+    kinds: dict[tuple, list[Unit]] = {}
+    for unit in units:
+        kinds.setdefault(kind_of(unit), []).append(unit)
+    return kinds
+
+
+def duration(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
+
+
+def show_summary(plan: "Planned", done: "Sequence[Outcome]") -> None:
+    failed = [outcome for outcome in done if outcome.failure]
+    finished = len(plan.units) - len(failed)
+    print(f"{finished} of {len(plan.units)} units are finished in {plan.study.out}.")
+    show_excluded(plan)
+    for outcome in done:
+        for sample, why in outcome.excluded.items():
+            print(f"Left out of {named(outcome.unit)}: {sample}: {why}")
+    for reason, n in Counter(outcome.failure for outcome in failed).items():
+        first = next(outcome.unit for outcome in failed if outcome.failure == reason)
+        print(f"Failed, {n} units, as {named(first)}: {reason}")

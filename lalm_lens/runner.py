@@ -1,0 +1,172 @@
+"""Runs the units of a study, and keeps what is finished.
+
+A unit is claimed, run and written by one process, whichever it is: its clips are the batch, so the numbers are the same
+whoever computes them. What ends a process early leaves no file; the next run begins with what is missing.
+"""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from pyarrow.parquet import read_metadata
+
+from lalm_lens.datasets import Sample
+from lalm_lens.errors import LensError, reason
+from lalm_lens.loading import from_pretrained
+from lalm_lens.model import HookedLALM
+from lalm_lens.study import Planned
+from lalm_lens.units import ABOUT, Opened, Unit, claimed, writable
+
+ENDING = ".study.json"  # of the file that says which units a study has
+AGAIN_S = 0.2  # until a unit that somebody else has claimed is looked at again
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a unit: finished, or the reason why it is not."""
+
+    unit: Unit
+    wall_s: float = 0.0
+    excluded: dict[str, str] = field(default_factory=dict)  # clips that the model could not be asked about, and why
+    failure: str | None = None
+    was_there: bool = False  # it had been finished, or somebody else did it
+
+
+class Models:
+    """The model of a unit, opened; one at a time."""
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+        self.which: Opened | None = None
+        self.lens: HookedLALM | None = None
+
+    def of(self, which: Opened) -> HookedLALM:
+        if self.lens is None or self.which != which:
+            self.lens = None  # before the next comes into memory
+            dtype, device_map = getattr(torch, which.dtype), which.device_map
+            device = "cpu" if device_map is not None else self.device
+            self.lens = from_pretrained(which.path, dtype=dtype, device=device, device_map=device_map, **which.files)
+            self.which = which
+        return self.lens
+
+
+def finish(unit: Unit, out: Path, models: Models) -> Outcome | None:
+    """Run a unit and write its file, unless that is there. None if somebody else has claimed it."""
+    with claimed(unit, out) as is_mine:
+        if not is_mine:
+            return None
+        if unit.is_finished(out):
+            return Outcome(unit, was_there=True)
+        lens, start = models.of(unit.model), time.perf_counter()
+        try:
+            frame, excluded = table_of(unit, lens)
+        except LensError as error:
+            return Outcome(unit, time.perf_counter() - start, failure=str(error))
+        wall_s = time.perf_counter() - start
+        unit.write(frame, out, excluded, wall_s, str(lens.device))
+        return Outcome(unit, wall_s, excluded)
+
+
+def table_of(unit: Unit, lens: HookedLALM) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The rows of a unit, and which clips were left out of it, and why.
+
+    Where the experiment refuses its clips, each is tried alone, and what can be done is done together. Raises what the
+    experiment raises if that is none, or if its clips need each other.
+    """
+    with uninterrupted():
+        samples, arguments = unit.read(), unit.arguments()
+
+    def run(some: Sequence[Sample]) -> pd.DataFrame:
+        return unit.experiment.run(lens, some, **arguments).to_frame()
+
+    try:
+        return run(samples), {}
+    except LensError:
+        if not unit.experiment.table.BY_CLIP:
+            raise
+        refused = {}
+        for sample in samples:
+            try:
+                run([sample])
+            except LensError as error:
+                refused[sample.name] = reason(error)
+        kept = [sample for sample in samples if sample.name not in refused]
+        if not refused or not kept:
+            raise
+        return run(kept), refused
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end: in the callbacks by which libsndfile reads it is lost, and some sound with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def unfinished(units: Sequence[Unit], out: Path) -> list[Unit]:
+    return [unit for unit in units if not unit.is_finished(out)]
+
+
+def write_list(plan: Planned, out: Path) -> Path:
+    """Say which units the study has, in their order, and which clips are left out of it."""
+    writable(out)
+    path = out / f"{plan.study.path.stem}{ENDING}"
+    told = {
+        "study": plan.study.text,
+        "units": [unit.path(out).name for unit in plan.units],
+        "excluded": plan.excluded.to_dict("records"),
+    }
+    new = path.with_name(f".{path.name}.{time.time_ns()}")
+    try:
+        new.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    return path
+
+
+def measured(unit: Unit, alike: Sequence[Unit], out: Path, models: Models) -> float | None:
+    """Seconds that a clip takes: of those of `alike` that are finished, else of the first clip of `unit`, run once
+    more after the first time. None where clips cannot be asked about alone."""
+    told = [json.loads(read_metadata(its.path(out)).metadata[ABOUT]) for its in alike if its.is_finished(out)]
+    if told:
+        return sum(its["wall_s"] for its in told) / sum(len(its["clips"]) for its in told)
+    if not unit.experiment.table.BY_CLIP:
+        return None
+    lens, samples, arguments = models.of(unit.model), unit.read()[:1], unit.arguments()
+    unit.experiment.run(lens, samples, **arguments)
+    start = time.perf_counter()
+    unit.experiment.run(lens, samples, **arguments)
+    return time.perf_counter() - start
+
+
+def run_local(units: Sequence[Unit], out: Path, device: str = "cpu") -> Iterator[Outcome]:
+    """In this process, one after the other. Units that another process has claimed are waited for at the end, and done
+    here if it ends without them."""
+    models, waiting = Models(device), list(units)
+    while waiting:
+        claimed_elsewhere = []
+        for unit in waiting:
+            outcome = finish(unit, out, models)
+            if outcome is None:
+                claimed_elsewhere.append(unit)
+            else:
+                yield outcome
+        waiting = claimed_elsewhere
+        time.sleep(AGAIN_S if waiting else 0)

@@ -1,0 +1,175 @@
+"""What a study has found, out of its many files: tidy tables, what was left out, and models side by side."""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pyarrow import ArrowInvalid, parquet
+
+from lalm_lens.aggregates import interval
+from lalm_lens.discovery import experiment_named
+from lalm_lens.errors import DataError
+from lalm_lens.runner import ENDING
+from lalm_lens.shapes import typed
+from lalm_lens.tables import Table
+from lalm_lens.units import ABOUT
+
+SHOWN = ["experiment", "model", "dataset", "attribute", "form", "dtype", "fingerprint", "n_heard", "lalm_lens"]
+HIDDEN = ("dataset", "dtype", "fingerprint", "n_heard", "lalm_lens")  # what no table has a column for
+EXCLUDED = ["model", "dataset", "attribute", "experiment", "sample", "reason"]
+
+
+@dataclass(frozen=True, repr=False)
+class Results:
+    """The finished units of the studies in a folder. `units` has a row each: what it is of, its `settings`, how many
+    clips and rows it has, `wall_s`, `device`, `threads`, `versions`, `command` and its `path`. `excluded` are the clips
+    that were left out, and why: of all experiments where none is named. `n_unfinished` units are not there yet."""
+
+    units: pd.DataFrame
+    excluded: pd.DataFrame
+    n_unfinished: int
+
+    @property
+    def experiments(self) -> list[str]:
+        return list(self.units.experiment.unique())
+
+    def table(self, experiment: str, **chosen: Any) -> Table:
+        """All rows of an experiment, as the table that it gives, in the study's order; `chosen` are columns of `units`
+        or settings, as `dataset="clips"` or `corruption=Silence()`.
+
+        Raises `DataError` if there are none, or if the units differ in what no column of the table tells apart.
+        """
+        kind = experiment_named(experiment).table
+        rows = self.units[self.units.experiment == experiment]
+        for name, value in chosen.items():
+            rows = rows[told(rows, name) == (value if name in SHOWN else repr(value))]
+        if not len(rows):
+            wanted = "".join(f", {name} = {value!r}" for name, value in chosen.items())
+            raise DataError(f"No finished unit is of {experiment}{wanted}; there are {', '.join(self.experiments)}.")
+        with ThreadPoolExecutor() as pool:
+            tables = list(pool.map(parquet.read_table, rows.path))
+        frame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+        refuse_mixed(rows, kind, frame)
+        return kind.concat([frame])
+
+    def __repr__(self) -> str:
+        counts = self.units.groupby("experiment", sort=False).agg(n=("n_rows", "size"), rows=("n_rows", "sum"))
+        parts = [f"{name}: {its.n} units, {its.rows} rows" for name, its in counts.iterrows()]
+        parts += [f"{self.n_unfinished} units unfinished"] if self.n_unfinished else []
+        parts += [f"{len(self.excluded)} clips left out"] if len(self.excluded) else []
+        return f"Results({'; '.join(parts)})"
+
+
+def told(rows: pd.DataFrame, name: str) -> pd.Series:
+    """A column, or a setting. Raises `DataError` for neither."""
+    if name in SHOWN:
+        return rows[name]
+    known = sorted({setting for settings in rows.settings for setting in settings})
+    if name not in known:
+        raise DataError(f"Units are chosen by {', '.join((*SHOWN[1:], *known))}, and not by {name}.")
+    return pd.Series([settings.get(name) for settings in rows.settings], rows.index, dtype=object)
+
+
+def refuse_mixed(units: pd.DataFrame, kind: type[Table], frame: pd.DataFrame) -> None:
+    """Raise `DataError` for units that differ in a setting, unless a column tells it of every row: `metric`, or
+    `knockout` of the setting `knockouts`, where the units have different ones."""
+    settings = {name for each in units.settings for name in each} - set(kind.COLUMNS)
+    for name in (*HIDDEN, *sorted(settings)):
+        values, column = told(units, name).map(str), name.removesuffix("s")
+        for _, alike in values.groupby([units.model, units.attribute]):
+            if alike.nunique() > 1 and not (column in kind.COLUMNS and apart(frame[column], values, units.n_rows)):
+                raise DataError(
+                    f"These units are of more than one {name}, and no column of the table says which: "
+                    f"{'; '.join(alike.unique())}. Choose one: {name}=..."
+                )
+
+
+def apart(column: pd.Series, values: pd.Series, n_rows: pd.Series) -> bool:
+    """Whether units with different values of a setting have nothing in common in a column."""
+    pairs = pd.DataFrame({"column": column.map(str).to_numpy(), "value": np.repeat(values.to_numpy(), n_rows)})
+    return not pairs.drop_duplicates().column.duplicated().any()
+
+
+@typed
+def load_results(folder: str | Path) -> Results:
+    """What `lalm-lens run` has finished in a folder, of all studies that have their list there.
+
+    Files of what a study no longer holds, because its clips or its settings have changed, are passed over. Raises
+    `DataError` for a folder without a study.
+    """
+    folder = Path(folder)
+    lists = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*{ENDING}"))]
+    if not lists:
+        raise DataError(f"{folder} holds no study: give the folder that `lalm-lens run` wrote to.")
+    names = dict.fromkeys(name for each in lists for name in each["units"])
+    paths = [path for name in names if (path := folder / name).is_file()]
+    with ThreadPoolExecutor() as pool:
+        units = list(pool.map(about, paths))
+    columns = [*SHOWN, "settings", "n_clips", "n_rows", "wall_s", "device", "threads", "versions", "command", "path"]
+    left_out = [each for its in lists for each in its["excluded"]] + [each for unit in units for each in refused(unit)]
+    excluded = pd.DataFrame(left_out, columns=EXCLUDED).drop_duplicates(ignore_index=True)
+    return Results(pd.DataFrame(units).reindex(columns=columns), excluded, len(names) - len(paths))
+
+
+def about(path: Path) -> dict[str, Any]:
+    """The provenance of a unit's file."""
+    try:
+        metadata = parquet.read_metadata(path)
+    except ArrowInvalid as error:
+        raise DataError(f"{path} is not a Parquet file ({error}). Delete it, and run its study again.") from None
+    told = json.loads((metadata.metadata or {}).get(ABOUT, b"{}"))
+    if not told:
+        raise DataError(f"{path} does not say what it is of: no study wrote it.")
+    return {
+        **told,
+        "attribute": told["attribute"]["name"],
+        "n_clips": len(told["clips"]),
+        "n_rows": metadata.num_rows,
+        "path": path,
+    }
+
+
+def refused(unit: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    of = {name: unit[name] for name in EXCLUDED[:-2]}
+    yield from ({**of, "sample": name, "reason": why} for name, why in unit["excluded"].items())
+
+
+@typed
+def compare_models(
+    frame: pd.DataFrame,
+    value: str,
+    *,
+    by: Sequence[str] = ("attribute",),
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Each model of a table beside each other one on the clips that both have: one row per pair and group of `by`, with
+    the means of `value` over clips (of whose rows the mean is taken first), and their `difference` with its 95 %
+    bootstrap interval over clips.
+
+    `load_results("traced").table("causal_trace").kept`, say, with `value="recovery"` and `by=["attribute", "kind",
+    "layer"]`. Raises `DataError` for columns that there are not and for a table of one model.
+    """
+    if unknown := [name for name in (value, *by, "model", "sample") if name not in frame]:
+        raise DataError(f"The table has no column {unknown[0]!r}, only {', '.join(frame.columns)}.")
+    clip = list(dict.fromkeys([*by, *(name for name in ("attribute", "sample") if name in frame)]))
+    means = frame.groupby([*clip, "model"], sort=False)[value].mean().unstack("model")
+    if means.shape[1] < 2:
+        raise DataError(f"Only {', '.join(means.columns)} is in the table: nothing to compare it with.")
+    found = []
+    for one, other in combinations(means.columns, 2):
+        for key, both in means[[one, other]].dropna().astype(float).groupby(level=list(by), sort=False):
+            names = key if isinstance(key, tuple) else (key,)
+            difference = (both[one] - both[other]).to_numpy()
+            low, high = interval(difference, n_resamples, seed)
+            numbers = {"mean": both[one].mean(), "other_mean": both[other].mean(), "difference": difference.mean()}
+            row = {"model": one, "other": other, **dict(zip(by, names, strict=True)), "n": len(both), **numbers}
+            found.append({**row, "low": low, "high": high})
+    return pd.DataFrame(found)

@@ -1,0 +1,190 @@
+"""The unit of a study: one experiment on some clips, and the one file that it becomes.
+
+The file is named by a hash of all that decides what stands in it, so that a unit that is finished is known by its name,
+and what was computed of other weights, clips or settings is never taken for it.
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from hashlib import file_digest, sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+
+from lalm_lens.attributes import Attribute
+from lalm_lens.corrupt import OtherClip
+from lalm_lens.datasets import Clip, Sample, cut_to
+from lalm_lens.discovery import Experiment
+from lalm_lens.errors import DataError, InputError
+from lalm_lens.loading import UNWANTED, WANTED, Files
+from lalm_lens.tables import write_whole
+from lalm_lens.weights import Conversion
+
+ABOUT = b"lalm_lens"  # the key of the provenance among a file's metadata
+CLAIMS = ".claims"  # a folder beside the files
+PACKAGES = ("lalm_lens", "torch", "transformers", "transformer_lens", "numpy", "soxr")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Which model, and how it is opened."""
+
+    path: str
+    dtype: str
+    conversion: Conversion | None = field(default=None, repr=False)
+    parts: Mapping[str, str] = field(default_factory=dict)
+    device_map: str | None = None
+
+    @property
+    def files(self) -> dict:
+        return {"conversion": self.conversion, "parts": dict(self.parts)}
+
+
+def fingerprint(model: Opened) -> str:
+    """A hash of the content of all files that a model is read from, its weights, config and processor."""
+    found = Files.find(model.path, model.conversion, model.parts)
+    folders = {"": found.folder, **found.parts}
+    paths = [(f"{part}/{path.name}", path) for part, folder in folders.items() for path in files_of(folder)]
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(digest_of, [path for _, path in paths]))
+    return sha256(json.dumps(sorted(zip((name for name, _ in paths), digests, strict=True))).encode()).hexdigest()
+
+
+def files_of(folder: Path) -> list[Path]:
+    wanted = {path for pattern in WANTED for path in folder.glob(pattern)}
+    return sorted(wanted - {path for pattern in UNWANTED for path in folder.glob(pattern)})
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """A clip that is not broken, and the hash of what it was when that was found."""
+
+    clip: Clip
+    digest: str
+
+    def read(self) -> Sample:
+        """Raises `DataError` if it has changed since."""
+        if self.clip.digest != self.digest:
+            raise DataError(f"{self.clip.name} has changed since this run began. Run the study again.")
+        return self.clip.read()
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """An experiment with a model, about some clips of a dataset."""
+
+    model: Opened
+    model_name: str
+    fingerprint: str
+    dataset: str
+    attribute: Attribute
+    form: str | None
+    experiment: Experiment = field(repr=False)
+    settings: Mapping[str, Any]
+    clips: tuple[Listed, ...] = field(repr=False)
+    others: tuple[Listed, ...] = field(repr=False, default=())  # what is heard in place of them
+    n_heard: int | None = None  # samples that clips are cut to
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """All that decides the numbers."""
+        return {
+            "lalm_lens": version("lalm_lens"),
+            "model": self.model_name,
+            "fingerprint": self.fingerprint,
+            "dtype": self.model.dtype,
+            "dataset": self.dataset,
+            "attribute": asdict(self.attribute),
+            "form": self.form,
+            "experiment": self.experiment.name,
+            "settings": {name: repr(value) for name, value in sorted(self.settings.items())},
+            "clips": [(its.clip.name, its.digest, its.clip.speaker) for its in self.clips],
+            "others": [(its.clip.name, its.digest) for its in self.others],
+            "n_heard": self.n_heard,
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        return sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:32]
+
+    def path(self, out: Path) -> Path:
+        return out / f"{self.experiment.name}-{self.hash}.parquet"
+
+    def is_finished(self, out: Path) -> bool:
+        return self.path(out).is_file()
+
+    def read(self) -> list[Sample]:
+        return self.as_heard(self.clips)
+
+    def as_heard(self, clips: tuple[Listed, ...]) -> list[Sample]:
+        samples = [its.read() for its in clips]
+        return samples if self.n_heard is None else cut_to(samples, self.n_heard)
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the experiment, beside model and samples."""
+        settings = dict(self.settings)
+        for name, value in settings.items():
+            if isinstance(value, OtherClip):
+                settings[name] = replace(value, among=tuple(self.as_heard(self.others)))
+        return {"attribute": self.attribute, **self.experiment.asked_in(self.form), **settings}
+
+    def write(self, frame: pd.DataFrame, out: Path, excluded: Mapping[str, str], wall_s: float, device: str) -> Path:
+        told = {
+            **self.key,
+            "excluded": dict(excluded),
+            "seed": next((repr(its.seed) for its in self.settings.values() if hasattr(its, "seed")), None),
+            "wall_s": wall_s,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "command": sys.argv,
+            "path": self.model.path,
+        }
+        return write_whole(frame, self.path(out), {ABOUT.decode(): json.dumps(told)})
+
+
+@contextmanager
+def claimed(unit: Unit, out: Path) -> Iterator[bool]:
+    """Whether the unit is ours, to run and write: nobody else's who writes to the same folder. The system gives up the
+    claim of a process that has ended, however it did."""
+    folder = out / CLAIMS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / unit.hash
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+        if unit.is_finished(out):
+            path.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def writable(out: Path) -> None:
+    """Make the folder of a study. Raises `InputError` where none can be, or nothing can be written to it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Nothing can be written to {out} ({error.strerror}).") from None
+    if not os.access(out, os.W_OK):
+        raise InputError(f"Nothing can be written to {out}: you may not write there.")

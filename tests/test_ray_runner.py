@@ -1,0 +1,141 @@
+"""Units on a Ray cluster: what dies is run again, and the table is the same."""
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from test_study import STUDY, assert_same, done
+
+from lalm_lens.assets.clips import write_clips
+from lalm_lens.errors import DataError
+from lalm_lens.ray_runner import TOKEN, TRIES, Queue, drained, run_ray
+from lalm_lens.runner import Outcome, unfinished, write_list
+from lalm_lens.study import Study, planned
+
+pytestmark = pytest.mark.numbers
+
+
+class Died(Exception):
+    pass
+
+
+class Fake(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+class FakeRay:
+    """Workers that answer at once, as they are told to: with an outcome, None where another has the claim, or death."""
+
+    exceptions = SimpleNamespace(RayActorError=Died)
+
+    def __init__(self, answers: dict[str, list[object]]):
+        self.answers = {name: deque(its) for name, its in answers.items()}
+        self.by: dict[str, list[int]] = {}
+        self.n_workers = 0
+
+    def worker(self) -> Fake:
+        self.n_workers += 1
+        number = self.n_workers
+
+        def remote(unit, out):
+            self.by.setdefault(unit.hash, []).append(number)
+            answers = self.answers.get(unit.hash)
+            return unit, answers.popleft() if answers else "finished"
+
+        return Fake(finish=SimpleNamespace(remote=remote))
+
+    def wait(self, running, num_returns):
+        return running[:1], running[1:]
+
+    def get(self, ready):
+        unit, answer = ready
+        if answer == "died":
+            raise Died("killed")
+        return None if answer == "claimed" else Outcome(unit)
+
+
+def fake_unit(name: str, model: str = "a") -> Fake:
+    return Fake(hash=name, model=model)
+
+
+def outcomes_of(answers: dict[str, list[object]], units: list, n_workers: int = 1) -> tuple[dict, FakeRay]:
+    ray = FakeRay(answers)
+    workers = [ray.worker() for _ in range(n_workers)]
+    found = list(drained(ray, Queue(units), Path("out"), workers, ray.worker))
+    assert sorted(its.unit.hash for its in found) == sorted(unit.hash for unit in units)  # each once
+    return {its.unit.hash: its.failure for its in found}, ray
+
+
+def test_a_unit_whose_worker_dies_is_given_to_another():
+    failures, ray = outcomes_of({"b": ["died"] * (TRIES - 1)}, [fake_unit(name) for name in "abc"])
+    assert not any(failures.values())
+    assert ray.n_workers == 1 + TRIES - 1
+    assert len(ray.by["b"]) == TRIES
+    assert len(ray.by["a"]) == len(ray.by["c"]) == 1
+
+
+def test_a_unit_that_kills_its_workers_is_given_up():
+    failures, ray = outcomes_of({"b": ["died"] * TRIES}, [fake_unit(name) for name in "abc"])
+    assert failures["b"] == f"Its worker died {TRIES} times, at last because: killed"
+    assert failures["a"] is failures["c"] is None
+    assert len(ray.by["b"]) == TRIES
+
+
+def test_a_unit_that_is_claimed_elsewhere_is_waited_for():
+    failures, ray = outcomes_of({"a": ["claimed"] * 5}, [fake_unit(name) for name in "ab"])
+    assert not any(failures.values())
+    assert len(ray.by["a"]) == 6
+
+
+def test_a_worker_keeps_its_model():
+    units = [fake_unit(f"{n}{model}", model) for n in range(3) for model in "xy"]
+    _, ray = outcomes_of({}, units, n_workers=2)
+    assert {len({by for name, (by,) in ray.by.items() if name.endswith(model)}) for model in "xy"} == {1}
+
+
+def test_ray_is_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DataError, match=r"pip install 'lalm_lens\[ray\]'"):
+        list(run_ray([fake_unit("a")], Path("out")))
+    assert list(run_ray([], Path("out"))) == []
+
+
+def kill_workers(n: int, plan, out: Path, killed: list[int]) -> None:
+    """Each once another unit is finished."""
+    for _ in range(n):
+        before = len(unfinished(plan.units, out))
+        while len(unfinished(plan.units, out)) == before:
+            time.sleep(0.01)
+        workers = [
+            child for child in psutil.Process().children(recursive=True) if "ray::Worker" in "".join(child.cmdline())
+        ]
+        for worker in workers[:1]:
+            worker.kill()
+            killed.append(worker.pid)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(("n", "n_kills"), [(0, 0), *((n, 4) for n in range(1, 6))])
+def test_a_study_on_ray_is_that_of_one_process_whatever_is_killed(tmp_path, n, n_kills):
+    pytest.importorskip("ray")
+    assert TOKEN not in os.environ
+    write_clips(tmp_path / "clips", "gender", 6, seed=5, duration_s=0.5)
+    (tmp_path / "study.toml").write_text(STUDY)
+    plan = planned(Study.read(tmp_path / "study.toml"))
+    expected, out, killed = done(plan, tmp_path / "local"), tmp_path / "ray", []
+    write_list(plan, out)
+    killer = threading.Thread(target=kill_workers, args=(n_kills, plan, out, killed))
+    killer.start()
+    found = list(run_ray(plan.units, out, workers=1))
+    killer.join()
+    assert len(killed) == n_kills
+    assert len(found) == len(plan.units)
+    assert not any(outcome.failure for outcome in found)
+    assert_same(out, expected)
+    assert TOKEN not in os.environ

@@ -1,0 +1,471 @@
+"""A study is resumed wherever it was stopped, and ends as if it never had been."""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from lalm_lens import cli
+from lalm_lens.assets import TINY_LALM
+from lalm_lens.assets.clips import write_clips
+from lalm_lens.corrupt import OtherClip, Silence
+from lalm_lens.datasets import read_folder
+from lalm_lens.discovery import Experiment, experiment_named, experiments, value_of
+from lalm_lens.errors import DataError, InputError, LensError, PromptError
+from lalm_lens.experiments.causal_trace import causal_trace
+from lalm_lens.results import CausalTrace
+from lalm_lens.runner import Models, run_local, table_of, unfinished, uninterrupted, write_list
+from lalm_lens.study import Planned, Study, planned
+from lalm_lens.study_results import compare_models, load_results
+from lalm_lens.units import Opened, Unit, claimed, fingerprint
+
+pytestmark = pytest.mark.numbers
+
+STUDY = f"""
+prompts = ["P2", "P3"]
+
+[[model]]
+path = "{TINY_LALM}"
+
+[[dataset]]
+folder = "clips"
+attributes = ["gender"]
+
+[[experiment]]
+name = "information_score"
+shard = 1
+prompts = ["P3"]
+
+[[experiment]]
+name = "causal_trace"
+shard = 2
+kinds = ["layer"]
+corruption = {{ type = "OtherClip", seed = 1 }}
+"""
+# Children of a process that has imported what they need, and has no threads: a lock that one holds would stay held.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(
+    [
+        "lalm_lens.cli",
+        "lalm_lens.runner",
+        "lalm_lens.experiments.causal_trace",
+        "lalm_lens.experiments.information_score",
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A study of six clips that nobody has run."""
+    folder = tmp_path_factory.mktemp("study")
+    write_clips(folder / "clips", "gender", 6, seed=5, duration_s=0.5)
+    (folder / "study.toml").write_text(STUDY)
+    return folder / "study.toml"
+
+
+def done(plan: Planned, out: Path) -> Path:
+    """The study, run in a child process: the same it would be in any other."""
+    write_list(plan, out)
+    child = FORK.Process(target=finish_all, args=(plan, out))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    return out
+
+
+def finish_all(plan: Planned, out: Path) -> None:
+    torch.set_num_threads(1)
+    assert not [its.failure for its in run_local(unfinished(plan.units, out), out) if its.failure]
+
+
+@pytest.fixture(scope="module")
+def plan(study) -> Planned:
+    return planned(Study.read(study))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(plan, study) -> Path:
+    return done(plan, study.parent / "undisturbed")
+
+
+def assert_same(out: Path, expected: Path) -> None:
+    """Bit for bit, the order of rows too; and nothing else lies there."""
+    ours, theirs = load_results(out), load_results(expected)
+    assert ours.n_unfinished == 0
+    assert ours.experiments == ["information_score", "causal_trace"]
+    for name in ours.experiments:
+        pd.testing.assert_frame_equal(ours.table(name).frame, theirs.table(name).frame, check_exact=True)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in expected.iterdir())
+    assert not any((out / ".claims").iterdir())
+
+
+def kill_at_random(plan: Planned, out: Path, n_kills: int, seed: int) -> int:
+    """Kill runner after runner, each once it has finished something; returns how many were killed at their work."""
+    drawn, n_killed = random.Random(seed), 0
+    write_list(plan, out)
+    for _ in range(n_kills):
+        before = len(unfinished(plan.units, out))
+        child = FORK.Process(target=finish_all, args=(plan, out))
+        child.start()
+        while child.is_alive() and len(unfinished(plan.units, out)) == before:
+            time.sleep(0.005)
+        time.sleep(drawn.uniform(0, 0.15))
+        n_killed += child.is_alive()
+        child.kill()
+        child.join()
+    return n_killed
+
+
+def test_a_study_that_is_killed_three_times_ends_as_if_it_had_not_been(plan, undisturbed, tmp_path):
+    assert kill_at_random(plan, tmp_path, 3, seed=0) == 3
+    assert_same(done(plan, tmp_path), undisturbed)
+
+
+@pytest.mark.stress
+def test_a_study_that_is_killed_twenty_times_ends_as_if_it_had_not_been(plan, undisturbed, tmp_path):
+    n_killed = 0
+    for n in range(5):  # of so few units, four kills leave something to do
+        out = tmp_path / str(n)
+        n_killed += kill_at_random(plan, out, 4, seed=n + 1)
+        assert_same(done(plan, out), undisturbed)
+    assert n_killed == 20
+
+
+def tell(plan: Planned, out: Path, told: Queue) -> None:
+    torch.set_num_threads(1)
+    found = list(run_local(plan.units, out))
+    told.put((len(found), sum(not outcome.was_there for outcome in found)))
+
+
+def test_two_runners_share_a_folder(plan, undisturbed, tmp_path):
+    write_list(plan, tmp_path)
+    told = FORK.Queue()
+    children = [FORK.Process(target=tell, args=(plan, tmp_path, told)) for _ in range(2)]
+    for child in children:
+        child.start()
+    (seen, ran), (also_seen, also_ran) = told.get(timeout=120), told.get(timeout=120)
+    for child in children:
+        child.join()
+    assert seen == also_seen == len(plan.units) == ran + also_ran  # nothing is run twice
+    assert_same(tmp_path, undisturbed)
+
+
+def hold(unit: Unit, out: Path, ready: Event) -> None:
+    with claimed(unit, out) as is_mine:
+        assert is_mine
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_claim_is_of_one_process_and_ends_with_it(plan, tmp_path):
+    unit, ready = plan.units[0], FORK.Event()
+    child = FORK.Process(target=hold, args=(unit, tmp_path, ready))
+    child.start()
+    assert ready.wait(30)
+    with claimed(unit, tmp_path) as is_mine:
+        assert not is_mine
+    child.kill()
+    child.join()
+    with claimed(unit, tmp_path) as is_mine:
+        assert is_mine
+
+
+def fill_the_disk(plan: Planned, out: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if no more fitted
+    try:
+        finish_all(plan, out)
+    except OSError:
+        os._exit(7)
+
+
+def test_a_full_disk_is_an_error_that_loses_nothing(plan, undisturbed, tmp_path):
+    write_list(plan, tmp_path)
+    n = len(plan.units) // 2
+    list(run_local(plan.units[:n], tmp_path))
+    child = FORK.Process(target=fill_the_disk, args=(plan, tmp_path))
+    child.start()
+    child.join()
+    assert child.exitcode == 7
+    assert len(unfinished(plan.units, tmp_path)) == len(plan.units) - n
+    assert not list(tmp_path.glob(".*unfinished"))
+    assert_same(done(plan, tmp_path), undisturbed)
+
+
+def command(study: Path, out: Path, log: Path) -> None:
+    torch.set_num_threads(1)
+    sys.argv = ["lalm-lens", "run", str(study), "--out", str(out)]
+    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        cli.main()
+
+
+def test_the_command_goes_on_where_it_was_interrupted(study, plan, undisturbed, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    child = FORK.Process(target=command, args=(study, out, log))
+    child.start()
+    while child.is_alive() and len(unfinished(plan.units, out)) == len(plan.units):
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGINT)
+    child.join()
+    assert child.exitcode == 130
+    assert "The same command goes on." in log.read_text()
+    left = len(unfinished(plan.units, out))
+    assert 0 < left < len(plan.units)
+    child = FORK.Process(target=command, args=(study, out, log))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert f"{len(plan.units) - left} of them finished" in log.read_text()
+    assert_same(out, undisturbed)
+
+
+def test_an_interrupt_waits_until_clips_are_read():
+    steps = []
+
+    def read() -> None:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            steps.append("read to the end")
+
+    with pytest.raises(KeyboardInterrupt):
+        read()
+    assert steps == ["read to the end"]
+
+
+def test_rows_are_those_of_the_function_on_the_same_clips(plan, undisturbed, study, tiny_lalm):
+    samples = read_folder(study.parent / "clips")
+    how = {"attribute": "gender", "form": "P3", "kinds": ("layer",), "progress": False}
+    others = OtherClip(1, among=tuple(samples))
+    expected = [
+        causal_trace(tiny_lalm, samples[n : n + 2], corruption=others, **how).frame for n in range(0, len(samples), 2)
+    ]
+    found = load_results(undisturbed).table("causal_trace", form="P3")
+    pd.testing.assert_frame_equal(found.frame, CausalTrace.concat(expected).frame, check_exact=True)
+    whole = causal_trace(tiny_lalm, samples, corruption=OtherClip(1), **how).frame
+    assert (whole.corruption == found.frame.corruption).all()  # of all clips, not of a shard's
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "missing.wav": lambda path: None,
+    "text.wav": lambda path: path.write_text("no sound"),
+    "empty.wav": lambda path: soundfile.write(path, np.zeros(0), 16_000),
+    "silent.wav": lambda path: soundfile.write(path, np.zeros(16_000), 16_000),
+    "short.wav": lambda path: soundfile.write(path, np.ones(100), 16_000),
+    "long.wav": lambda path: soundfile.write(path, 0.1 * np.ones(16_000 * 40), 16_000),
+    "nan.wav": lambda path: soundfile.write(path, np.full(16_000, np.nan), 16_000, "FLOAT"),
+    "cut.wav": lambda path: (soundfile.write(path, np.ones(16_000) / 2, 16_000), os.truncate(path, 9000)),
+    "folder.wav": lambda path: path.mkdir(),
+}
+REASONS = {
+    "missing.wav": "no audio file",
+    "text.wav": "not readable audio",
+    "empty.wav": "no samples",
+    "silent.wav": "digital silence",
+    "short.wav": "too short",
+    "long.wav": "too long",
+    "nan.wav": "NaN",
+    "cut.wav": "ends after",
+    "folder.wav": "no audio file",
+    "odd.wav": "Not options of gender",
+}
+
+
+def test_broken_clips_are_listed_and_change_nothing_of_the_others(study, undisturbed, tmp_path):
+    shutil.copytree(study.parent / "clips", tmp_path / "clips")
+    listed = (tmp_path / "clips" / "metadata.jsonl").read_text().splitlines()
+    for n, (name, make) in enumerate(BROKEN.items()):
+        make(tmp_path / "clips" / name)
+        listed.insert(2 * n % len(listed), f'{{"file_name": "{name}", "label": "male"}}')
+    shutil.copy(study.parent / "clips" / "male_000.wav", tmp_path / "clips" / "odd.wav")
+    listed.append('{"file_name": "odd.wav", "label": "neither"}')
+    (tmp_path / "clips" / "metadata.jsonl").write_text("\n".join(listed))
+    path = shutil.copy(study, tmp_path)
+    out = done(planned(Study.read(path)), tmp_path / "undisturbed")
+    assert_same(out, undisturbed)
+    excluded = load_results(out).excluded.set_index("sample").reason
+    assert set(excluded.index) == set(REASONS)
+    for name, words in REASONS.items():
+        assert words in excluded[name]
+        assert name in excluded[name] or "neither" in excluded[name]
+
+
+def test_a_clip_that_an_experiment_refuses_is_left_out_of_its_unit(plan, tiny_lalm):
+    unit = plan.units[-1]
+    first = unit.clips[0].clip.name
+
+    def refuses(model, samples, **how) -> CausalTrace:
+        if first in [sample.name for sample in samples]:
+            raise InputError(f"{first} is not finite.")
+        return causal_trace(model, samples, **how)
+
+    changed = type(unit)(**{**vars_of(unit), "experiment": Experiment("causal_trace", refuses, CausalTrace)})
+    frame, excluded = table_of(changed, tiny_lalm)
+    assert excluded == {first: f"{first} is not finite."}
+    assert list(frame["sample"].unique()) == [unit.clips[1].clip.name]
+
+
+def vars_of(unit) -> dict:
+    return {name: getattr(unit, name) for name in unit.__dataclass_fields__}
+
+
+def test_a_unit_is_known_by_all_that_decides_it(study, plan, tmp_path):
+    def hashes(change: Callable[[str], str], folder: Path = study.parent) -> list[str]:
+        (folder / "other.toml").write_text(change(STUDY))
+        return [unit.hash for unit in planned(Study.read(folder / "other.toml")).units]
+
+    whole = [unit.hash for unit in plan.units]
+    assert len(set(whole)) == len(whole) == 12
+    assert hashes(str) == whole
+    assert not set(hashes(lambda text: text.replace("[[data", 'dtype = "bfloat16"\n[[data'))) & set(whole)
+    assert hashes(lambda text: text.replace("seed = 1", "seed = 2"))[:6] == whole[:6]
+    assert not set(hashes(lambda text: text.replace("seed = 1", "seed = 2"))[6:]) & set(whole)
+    shutil.copytree(study.parent / "clips", tmp_path / "clips")
+    path = tmp_path / "clips" / "male_000.wav"
+    samples, rate_hz = soundfile.read(path)
+    soundfile.write(path, samples * 0.5, rate_hz, "PCM_16")
+    assert sum(a != b for a, b in zip(hashes(str, tmp_path), whole, strict=True)) >= 3  # its own, and where it is heard
+
+
+def test_a_fingerprint_is_of_what_a_model_is_read_from(tmp_path):
+    model = shutil.copytree(TINY_LALM, tmp_path / "model")
+    opened = Opened(str(model), "float32")
+    before = fingerprint(opened)
+    assert before == fingerprint(Opened(str(TINY_LALM), "float32"))
+    (model / "README.md").write_text("another")
+    assert fingerprint(opened) == before
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert fingerprint(opened) != before
+
+
+def test_a_dry_run_counts_and_measures(study, undisturbed, plan, tmp_path, monkeypatch, capsys):
+    for out, words in ((tmp_path, "0 of them finished"), (undisturbed, "12 of them finished")):
+        monkeypatch.setattr(sys, "argv", ["lalm-lens", "run", str(study), "--out", str(out), "--dry-run"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        said = capsys.readouterr().out
+        assert words in said
+        assert out == undisturbed or "P2, corruption=OtherClip(seed=1), kinds=('layer',): 6 clips, " in said
+    assert not list(tmp_path.iterdir())
+    assert "Still to do: about 00:00:00." in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "words"),
+    [
+        ("shard = 2", "shards = 2", InputError, "no setting 'shards'"),
+        ('kinds = ["layer"]', 'kinds = ["layers"]', InputError, "kinds of causal_trace is one of layer, audio_layer"),
+        ('kinds = ["layer"]', "window_s = true", InputError, "window_s of causal_trace is True"),
+        ('"causal_trace"', '"causal_tracing"', InputError, "no experiment 'causal_tracing'"),
+        ("seed = 1", "sed = 1", InputError, "Did you mean seed"),
+        ('"OtherClip"', '"Other"', InputError, 'it may be {type = "Silence"}'),
+        ('["P2", "P3"]', '["P4"]', InputError, "one of P1, P2, P3"),
+        ('["gender"]', '["age"]', PromptError, "no attribute 'age'"),
+        ("[[model]]", "[model]", InputError, "double brackets"),
+        ('folder = "clips"', "", InputError, "one of a folder"),
+        ('folder = "clips"', 'folder = "nowhere"', DataError, "no metadata.jsonl"),
+        ("prompts", "prompts =", InputError, "cannot be read as a study"),
+        ("shard = 2", 'models = ["other"]', InputError, "No .*model.* has the path 'other'"),
+        ("shard = 2", 'form = "P3"', InputError, "no setting 'form'"),
+    ],
+)
+def test_a_study_that_cannot_be_run_says_why(study, old, new, error, words):
+    path = study.parent / "wrong.toml"
+    path.write_text(STUDY.replace(old, new))
+    with pytest.raises(error, match="(?s)" + words.replace("{", "\\{")) as raised:
+        planned(Study.read(path))
+    assert isinstance(raised.value, LensError)
+
+
+def test_experiments_are_found():
+    found = experiments()
+    assert {"causal_trace", "information_score", "attention_knockout", "enrich", "probe"} <= set(found)
+    assert not {"circuits", "steer", "patchscope", "neuron_scores"} & set(found)  # they need more than clips
+    assert found["causal_trace"].table.BY_CLIP
+    assert not found["enrich"].table.BY_CLIP
+
+
+def test_settings_are_what_the_function_takes():
+    trace = experiment_named("causal_trace")
+    assert trace.settings({})["corruption"] == Silence()
+    assert trace.settings({"corruption": {"type": "OtherClip", "seed": 3}})["corruption"] == OtherClip(3)
+    cut = {"type": "Knockout", "layers": "all", "queries": [-1], "keys": "audio"}
+    (knockout,) = experiment_named("information_score").settings({"knockouts": [cut]}, n_layers=5)["knockouts"]
+    assert knockout.layers == (0, 1, 2, 3, 4)
+    assert value_of({"range": [2, 6]}, tuple[int, ...] | range, "positions") == range(2, 6)
+
+
+def test_results_say_what_they_are_of(undisturbed, plan):
+    results = load_results(undisturbed)
+    assert (results.units.fingerprint == plan.units[0].fingerprint).all()
+    assert {"torch", "python", "lalm_lens"} <= set(results.units.versions[0])
+    assert (results.units.threads == 1).all()
+    trace = results.table("causal_trace", corruption=OtherClip(1))
+    assert trace.frame["sample"].nunique() == 6
+    with pytest.raises(DataError, match="No finished unit is of causal_trace, metric = 'logit_difference'"):
+        results.table("causal_trace", metric="logit_difference")
+
+
+def test_what_no_column_tells_apart_is_not_mixed(study, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    other = STUDY.replace('kinds = ["layer"]', 'kinds = ["layer", "audio_layer"]').replace('"P2", ', "")
+    (study.parent / "more.toml").write_text(other)
+    more = planned(Study.read(study.parent / "more.toml"))
+    write_list(more, tmp_path)
+    list(run_local(more.units[6:7], tmp_path))
+    results = load_results(tmp_path)
+    assert results.n_unfinished == 2
+    with pytest.raises(DataError, match="more than one kinds"):
+        results.table("causal_trace")
+    assert len(results.table("causal_trace", kinds=("layer",)).frame) == 2 * 6 * 9
+
+
+def test_what_a_column_tells_apart_may_be_mixed(study, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    cut = 'shard = 6\nknockouts = [{ type = "Knockout", layers = "all", queries = [-1], keys = "audio" }]'
+    (study.parent / "cut.toml").write_text(STUDY.replace("shard = 1", cut))
+    more = planned(Study.read(study.parent / "cut.toml"))
+    write_list(more, tmp_path)
+    list(run_local(more.units[:1], tmp_path))
+    scores = load_results(tmp_path).table("information_score").frame
+    assert scores.groupby("knockout")["sample"].nunique().tolist() == [6, 6]
+
+
+def test_models_are_compared_on_the_clips_that_both_have():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"model": model, "attribute": "gender", "sample": f"{n}.wav", "score": rng.normal() + (model == "b")}
+        for model, clips in (("a", range(30)), ("b", range(5, 35)))
+        for n in clips
+        for _ in range(2)
+    ]
+    frame = pd.DataFrame(rows)
+    (row,) = compare_models(frame, "score").to_dict("records")
+    wide = frame.groupby(["sample", "model"]).score.mean().unstack().dropna()
+    assert row["n"] == len(wide) == 25
+    assert np.isclose(row["difference"], (wide.a - wide.b).mean())
+    error = (wide.a - wide.b).std() / 5
+    assert np.isclose(row["high"] - row["low"], 2 * 1.96 * error, rtol=0.2)
+    with pytest.raises(DataError, match="nothing to compare"):
+        compare_models(frame[frame.model == "a"], "score")
+
+
+def test_a_model_is_opened_once(plan):
+    models = Models()
+    first = models.of(plan.units[0].model)
+    assert models.of(plan.units[-1].model) is first
