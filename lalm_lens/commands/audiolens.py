@@ -66,7 +66,7 @@ def audiolens_command(
     factors: Annotated[str | None, typer.Option(help="Factors of enrichment, with commas between.")] = None,
     n_probing: Annotated[int | None, typer.Option(min=1, help="Clips that choose its layer; else a fifth.")] = None,
     n_seeds: Annotated[int, typer.Option(min=0, help="Draws of random layers for every clip.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the split, of what is drawn and of bootstraps.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split, of what is drawn and of bootstraps.")] = 0,
     cut: Annotated[bool, typer.Option("--cut", help="Cut clips that are longer than the model hears.")] = False,
     transcript: Annotated[str | None, typer.Option(help="What DeSTA reads of every clip; else what it says.")] = None,
     voice_activity: Annotated[bool, typer.Option("--voice-activity", help="No speech, no transcript.")] = False,

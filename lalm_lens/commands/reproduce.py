@@ -27,10 +27,11 @@ def reproduce_command(
         bool, typer.Option("--claims", help="Evaluate the papers' claims on any model; this reproduces nothing.")
     ] = False,
     layer_base: Annotated[
-        int | None, typer.Option(help="Number of the first layer; else 1 for AudioLens, 0 for causal tracing.")
+        int | None,
+        typer.Option(min=0, max=1, help="Number of the first layer; else 1 for AudioLens, 0 for causal tracing."),
     ] = None,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the clips.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the resamples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for the table as Parquet, CSV and Markdown.")] = None,
 ) -> None:
     """Compare result tables with the numbers and claims of AudioLens and of Causal Tracing."""

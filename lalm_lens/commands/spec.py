@@ -37,7 +37,9 @@ def spec_command(
     form: Annotated[str, choice("form", "What the user says in the prompts that are traced")] = "P3",
     snr_db: Annotated[float, typer.Option(help="Clip over noise, in dB, where noise is what is heard instead.")] = 0.0,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples of the clips.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the noise, of the choice of other clips, and of the resamples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the noise, of the choice of other clips, and of the resamples.")
+    ] = 0,
     device: Device = "cpu",
     device_map: Annotated[str | None, typer.Option(help="auto: spread over GPUs, CPU and disk, as it fits.")] = None,
     dtype: Dtype = "float32",
