@@ -82,12 +82,6 @@ class OtherClip:
         said = other.transcript if len(other.waveform) <= n_samples else None  # a part of a clip says less
         return Corrupted(f"other_clip {other.name}", fitted(other.waveform, n_samples), said)
 
-
-def fitted(waveform: Waveform, n_samples: int) -> Waveform:
-    """Cut, or followed by zeros."""
-    heard = waveform[:n_samples]
-    return pad(heard, (0, n_samples - len(heard)))
-
     def choose(self, sample: Named, others: Sequence[N]) -> N:
         """By names and labels alone. Raises `DataError` if there is no other label."""
         different = [other for other in others if other.label != sample.label]
@@ -97,6 +91,12 @@ def fitted(waveform: Waveform, n_samples: int) -> Waveform:
                 "different label, or corrupt by silence."
             )
         return min(different, key=lambda other: number(self.seed, sample.name, other.name))
+
+
+def fitted(waveform: Waveform, n_samples: int) -> Waveform:
+    """Cut, or followed by zeros."""
+    heard = waveform[:n_samples]
+    return pad(heard, (0, n_samples - len(heard)))
 
 
 Corruption = Silence | WhiteNoise | OtherClip
