@@ -39,10 +39,12 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.circuits import Circuits, circuits
+    from lalm_lens.experiments.concepts import AnyOf, ExactWord, FirstToken
     from lalm_lens.experiments.convergence import Convergence, convergence
     from lalm_lens.experiments.enrich import Enrichment, enrich
     from lalm_lens.experiments.information_score import InformationScore, information_score
     from lalm_lens.experiments.knockout_generation import KnockoutGeneration, knockout_generation
+    from lalm_lens.experiments.latent_understanding import LatentUnderstanding, latent_understanding
     from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
     from lalm_lens.experiments.moment import Search
     from lalm_lens.experiments.nearest_tokens import NearestTokens, nearest_tokens
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
         steer,
     )
     from lalm_lens.experiments.text_dominance import TextDominance, compare_dominance, text_dominance
+    from lalm_lens.experiments.token_shift import TokenShift, token_shift
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale, ScaleAttention
@@ -80,6 +83,7 @@ _HOME = {
     "OWN": "runs",
     "Ablation": "experiments.ablate",
     "Add": "interventions",
+    "AnyOf": "experiments.concepts",
     "AttentionKnockout": "experiments.attention_knockout",
     "AttentionShare": "experiments.attention_share",
     "Attribute": "attributes",
@@ -96,6 +100,8 @@ _HOME = {
     "Direction": "experiments.steer",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
+    "ExactWord": "experiments.concepts",
+    "FirstToken": "experiments.concepts",
     "Framing": "conflict",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
@@ -103,6 +109,7 @@ _HOME = {
     "Inputs": "inputs",
     "Knockout": "interventions",
     "KnockoutGeneration": "experiments.knockout_generation",
+    "LatentUnderstanding": "experiments.latent_understanding",
     "LensError": "errors",
     "LogProbs": "readouts",
     "LogitLens": "experiments.logit_lens",
@@ -133,6 +140,7 @@ _HOME = {
     "Specification": "experiments.specification",
     "Steering": "experiments.steer",
     "TextDominance": "experiments.text_dominance",
+    "TokenShift": "experiments.token_shift",
     "WhiteNoise": "corrupt",
     "ablate": "experiments.ablate",
     "attention_knockout": "experiments.attention_knockout",
@@ -155,6 +163,7 @@ _HOME = {
     "from_pretrained": "loading",
     "information_score": "experiments.information_score",
     "knockout_generation": "experiments.knockout_generation",
+    "latent_understanding": "experiments.latent_understanding",
     "list_dataset": "datasets",
     "list_folder": "datasets",
     "list_hub": "datasets",
@@ -185,6 +194,7 @@ _HOME = {
     "split": "datasets",
     "steer": "experiments.steer",
     "text_dominance": "experiments.text_dominance",
+    "token_shift": "experiments.token_shift",
     "transcribed": "transcripts",
     "transcripts": "transcripts",
 }
@@ -194,6 +204,7 @@ __all__ = [
     "OWN",
     "Ablation",
     "Add",
+    "AnyOf",
     "AttentionKnockout",
     "AttentionShare",
     "Attribute",
@@ -210,6 +221,8 @@ __all__ = [
     "Direction",
     "Embedded",
     "Enrichment",
+    "ExactWord",
+    "FirstToken",
     "Framing",
     "HookedLALM",
     "HookedTransformer",
@@ -217,6 +230,7 @@ __all__ = [
     "Inputs",
     "Knockout",
     "KnockoutGeneration",
+    "LatentUnderstanding",
     "LensError",
     "LogProbs",
     "LogitLens",
@@ -247,6 +261,7 @@ __all__ = [
     "Specification",
     "Steering",
     "TextDominance",
+    "TokenShift",
     "WhiteNoise",
     "ablate",
     "attention_knockout",
@@ -269,6 +284,7 @@ __all__ = [
     "from_pretrained",
     "information_score",
     "knockout_generation",
+    "latent_understanding",
     "list_dataset",
     "list_folder",
     "list_hub",
@@ -299,6 +315,7 @@ __all__ = [
     "split",
     "steer",
     "text_dominance",
+    "token_shift",
     "transcribed",
     "transcripts",
 ]

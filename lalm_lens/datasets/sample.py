@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -40,6 +40,20 @@ class Sample:
     def columns(self) -> dict[str, str | None]:
         """What a table says of it, beside its name and label."""
         return {}
+
+
+@dataclass(frozen=True)
+class Unheard(Sample):
+    """A clip that is left out of its prompt, of which all else stays."""
+
+    @property
+    def is_heard(self) -> bool:
+        return False
+
+
+def unheard(sample: Sample) -> Unheard:
+    """The same question and statement, and no clip."""
+    return Unheard(**{its.name: getattr(sample, its.name) for its in fields(Sample)})
 
 
 def digest(*parts: bytes) -> str:
