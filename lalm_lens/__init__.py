@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lalm_lens.audio import read_audio
     from lalm_lens.conflict import ConflictItem, Framing, make_conflict
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
+    from lalm_lens.counterfactual import Swapped, swap_audio
     from lalm_lens.datasets import (
         Clip,
         Sample,
@@ -139,6 +140,7 @@ _HOME = {
     "Source": "runs",
     "Specification": "experiments.specification",
     "Steering": "experiments.steer",
+    "Swapped": "counterfactual",
     "TextDominance": "experiments.text_dominance",
     "TokenShift": "experiments.token_shift",
     "WhiteNoise": "corrupt",
@@ -193,6 +195,7 @@ _HOME = {
     "specification_curve": "experiments.specification",
     "split": "datasets",
     "steer": "experiments.steer",
+    "swap_audio": "counterfactual",
     "text_dominance": "experiments.text_dominance",
     "token_shift": "experiments.token_shift",
     "transcribed": "transcripts",
@@ -260,6 +263,7 @@ __all__ = [
     "Source",
     "Specification",
     "Steering",
+    "Swapped",
     "TextDominance",
     "TokenShift",
     "WhiteNoise",
@@ -314,6 +318,7 @@ __all__ = [
     "specification_curve",
     "split",
     "steer",
+    "swap_audio",
     "text_dominance",
     "token_shift",
     "transcribed",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Float
 from tqdm import tqdm
 
 from lalm_lens.aggregates import intervals
@@ -77,10 +78,10 @@ def latent_understanding(
 
 def counted(named: Named, asked: Asked, words: Words) -> pd.DataFrame:
     """How many positions of each place name each label, layer by layer."""
-    region, token = np.array([asked.prompt.positions[n].region for n in asked.at]), words.token.numpy()
-    hits: dict[str, Bool[np.ndarray, "layer at"]] = {
-        label: np.isin(token, list(tokens)).any(axis=-1) for label, tokens in named.items()
-    }
+    region = np.array([asked.prompt.positions[n].region for n in asked.at])
+    hits = {
+        label: torch.isin(words.token, torch.tensor(sorted(tokens))).any(-1).numpy() for label, tokens in named.items()
+    }  # [layer, at]
     return pd.DataFrame(
         {"place": place, "layer": layer, "option": label, "n_at": len(its), "n_named": int(its.sum())}
         for label, hit in hits.items()
