@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lalm_lens.audio import read_audio
     from lalm_lens.conflict import ConflictItem, Framing, make_conflict
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
+    from lalm_lens.counterfactual import Swapped, swap_audio
     from lalm_lens.datasets import (
         Clip,
         Sample,
@@ -40,10 +41,12 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.circuits import Circuits, circuits
+    from lalm_lens.experiments.concepts import AnyOf, ExactWord, FirstToken
     from lalm_lens.experiments.convergence import Convergence, convergence
     from lalm_lens.experiments.enrich import Enrichment, enrich
     from lalm_lens.experiments.information_score import InformationScore, information_score
     from lalm_lens.experiments.knockout_generation import KnockoutGeneration, knockout_generation
+    from lalm_lens.experiments.latent_understanding import LatentUnderstanding, latent_understanding
     from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
     from lalm_lens.experiments.moment import Search
     from lalm_lens.experiments.nearest_tokens import NearestTokens, nearest_tokens
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     )
     from lalm_lens.experiments.suppression import Suppression, suppression
     from lalm_lens.experiments.text_dominance import TextDominance, compare_dominance, text_dominance
+    from lalm_lens.experiments.token_shift import TokenShift, token_shift
     from lalm_lens.generation import Sampling
     from lalm_lens.inputs import Embedded, Inputs
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale, ScaleAttention
@@ -80,8 +84,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ATTRIBUTES": "attributes",
+    "OWN": "runs",
     "Ablation": "experiments.ablate",
     "Add": "interventions",
+    "AnyOf": "experiments.concepts",
     "AttentionKnockout": "experiments.attention_knockout",
     "AttentionShare": "experiments.attention_share",
     "Attribute": "attributes",
@@ -98,6 +104,8 @@ _HOME = {
     "Direction": "experiments.steer",
     "Embedded": "inputs",
     "Enrichment": "experiments.enrich",
+    "ExactWord": "experiments.concepts",
+    "FirstToken": "experiments.concepts",
     "Framing": "conflict",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
@@ -105,13 +113,13 @@ _HOME = {
     "Inputs": "inputs",
     "Knockout": "interventions",
     "KnockoutGeneration": "experiments.knockout_generation",
+    "LatentUnderstanding": "experiments.latent_understanding",
     "LensError": "errors",
     "LogProbs": "readouts",
     "LogitLens": "experiments.logit_lens",
     "Logits": "readouts",
     "NearestTokens": "experiments.nearest_tokens",
     "NeuronGain": "experiments.neurons",
-    "OWN": "runs",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
@@ -137,7 +145,9 @@ _HOME = {
     "Specification": "experiments.specification",
     "Steering": "experiments.steer",
     "Suppression": "experiments.suppression",
+    "Swapped": "counterfactual",
     "TextDominance": "experiments.text_dominance",
+    "TokenShift": "experiments.token_shift",
     "WhiteNoise": "corrupt",
     "ablate": "experiments.ablate",
     "attention_knockout": "experiments.attention_knockout",
@@ -161,6 +171,7 @@ _HOME = {
     "from_pretrained": "loading",
     "information_score": "experiments.information_score",
     "knockout_generation": "experiments.knockout_generation",
+    "latent_understanding": "experiments.latent_understanding",
     "list_dataset": "datasets",
     "list_folder": "datasets",
     "list_hub": "datasets",
@@ -193,7 +204,9 @@ _HOME = {
     "split": "datasets",
     "steer": "experiments.steer",
     "suppression": "experiments.suppression",
+    "swap_audio": "counterfactual",
     "text_dominance": "experiments.text_dominance",
+    "token_shift": "experiments.token_shift",
     "transcribed": "transcripts",
     "transcripts": "transcripts",
 }
@@ -203,6 +216,7 @@ __all__ = [
     "OWN",
     "Ablation",
     "Add",
+    "AnyOf",
     "AttentionKnockout",
     "AttentionShare",
     "Attribute",
@@ -219,6 +233,8 @@ __all__ = [
     "Direction",
     "Embedded",
     "Enrichment",
+    "ExactWord",
+    "FirstToken",
     "Framing",
     "HookedLALM",
     "HookedTransformer",
@@ -226,6 +242,7 @@ __all__ = [
     "Inputs",
     "Knockout",
     "KnockoutGeneration",
+    "LatentUnderstanding",
     "LensError",
     "LogProbs",
     "LogitLens",
@@ -257,7 +274,9 @@ __all__ = [
     "Specification",
     "Steering",
     "Suppression",
+    "Swapped",
     "TextDominance",
+    "TokenShift",
     "WhiteNoise",
     "ablate",
     "attention_knockout",
@@ -281,6 +300,7 @@ __all__ = [
     "from_pretrained",
     "information_score",
     "knockout_generation",
+    "latent_understanding",
     "list_dataset",
     "list_folder",
     "list_hub",
@@ -313,7 +333,9 @@ __all__ = [
     "split",
     "steer",
     "suppression",
+    "swap_audio",
     "text_dominance",
+    "token_shift",
     "transcribed",
     "transcripts",
 ]

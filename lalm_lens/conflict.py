@@ -242,7 +242,9 @@ def conditioned(
 
 
 def check(sample: Sample, attribute: Attribute, stated: str | None) -> None:
-    """Refuse labels that are not the attribute's, and a text that agrees."""
+    """Refuse pictures, labels that are not the attribute's, and a text that agrees."""
+    if sample.is_seen:
+        raise DataError(f"{sample.name} is seen too, and its pictures would be lost: make conflicts of clips alone.")
     for label in (sample.label, stated):
         if label not in attribute.labels:
             raise PromptError(

@@ -1,8 +1,8 @@
 """What a model takes: tokens with audio and pictures beside them, or the embeddings already made of all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from lalm_lens.errors import InputError
 _FRAME_MASKS = {"feature_attention_mask", "input_features_mask"}  # Qwen2-Audio's name, and Audio Flamingo 3's
 _IMAGES, _VIDEOS = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
 _SECONDS = "video_second_per_grid"
+Seen = TypeVar("Seen", bound="Images")
 _HF_NAMES = {
     *("input_ids", "attention_mask", "position_ids", "input_features", *_FRAME_MASKS),
     *(*_IMAGES, *_VIDEOS, _SECONDS, "use_audio_in_video"),
@@ -54,6 +55,14 @@ class Videos(Images):
         super().__post_init__()
         if not (self.seconds > 0).all():
             raise InputError(f"A patch of a video lasts some time, got {self.seconds.tolist()} s.")
+
+
+def joined(pictures: Sequence[Seen]) -> Seen | None:
+    """One after the other; None of none."""
+    if not pictures:
+        return None
+    names = vars(pictures[0])
+    return replace(pictures[0], **{name: torch.cat([getattr(its, name) for its in pictures]) for name in names})
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from lalm_lens.datasets.clip import Clip, balance, cleaned, read_clips
 from lalm_lens.datasets.folder import list_folder, read_attributes, read_folder
 from lalm_lens.datasets.hub import list_dataset, list_hub, sakura
-from lalm_lens.datasets.sample import Sample, cut_to, heard, read_sample, refuse_repeated
+from lalm_lens.datasets.sample import Sample, cut_to, heard, read_sample, refuse_repeated, seen, unheard
 from lalm_lens.datasets.splits import split
 
 __all__ = [
@@ -22,5 +22,7 @@ __all__ = [
     "read_sample",
     "refuse_repeated",
     "sakura",
+    "seen",
     "split",
+    "unheard",
 ]

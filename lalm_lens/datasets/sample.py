@@ -2,20 +2,22 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 from lalm_lens.audio import Waveform, read_audio
 from lalm_lens.errors import DataError
+from lalm_lens.inputs import Images, Videos, joined
 from lalm_lens.pieces import Statement
 
 
 @dataclass(frozen=True)
 class Sample:
     """A clip and the label that is true of it; what it says too, where that is known and a model reads it; what the
-    prompt states of it beside the question, true or not; who speaks; and its own question, if it has one."""
+    prompt states of it beside the question, true or not; who speaks; its own question, if it has one; and what is seen
+    with it, before the clip in the prompt: images, from `Processor.see`, and then silent videos."""
 
     name: str
     label: str
@@ -24,6 +26,8 @@ class Sample:
     statement: Statement | None = None
     speaker: str | None = None
     question: str | None = None  # in place of the attribute's
+    images: Images | None = field(default=None, repr=False)
+    videos: Videos | None = field(default=None, repr=False)
 
     @property
     def is_heard(self) -> bool:
@@ -31,15 +35,36 @@ class Sample:
         return True
 
     @property
+    def is_seen(self) -> bool:
+        """Whether pictures are in the prompt too."""
+        return not (self.images is None and self.videos is None)
+
+    @property
     def digest(self) -> str:
         """A hash of all that a model is given of it, and its label."""
         told = (self.label, self.transcript, self.statement, self.question)
-        return digest(self.waveform.numpy().tobytes(), *(repr(each).encode() for each in told))
+        pictures = [its for its in (self.images, self.videos) if its is not None]
+        pixels = [tensor.numpy().tobytes() for its in pictures for tensor in vars(its).values()]
+        return digest(self.waveform.numpy().tobytes(), *(repr(each).encode() for each in told), *pixels)
 
     @property
     def columns(self) -> dict[str, str | None]:
         """What a table says of it, beside its name and label."""
         return {}
+
+
+@dataclass(frozen=True)
+class Unheard(Sample):
+    """A clip that is left out of its prompt, of which all else stays."""
+
+    @property
+    def is_heard(self) -> bool:
+        return False
+
+
+def unheard(sample: Sample) -> Unheard:
+    """The same question and statement, and no clip."""
+    return Unheard(**{its.name: getattr(sample, its.name) for its in fields(Sample)})
 
 
 def digest(*parts: bytes) -> str:
@@ -68,6 +93,19 @@ def cut_to(samples: Sequence[Sample], n_samples: int) -> list[Sample]:
 def heard(samples: Sequence[Sample]) -> list[Waveform]:
     """The clips of those that have one in their prompt."""
     return [sample.waveform for sample in samples if sample.is_heard]
+
+
+class Seen(TypedDict):
+    """What is seen, as `Processor.inputs` takes it."""
+
+    images: Images | None
+    videos: Videos | None
+
+
+def seen(samples: Sequence[Sample]) -> Seen:
+    """The pictures of some samples, in their order."""
+    images = joined([sample.images for sample in samples if sample.images is not None])
+    return {"images": images, "videos": joined([sample.videos for sample in samples if sample.videos is not None])}
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.corrupt import Corrupted
-from lalm_lens.datasets import Sample, heard, refuse_repeated
+from lalm_lens.datasets import Sample, heard, refuse_repeated, seen
 from lalm_lens.errors import HookError, InputError, PromptError
 from lalm_lens.metrics import METRICS, Answer, LogP, Predict, log_probabilities
 from lalm_lens.model import HookedLALM
@@ -49,7 +49,7 @@ class Question:
 
     def run(self, sample: Sample) -> Run:
         prompt = prompt_of(processor_of(self.model), sample, self.attribute, self.form)
-        return Run(processor_of(self.model).inputs([prompt], heard([sample])), prompt)
+        return Run(processor_of(self.model).inputs([prompt], heard([sample]), **seen([sample])), prompt)
 
     def both(self, sample: Sample, instead: Corrupted, read: Reading | None) -> tuple[Run, Run]:
         """The clip, and what is heard in its place, with the transcripts that they read (`read_of`)."""
@@ -57,7 +57,7 @@ class Question:
         prompts = both_prompts(processor, sample, instead, self.attribute, self.form, read)
         waveforms = sample.waveform, instead.waveform
         clean, corrupted = (
-            Run(processor.inputs([prompt], [waveform]), prompt)
+            Run(processor.inputs([prompt], [waveform], **seen([sample])), prompt)
             for prompt, waveform in zip(prompts, waveforms, strict=True)
         )
         return clean, corrupted
@@ -181,7 +181,7 @@ def prompt_about(
     """The question about one clip, its own if it has one, with what is stated of it."""
     attribute = attribute if sample.question is None else replace(attribute, question=sample.question)
     n_frames = processor.n_frames(sample.waveform) if sample.is_heard else None
-    its = {"answer": sample.label, "statement": sample.statement}
+    its = {"answer": sample.label, "statement": sample.statement, "images": sample.images, "videos": sample.videos}
     return processor.prompt(attribute, n_frames, form, transcript=transcript, **its)
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.audio import Waveform
 from lalm_lens.corrupt import Corrupted, Corruption, Silence
-from lalm_lens.datasets import Sample
+from lalm_lens.datasets import Sample, seen
 from lalm_lens.engine.plan import Engine
 from lalm_lens.engine.recorded import Recorded
 from lalm_lens.errors import AudioError, InputError
@@ -224,11 +224,12 @@ def case_of(
 
     def run_of(key: tuple, prompt: Prompt, waveform: Waveform) -> Run:
         if key not in runs:
-            runs[key] = Run(processor.inputs([prompt], [waveform]), prompt)
+            runs[key] = Run(processor.inputs([prompt], [waveform], **seen([sample])), prompt)
         return runs[key]
 
     clean = run_of((sample.name, forced.tokens), forced, sample.waveform)  # marked by its own label: no other's
-    silence = (of_corrupted.tokens, heard.waveform.numpy().tobytes())  # of one length is one run for all clips
+    pictures = sample.name if sample.is_seen else None
+    silence = (of_corrupted.tokens, heard.waveform.numpy().tobytes(), pictures)  # of one length is one run for all
     corrupted = run_of(silence, of_corrupted, heard.waveform)
     return sample, heard.name, Case(clean, corrupted, answer, cells(model, settings.grid, clean))
 

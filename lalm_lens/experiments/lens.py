@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.attributes import Attribute, Form
-from lalm_lens.datasets import Sample, heard
+from lalm_lens.datasets import Sample, heard, seen
 from lalm_lens.engine.branches import indexed
 from lalm_lens.engine.plan import ran_out, usual_budget
 from lalm_lens.errors import InputError
@@ -188,7 +188,8 @@ def read_together(
     knockouts: Sequence[Knockout],
 ) -> Iterator[Words]:
     prompts = [each.prompt for each in asked]
-    inputs = processor.inputs(prompts, heard([each.sample for each in asked]))
+    samples = [each.sample for each in asked]
+    inputs = processor.inputs(prompts, heard(samples), **seen(samples))
     where = torch.zeros_like(inputs.attention_mask)
     for row, each in enumerate(asked):
         where[row, torch.tensor(each.at) + where.shape[1] - len(each.prompt)] = True

@@ -1,0 +1,69 @@
+"""Counterfactual pairs: what is seen of one sample with what is heard of another (arXiv 2604.02605)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from torch.nn.functional import pad
+
+from lalm_lens.corrupt import number
+from lalm_lens.datasets import Sample, refuse_repeated
+from lalm_lens.errors import DataError
+from lalm_lens.shapes import typed
+
+Distance = Callable[[Sample, Sample], float]  # of what is seen and what would be heard with it: larger is less alike
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swapped(Sample):
+    """A sample with the clip of another. `label` is what is heard."""
+
+    seen_label: str  # of the sample whose pictures these are
+    heard_clip: str  # the name of the other
+
+
+@typed
+def swap_audio(samples: Sequence[Sample], distance: Distance | None = None, seed: int = 0) -> list[Swapped]:
+    """Every sample with the clip of another one of a different label, each clip once.
+
+    Of all ways to do so, the one with the largest sum of `distance(sample, other)` (Hungarian assignment), say 1 -
+    cosine of their captions' embeddings: then they are maximally mismatched. Without it, distances are drawn: they
+    depend on `seed` and the names. Clips are cut, or followed by zeros, to the length of the one they replace.
+
+    Raises `DataError` for samples that come twice or are not heard, a distance that is not finite, and where labels
+    leave no such way: when more than half of the samples are of one label.
+    """
+    refuse_repeated(samples)
+    if unheard := [sample.name for sample in samples if not sample.is_heard]:
+        raise DataError(f"There is no clip to swap in {unheard[0]}: give samples that are heard.")
+    far = np.array([[apart(sample, other, distance, seed) for other in samples] for sample in samples])
+    try:
+        _, chosen = linear_sum_assignment(-far)
+    except ValueError:
+        raise DataError(
+            "There is no way to give every sample a clip of another label: more than half are of one. Leave some out."
+        ) from None
+    return [swapped(sample, samples[other]) for sample, other in zip(samples, chosen, strict=True)]
+
+
+def apart(sample: Sample, other: Sample, distance: Distance | None, seed: int) -> float:
+    """-infinity for what must not be put together."""
+    if sample.label == other.label:
+        return -np.inf
+    if distance is None:
+        return number(seed, sample.name, other.name) / 2**256
+    found = float(distance(sample, other))
+    if not np.isfinite(found):
+        raise DataError(f"The distance of {sample.name} and {other.name} is {found}. Give finite ones.")
+    return found
+
+
+def swapped(sample: Sample, other: Sample) -> Swapped:
+    n_samples = len(sample.waveform)
+    clip = other.waveform[:n_samples]
+    its = {each.name: getattr(sample, each.name) for each in fields(Sample)}
+    its |= {"name": f"{sample.name} | {other.name}", "label": other.label, "speaker": other.speaker}
+    its |= {"waveform": pad(clip, (0, n_samples - len(clip)))}
+    its |= {"transcript": other.transcript if len(clip) == len(other.waveform) else None}  # a part of a clip says less
+    return Swapped(**its, seen_label=sample.label, heard_clip=other.name)

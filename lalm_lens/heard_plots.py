@@ -1,0 +1,83 @@
+"""Pictures of what an answer owes to what is heard, and of what states name."""
+
+from textwrap import fill
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from lalm_lens.plots import layer_ticks
+
+COLOURS = {"unshifted": "#8fb8de", "marginal": "#f2c46d", "shifted": "#e08a8a"}
+HEARD = {"clip": "the same clip", "silence": "silence", "nothing": "nothing"}
+
+
+def token_shifts(steps: pd.DataFrame, totals: pd.DataFrame, frame: pd.DataFrame) -> Figure:
+    """Shares of the categories over all tokens and by step, and KL by step; a row per attribute."""
+    attributes = list(totals.attribute.unique())
+    figure = Figure(figsize=(10.5, 2.9 * len(attributes) + 0.9), layout="constrained")
+    axes = figure.subplots(len(attributes), 3, squeeze=False, width_ratios=(1, 2, 2))
+    for (whole, by_step, kl), attribute in zip(axes, attributes, strict=True):
+        rows, total = steps[steps.attribute == attribute].sort_values("step"), totals[totals.attribute == attribute]
+        categories(whole, total.iloc[0])
+        whole.set_title(f"{attribute}: {total.n.iloc[0]} clips,\n{total.n_tokens.iloc[0]} tokens", fontsize=10)
+        stacked(by_step, rows)
+        kl.plot(rows.step, rows.kl, marker="o", ms=3, color="#1f5fa8")
+        kl.fill_between(rows.step, rows.kl_low, rows.kl_high, color="#1f5fa8", alpha=0.15, lw=0)
+        kl.set_ylim(bottom=0)
+        kl.set_ylabel("KL(model || base), nats\n(band: 95 % bootstrap)")
+        for ax in (by_step, kl):
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            ax.set_xlabel("token of the answer")
+    handles = axes[0, 1].containers
+    figure.legend(handles, list(COLOURS), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    one = frame.iloc[0]
+    hears = f"{one.base}, which hears {HEARD[one.base_hears]}"
+    figure.suptitle(f"{one.model}'s tokens under {hears}: {one.form}", fontsize=10)
+    return figure
+
+
+def categories(ax: Axes, total: pd.Series) -> None:
+    """Over all tokens."""
+    for n, (name, colour) in enumerate(COLOURS.items()):
+        ax.bar(n, total[name], color=colour)
+        ax.vlines(n, total[f"{name}_low"], total[f"{name}_high"], color="0.2", lw=1.2)
+    ax.set_xticks([])
+    ax.set_ylim(0, 1.03)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_ylabel("tokens\n(line: 95 % bootstrap)")
+
+
+def stacked(ax: Axes, rows: pd.DataFrame) -> None:
+    bottom = 0 * rows.unshifted
+    for name, colour in COLOURS.items():
+        ax.bar(rows.step, rows[name], bottom=bottom, color=colour, label=name)
+        bottom = bottom + rows[name]
+    ax.set_ylim(0, 1.03)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_ylabel("tokens")
+
+
+def understanding(curves: pd.DataFrame, totals: pd.DataFrame, frame: pd.DataFrame) -> Figure:
+    """How many clips' states name their label, and how many another clip's, by layer; a panel per place."""
+    places = list(curves.place.unique())
+    figure = Figure(figsize=(max(6.5, 3.6 * len(places) + 2.2), 4), layout="constrained")
+    axes = figure.subplots(1, len(places), sharey=True, squeeze=False)
+    for ax, place in zip(axes[0], places, strict=True):
+        rows, total = curves[curves.place == place], totals[totals.place == place].iloc[0]
+        for name, colour, label in (("score", "#3d8b37", "its own label"), ("control", "0.5", "another clip's")):
+            ax.plot(rows.layer, rows[name], marker="o", ms=3, color=colour, label=label)
+            ax.fill_between(rows.layer, rows[f"{name}_low"], rows[f"{name}_high"], color=colour, alpha=0.15, lw=0)
+        layer_ticks(ax.set_xticks, curves)
+        ax.set_xlabel("layer")
+        any_layer = f"in any layer {total.score:.0%}, another's {total.control:.0%}"
+        ax.set_title(f"{place} (n = {total.n})\n{any_layer}", fontsize=10)
+    axes[0, 0].set_ylim(-0.03, 1.03)
+    axes[0, 0].set_ylabel("clips of which a position names\n(band: 95 % bootstrap)")
+    axes[0, -1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    one = frame.iloc[0]
+    norm = "" if one.norm else ", without the final norm"
+    about = f"{one.model}: {one.attribute}, {one.rule}, among the {one.top_k} largest tokens{norm}"
+    figure.suptitle(fill(about, 100), fontsize=10)
+    return figure
