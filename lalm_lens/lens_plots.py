@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -109,7 +110,7 @@ def factor_curves(rows: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def resolution(heard: pd.DataFrame, correlation: Mapping[str, float]) -> Figure:
+def resolution(heard: pd.DataFrame, correlation: Mapping[str, Any]) -> Figure:
     """Accuracy over critical layer, a point for each attribute and prompt."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     ax = figure.subplots()

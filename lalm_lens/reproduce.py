@@ -216,7 +216,7 @@ def kind_of(path: Path) -> type[Table] | None:
         columns = set(read_schema(path).names)
     except ArrowInvalid as error:
         raise DataError(f"{path} is not a Parquet file ({error}).") from None
-    return next((kind for kind in KINDS if set(kind.COLUMNS) == columns), None)
+    return next((kind for kind in KINDS if set(kind.COLUMNS) <= columns), None)
 
 
 def by_published_name(measured: Mapping[str, Measured], named: Mapping[str, str]) -> dict[str, Measured]:

@@ -92,7 +92,11 @@ def write_tables(out: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path]:
 
 def markdown(frame: pd.DataFrame) -> str:
     """A table for people: numbers with three decimals."""
+
+    def cell(value: object) -> object:
+        if isinstance(value, float):
+            return f"{value:.3f}"
+        return value.replace("|", "\\|") if isinstance(value, str) else value
+
     cells = frame.astype(object).where(frame.notna(), "-")
-    return cells.map(lambda cell: cell.replace("|", "\\|") if isinstance(cell, str) else cell).to_markdown(
-        index=False, floatfmt=".3f"
-    )
+    return cells.map(cell).to_markdown(index=False, disable_numparse=True)

@@ -4,22 +4,25 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from desta_golden import model_of
 from pandas.testing import assert_frame_equal
+from reference import chirps
 
 from lalm_lens import cli
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES, Attribute
-from lalm_lens.datasets import read_attributes, read_folder
-from lalm_lens.errors import DataError, PromptError
+from lalm_lens.datasets import Sample, read_attributes, read_folder
+from lalm_lens.errors import DataError, InputError, PromptError
 from lalm_lens.experiments import audiolens as module
 from lalm_lens.experiments.audiolens import AudioLens, audiolens, deafness
 from lalm_lens.experiments.enrich import Enrichment, enrich
 from lalm_lens.experiments.information_score import InformationScore, information_score
 from lalm_lens.interventions import Knockout
+from lalm_lens.tables import markdown
 
 pytestmark = pytest.mark.numbers
 
@@ -161,3 +164,52 @@ def test_a_question_of_ones_own(monkeypatch, data, tmp_path):
     own = ("--question", "Who speaks?", "--labels", "male,female", "--prefix", "The speaker is")
     assert command(monkeypatch, TINY_LALM, data / "Gender", *own, *OPTIONS, "--out", tmp_path) == 0
     assert set(InformationScore.load(tmp_path / "scores.parquet").frame.attribute) == {"own"}
+
+
+def test_a_transcript_without_words_leaves_nothing_to_cut():
+    """In a batch with one that has words, each clip scores as it does alone."""
+    model = model_of("desta2")
+    clips = [
+        Sample(f"{n}.wav", label, clip, said)
+        for n, (label, said, clip) in enumerate(
+            zip(("male", "female"), (" oh yes", ""), chirps([1.6, 1.1]), strict=True)
+        )
+    ]
+    how: dict = {"attribute": "gender", "forms": ["P3"], "knockouts": deafness(model), **QUIET}
+    together = information_score(model, clips, **how).frame
+    for clip in clips:
+        alone = information_score(model, [clip], **how).frame
+        mine = together[together["sample"] == clip.name].reset_index(drop=True)
+        assert mine.predicted.tolist() == alone.predicted.tolist()
+        assert mine.probability.to_numpy() == pytest.approx(alone.probability.to_numpy(), rel=1e-3)
+
+
+def test_settings_that_cannot_work_are_refused_before_the_work(tiny_lalm, data):
+    clips = {"gender": read_folder(data / "Gender")}
+    for wrong, says in (
+        ({"gap": 8}, "A gap is from 1 to 7"),
+        ({"forms": ["P3", "P3"]}, "each once; got P3, P3"),
+        ({"forms": []}, "got none"),
+    ):
+        with pytest.raises(InputError, match=says):
+            audiolens(tiny_lalm, clips, **{**HOW, **wrong})
+    for factors in ([float("nan")], [float("inf")]):
+        with pytest.raises(InputError, match="Factors are finite"):
+            enrich(tiny_lalm, clips["gender"], attribute="gender", factors=factors, n_probing=3, **QUIET)
+    with pytest.raises(InputError, match="Logits of an enriched run are not finite"):
+        enrich(tiny_lalm, clips["gender"], attribute="gender", factors=[1e38], n_probing=3, gap=3, **QUIET)
+
+
+def test_the_picture_of_resolution_counts_layers_as_the_tables_do(found):
+    def layers(**how) -> np.ndarray:
+        figure = dict(found.figures(**how))["resolution_with_space"]
+        return np.concatenate([its.get_offsets()[:, 0] for its in figure.axes[0].collections])
+
+    one, zero = layers(), layers(layer_base=0)
+    assert (one - zero)[np.isfinite(one)] == pytest.approx(1)
+    assert layers(alpha=2.0).tolist() != one.tolist()
+
+
+def test_numbers_of_a_page_have_three_decimals():
+    table = pd.DataFrame({"a": [4.4981398275825795, float("nan")], "b": ["x | y", None], "n": [1, 2]})
+    assert markdown(table).splitlines()[2:] == ["| 4.498 | x \\| y | 1   |", "| -     | -      | 2   |"]

@@ -146,7 +146,7 @@ def show(found: "AudioLens", alpha: float, layer_base: int, seed: int, out: Path
     tables = found.tables(alpha, layer_base, seed=seed)
     write_tables(out / "tables", tables)
     pictures = []
-    for name, figure in found.figures():
+    for name, figure in found.figures(alpha, layer_base):
         pictures.append(out / f"{name}.png")
         figure.savefig(pictures[-1], dpi=150)
     shown = {

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.datasets import Sample
-from lalm_lens.errors import DataError, PromptError
+from lalm_lens.errors import DataError, InputError, PromptError
 from lalm_lens.experiments.asked import processor_of
 from lalm_lens.experiments.enrich import FACTORS, Enrichment, enrich
 from lalm_lens.experiments.information_score import InformationScore, information_score
@@ -71,7 +71,8 @@ class AudioLens:
             return []
         return [Enrichment(rows) for _, rows in self.enrichment.frame.groupby("attribute", sort=False)]
 
-    def figures(self) -> Iterator[tuple[str, "Figure"]]:
+    @typed
+    def figures(self, alpha: float | int = 0.2, layer_base: int = 1) -> Iterator[tuple[str, "Figure"]]:
         """By name: `forms` (Fig. 2), `outcomes` (Fig. 3) and `places` (Fig. 4), for each way to score a label,
         `resolution` (Table III as points), and `enrichment_{attribute}` (Fig. 5)."""
         frame = self.scores.frame
@@ -82,7 +83,7 @@ class AudioLens:
             yield f"forms{ending}", scores.plot("forms")
             yield f"outcomes{ending}", scores.plot("outcomes")
             yield f"places{ending}", scores.plot("places")
-            points = heard(scores.points(n_resamples=100))
+            points = heard(scores.points(float(alpha), layer_base, n_resamples=100))
             (correlation,) = resolution_correlation(points).to_dict("records")
             yield f"resolution{ending}", plots_module("lens_plots").resolution(points, correlation)
         for its in self.enriched:
@@ -123,6 +124,11 @@ def audiolens(
     """
     if not samples:
         raise DataError("There is nothing to look at: give clips of at least one attribute.")
+    n_layers = model.decoder_cfg.n_layers
+    if not forms or len(set(forms)) < len(forms):
+        raise InputError(f"Name one of the forms or more, each once; got {', '.join(forms) or 'none'}.")
+    if not 1 <= gap < n_layers:
+        raise InputError(f"A gap is from 1 to {n_layers - 1}, one less than there are layers; got {gap}.")
     parts = []
     for asked, clips in samples.items():
         attribute = attribute_named(asked) if isinstance(asked, str) else asked

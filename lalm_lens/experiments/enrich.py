@@ -182,6 +182,8 @@ def enrich(
     """
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
     n_layers, tried = model.decoder_cfg.n_layers, tuple(sorted({0.0, *map(float, factors)}))
+    if not np.isfinite(tried).all():
+        raise InputError(f"Factors are finite numbers; got {', '.join(map(str, factors))}.")
     if not 1 <= gap < n_layers:
         raise InputError(f"A gap is from 1 to {n_layers - 1}, one less than there are layers; got {gap}.")
     if n_together < 1 or n_seeds < 0:
@@ -237,6 +239,8 @@ def enriched(clips: Sequence[Clip], settings: Settings) -> pd.DataFrame:
             rows.append({**about, "arm": arm, "seed": seed, "layer": layer, "factor": factor})
     how = {"engine": settings.engine, "token_budget": settings.token_budget}
     outcome = Plan(question.model, branches, Logits(tokens=tuple(question.tokens)), **how).run()
+    if not outcome.values.isfinite().all():
+        raise InputError(f"Logits of an enriched run are not finite. Give smaller factors than {settings.factors[-1]}.")
     predicted = np.array(question.labels)[np.argmax(outcome.values[:, 0].float().cpu().numpy(), axis=-1)]
     frame = pd.DataFrame(rows).assign(predicted=predicted)
     return frame.assign(

@@ -200,12 +200,18 @@ def read_together(
 
 
 def hooks_of(model: HookedLALM, knockout: Knockout, prompts: Sequence[Prompt]) -> list[NamedHook]:
-    """A knockout in a left-padded batch, in each row at that prompt's own positions."""
+    """A knockout in a left-padded batch, in each row at that prompt's own positions. A transcript may be empty: then
+    there is nothing to cut."""
     n_pos = max(map(len, prompts))
-    rows = [placed(model, knockout, prompt, n_pos - len(prompt)) for prompt in prompts]
+    rows = {
+        row: placed(model, knockout, prompt, n_pos - len(prompt))
+        for row, prompt in enumerate(prompts)
+        if knockout.keys != "transcript" or run_of(prompt).has("transcript")
+    }
 
     def close(scores: Float[Tensor, "batch head query_pos key_pos"], hook: HookPoint) -> Tensor:
-        return torch.cat([its.apply(scores[[row]], hook) for row, its in enumerate(rows)])
+        its = (rows[row].apply(scores[[row]], hook) if row in rows else scores[[row]] for row in range(len(prompts)))
+        return torch.cat(list(its))
 
     return [(f"blocks.{layer}.attn.hook_attn_scores", close) for layer in knockout.layers]
 
