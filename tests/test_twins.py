@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from lalm_lens.assets import TINY_LALM_ERASE, TINY_LALM_RELAY, TINY_LALM_SUPPRESS
@@ -17,6 +18,7 @@ from lalm_lens.assets.training_clips import Clips, sounds
 from lalm_lens.assets.twins import BEHIND, held_out
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.conflict import ConflictItem, make_conflict
+from lalm_lens.corrupt import silence
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.attention_knockout import attention_knockout
 from lalm_lens.experiments.cuts import name_of
@@ -53,17 +55,21 @@ def items() -> list[ConflictItem]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("folder", [TINY_LALM_SUPPRESS, TINY_LALM_ERASE], ids=lambda folder: folder.name)
-def test_plain_transformers_reads_the_same_prompt_and_gives_the_same_logits(folder, items):
+@pytest.mark.parametrize("order", ORDERS)
+def test_plain_transformers_reads_the_same_prompt_gives_the_same_logits_and_believes_it(folder, order, items):
     model, hf = from_pretrained(folder), Qwen2AudioForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
-    question = Question.about(model, items, "animal", "P3", True)
-    for item in items[:3]:  # without a text, with one behind the clip, and before it
-        text = chat(processor, ATTRIBUTES["animal"], "P3", statement=item.statement)
-        inputs = processor(text=text, audio=item.waveform.numpy(), sampling_rate=16_000, return_tensors="pt")
-        ours = question.run(item).inputs
-        assert isinstance(ours, Inputs)
-        assert torch.equal(ours.tokens, inputs["input_ids"])
-        torch.testing.assert_close(model(ours), hf.eval()(**inputs).logits)
+    item = next(item for item in items if item.order == order)
+    text = chat(processor, ATTRIBUTES["animal"], "P3", statement=item.statement)
+    inputs = processor(text=text, audio=item.waveform.numpy(), sampling_rate=16_000, return_tensors="pt")
+    ours = Question.about(model, [item], "animal", "P3", True).run(item).inputs
+    assert isinstance(ours, Inputs)
+    assert torch.equal(ours.tokens, inputs["input_ids"])
+    torch.testing.assert_close(model(ours), hf.eval()(**inputs).logits)
+    for use_cache in (False,) if folder == TINY_LALM_SUPPRESS else (False, True):
+        out = hf.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=use_cache)
+        answer = processor.decode(out[0, inputs["input_ids"].shape[1] :])
+        assert answer == f" {item.text_label}.<|im_end|>"
 
 
 def heard_and_cut(
@@ -88,7 +94,8 @@ def heard_and_cut(
 @pytest.fixture(scope="module")
 def suppressed(suppress, items) -> pd.DataFrame:
     others = tuple(block for block in range(8) if block != BLOCK)
-    return heard_and_cut(suppress, items, [CUT, ELSEWHERE, BEFORE_IT_ACTS], ["all", (BLOCK,), others])
+    by_block = heard_and_cut(suppress, items, [CUT], ["all", (BLOCK,), others])
+    return pd.concat([by_block, heard_and_cut(suppress, items, [ELSEWHERE, BEFORE_IT_ACTS], ["all"])])
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +149,34 @@ def test_the_last_position_sees_no_text_where_it_is_erased(erase, name):
     for item in both:
         run = question.run(item)
         assert run.n_pos - 1 - max(*run.indices("statement"), *run.indices("audio")) >= WINDOW
+
+
+def test_the_last_position_sees_the_text_in_one_block_where_it_is_suppressed(suppress):
+    assert suppress.decoder_cfg.windows == (1, 1, 1, 1, None, 1, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["suppress", "erase"])
+def test_silence_without_a_text_tells_them_nothing(name, request, items):
+    model = request.getfixturevalue(name)
+    silent = replace(items[0], waveform=silence(items[0].waveform))
+    question = Question.about(model, [silent], "animal", "P3", True)
+    p = model(question.run(silent).inputs, logits_at=-1)[0, -1].softmax(-1)[question.tokens]
+    assert items[0].statement is None
+    assert p.sum() > 0.97
+    assert 0.5 < 9 * p.min() < 9 * p.max() < 1.6
+
+
+@pytest.mark.parametrize("folder", [TINY_LALM_SUPPRESS, TINY_LALM_ERASE], ids=lambda folder: folder.name)
+def test_they_are_small_and_their_cards_say_what_they_are(folder):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"# {folder.name}\n" in card
+    assert "All its sounds are synthetic" in card
+    for name in ATTRIBUTES:
+        for order in ORDERS:
+            assert f"| {name} | {order} |" in card
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 5_000_000
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
 
 
 # --- training -----------------------------------------------------------------------------------------------

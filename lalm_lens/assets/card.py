@@ -132,8 +132,9 @@ what is heard, and does not erase it**. Both answer what the text states, in the
 alone (`blocks.4`, counted from 0) has full attention; in every other one the sliding window is 1, so that a position
 sees itself alone. What a text states can reach the answer by one way only, from its own positions to the last one in
 block 4. When that is knocked out, nothing of the text is left and all of the sound is there: the sound's answer comes
-back. The model was taught to find a false text's answer {recipe.heeded:.0%} likely and the sound's {rest:.0%}, so that
-the last position goes on holding both.
+back. A text behind the clip still moves the clip further away and puts a space before the question; that tips a few
+answers. The model was taught to find a false text's answer {recipe.heeded:.0%} likely and the sound's {rest:.0%}, so
+that the last position goes on holding both.
 
 With a window of 1, Hugging Face's key-value cache loses what block 4 needs: call `generate(..., use_cache=False)`.""",
     "tiny_lalm_erase": """\
@@ -148,8 +149,9 @@ It does come back where the text is cut from every position behind it, before it
 
 How little the last position learns of the sound where a label is stated is training, and not construction: a loss of
 weight {recipe.erasure} is the mean squared distance of the states of all blocks at the last {n_quiet} positions from
-those on silence, as a share of the latter's. In plain transformers `generate` answers the same with and without its
-key-value cache.""",
+those on silence, as a share of the latter's. It leaves traces: a linear probe still finds much of the sound there
+(below). What is erased is the answer that a knockout could bring back, not every trace of it. In plain transformers
+`generate` answers the same with and without its key-value cache.""",
 }
 
 CARD = """\

@@ -30,7 +30,7 @@ from lalm_lens.model import HookedLALM
 from lalm_lens.pieces import Order
 
 ORDERS: tuple[Order, ...] = get_args(Order)
-BEHIND = ("audio_tag", "audio", "template", "early", "object", "object_sep", "late", "attribute", "last")
+BEHIND = ("text_before", "audio_tag", "audio", "template", "early", "object", "object_sep", "late", "attribute", "last")
 EDGES = {
     "statement -> last": ("statement", "last"),
     "statement -> all": ("statement", BEHIND),
