@@ -12,6 +12,14 @@ def test_the_snippets_of_the_page_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 5
-    assert {path.name for path in tmp_path.glob("*.png")} == {"words.png", "forms.png", "places.png", "enriched.png"}
+    assert len(blocks) == 6
+    written = {path.name for path in tmp_path.glob("*.png")}
+    assert written >= {
+        "words.png",
+        "forms.png",
+        "places.png",
+        "enriched.png",
+        "resolution.png",
+        "enrichment_emotion.png",
+    }
     assert len(names["enriched"].frame.query("split == 'test' and arm == 'chosen' and factor == 0")) == 6
