@@ -180,6 +180,8 @@ def make_conflict(
     """
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
     refuse_repeated(samples)
+    if items := [sample.name for sample in samples if isinstance(sample, ConflictItem)]:
+        raise DataError(f"{items[0]} is an item of a conflict already. Give the clips that it was made of.")
     stated = drawn(samples, attribute, seed) if states is None else dict(states)
     for sample in samples:
         check(sample, attribute, stated.get(sample.name))

@@ -97,6 +97,7 @@ RUNS = {
     "audio_only": "without the text",
     "conflict": "the text disagrees",
     "cut": "the text disagrees, out of\nsight of the last position",
+    "hidden": "the text disagrees, out of\nsight of all behind it",
 }
 
 

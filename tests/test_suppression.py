@@ -9,13 +9,15 @@ import torch
 from reference import hf_cut, recorded
 
 from lalm_lens import cli
-from lalm_lens.assets import TINY_LALM
+from lalm_lens.assets import TINY_LALM, TINY_LALM_ERASE, TINY_LALM_SUPPRESS
+from lalm_lens.assets.clips import write_clips
 from lalm_lens.conflict import make_conflict
 from lalm_lens.datasets import read_folder
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.back_patch import BackPatchChoice
 from lalm_lens.experiments.suppression import RUNS, Suppression, suppression
+from lalm_lens.loading import from_pretrained
 
 pytestmark = pytest.mark.numbers
 
@@ -27,7 +29,7 @@ def test_every_row_is_plain_hf_with_the_text_in_and_out_of_sight(random_pair, fo
     hf, model = random_pair
     samples = read_folder(folders["animal"])[:2]
     found = suppression(model, samples, attribute="animal", order=order, seed=3, **QUIET).frame
-    assert len(found) == 2 * 3 * 2 * 8
+    assert len(found) == 2 * 4 * 2 * 8
     blocks = {f"{n}": block for n, block in enumerate(hf.model.language_model.layers)}
     for sample in samples:
         alone, conflict = make_conflict([sample], "animal", conditions=["audio_only", "conflict"], order=order, seed=3)
@@ -39,11 +41,13 @@ def test_every_row_is_plain_hf_with_the_text_in_and_out_of_sight(random_pair, fo
         question = Question.about(model, [conflict], "animal", "P3", True)
         labels = np.array(question.labels)
         ends = {}
-        for kind, item in (("audio_only", alone), ("conflict", conflict), ("cut", conflict)):
+        for kind, item in (("audio_only", alone), *((kind, conflict) for kind in RUNS[1:])):
             run = question.run(item)
             stated = [position.region == "statement" for position in run.prompt.positions]
             closed = torch.zeros(1, run.n_pos, run.n_pos, dtype=torch.bool)
             closed[0, -1, stated] = kind == "cut"
+            if kind == "hidden":
+                closed[0] = torch.tensor(stated)[None] & ~torch.tensor(stated)[:, None]
             batch = run.inputs.to_hf("feature_attention_mask")
             with recorded(blocks) as states, torch.no_grad():
                 hf_cut(hf, batch, dict.fromkeys(range(8), closed))
@@ -88,26 +92,48 @@ def hits(n: int, of: int = 40) -> np.ndarray:
 @pytest.mark.parametrize(
     ("n_right", "verdict"),
     [
-        ((38, 2, 38), "suppression"),
-        ((38, 2, 36), "suppression"),
-        ((38, 2, 2), "erasure"),
-        ((38, 2, 3), "erasure"),
-        ((38, 2, 20), "in part"),
-        ((38, 37, 38), "no dominance"),
+        ((38, 2, 38, 38), "suppression"),
+        ((38, 2, 36, 38), "suppression"),
+        ((40, 32, 40, 40), "suppression"),
+        ((38, 2, 2, 38), "erasure"),
+        ((38, 2, 3, 38), "erasure"),
+        ((38, 2, 2, 2), "in part"),  # what takes it is not this text
+        ((38, 2, 20, 38), "in part"),
+        ((38, 37, 38, 38), "no dominance"),
+        ((38, 34, 38, 38), "undecided"),
     ],
 )
 def test_the_verdict_is_that_of_the_counts(n_right, verdict):
     its = table(dict(zip(RUNS, map(hits, n_right), strict=True))).verdict(n_resamples=500)
     assert its["verdict"] == verdict
-    alone, conflict, cut = (n / 40 for n in n_right)
-    assert [its[run] for run in RUNS] == pytest.approx([alone, conflict, cut])
-    if verdict != "no dominance":
+    alone, conflict, cut, hidden = (n / 40 for n in n_right)
+    assert [its[run] for run in RUNS] == pytest.approx([alone, conflict, cut, hidden])
+    assert its["back"] == pytest.approx(cut - conflict)
+    assert its["back_low"] <= its["back"] <= its["back_high"]
+    if alone - conflict > 0.05:
         assert its["returned"] == pytest.approx((cut - conflict) / (alone - conflict))
-        assert its["low"] <= its["returned"] <= its["high"]
+
+
+def test_a_few_clips_decide_nothing():
+    assert (
+        table({run: hits(n, 3) for run, n in zip(RUNS, (3, 0, 3, 3), strict=True)}).verdict()["verdict"] == "undecided"
+    )
+
+
+@pytest.mark.parametrize("folder", [TINY_LALM_SUPPRESS, TINY_LALM_ERASE], ids=lambda folder: folder.name)
+def test_the_twins_are_told_apart(folder, tmp_path):
+    model, samples = from_pretrained(folder), read_folder(write_clips(tmp_path, "emotion", 15, seed=41))
+    its = suppression(model, samples, attribute="emotion", **QUIET).verdict(n_resamples=500)
+    assert its["verdict"] == {"tiny_lalm_suppress": "suppression", "tiny_lalm_erase": "erasure"}[folder.name]
+    if folder == TINY_LALM_SUPPRESS:  # it looks in block 4 alone: cut elsewhere, nothing is
+        assert its["bite"] > 1
+        elsewhere = suppression(model, samples, attribute="emotion", layers=[0, 1, 2], **QUIET).verdict(n_resamples=500)
+        assert elsewhere["bite"] < 1e-4
+        assert elsewhere["verdict"] == "in part"
 
 
 def test_curves_count_both_labels_and_pictures_show_them(tmp_path):
-    found = table({run: hits(n) for run, n in zip(RUNS, (38, 2, 20), strict=True)})
+    found = table({run: hits(n) for run, n in zip(RUNS, (38, 2, 20, 38), strict=True)})
     curves = found.curves(n_resamples=50)
     ends = curves[curves.layer == 1].set_index(["run", "side"]).rate
     assert ends["audio_only", "audio"] == 0.95
@@ -118,7 +144,7 @@ def test_curves_count_both_labels_and_pictures_show_them(tmp_path):
     assert Suppression.load(found.save(tmp_path / "s.parquet")).verdict(n_resamples=50)["verdict"] == "in part"
     assert "in part" in repr(found)
     with pytest.raises(DataError, match="more than one order"):
-        Suppression(found.frame.assign(order=["audio_first", "text_first"] * 120)).verdict()
+        Suppression(found.frame.assign(order=["audio_first", "text_first"] * 160)).verdict()
 
 
 # --- the command ------------------------------------------------------------------------------------------------

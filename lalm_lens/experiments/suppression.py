@@ -1,15 +1,16 @@
 """Suppressed or erased? What is left of the answer that is heard where a text says something else.
 
-Three runs of a clip: *audio_only*, without the text; *conflict*, with a text that states another label; and *cut*, the
-conflict in which the last position cannot look at the text. In each, the logit lens says layer by layer whether the
-labels' largest logit is the audio's or the text's, at the last position and at the options. With A the share of clips
-for which it is the audio's, at the last layer and position,
+Four runs of a clip: *audio_only*, without the text; *conflict*, with a text that states another label; *cut*, the
+conflict in which the last position cannot look at the text; and *hidden*, in which no position behind the text can. In
+each, the logit lens says layer by layer whether the labels' largest logit is the audio's or the text's, at the last
+position and at the options. With A the share of clips for which it is the audio's, at the last layer and position,
 
     returned = (A_cut - A_conflict) / (A_audio_only - A_conflict)
 
-Where the audio's answer returns to what it is without the text, it was suppressed at the end; where it does not, the
-text acted before, and it was erased on its way. Behind the clip a text cannot change the audio's own states, so that
-only positions behind the text tell (`last`, the options).
+Where the audio's answer returns once the last position cannot see the text, it was suppressed at the end. Where it does
+not, and does return once the text is hidden from all, the text acted before, and what reached the end was erased.
+Behind the clip a text cannot change the audio's own states, so that only positions behind the text tell (`last`, the
+options).
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from lalm_lens.experiments.asked import Question, processor_of
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, told
 from lalm_lens.interventions import Knockout
 from lalm_lens.model import HookedLALM
+from lalm_lens.prompts import Prompt
 from lalm_lens.results import QUESTION_COLUMNS, plots_module
 from lalm_lens.shapes import typed
 from lalm_lens.tables import Table
@@ -39,11 +41,12 @@ if TYPE_CHECKING:
 
     from lalm_lens.experiments.probe import Probe
 
-Kind = Literal["audio_only", "conflict", "cut"]
+Kind = Literal["audio_only", "conflict", "cut", "hidden"]
 Place = Literal["last", "object"]
 PLACES: tuple[Place, ...] = ("last", "object")
-RUNS: tuple[Kind, ...] = ("audio_only", "conflict", "cut")
+RUNS: tuple[Kind, ...] = ("audio_only", "conflict", "cut", "hidden")
 FRAME = ("framing", "strength", "order")
+MIN_CLIPS = 10  # with fewer, an interval of shares of 0 or 1 says nothing
 SETTINGS = ("model", "attribute", "form", "label_space", *FRAME, "cut_layers")
 
 
@@ -55,8 +58,8 @@ class Suppression(Table):
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         **CONFLICT_COLUMNS,  # of the conflict, in all three runs
-        "run": "str",  # audio_only, conflict, cut
-        "cut_layers": "str",  # in which the text is out of sight of the last position in the run `cut`
+        "run": "str",  # audio_only, conflict, cut, hidden
+        "cut_layers": "str",  # in which the text is out of sight, in the runs `cut` and `hidden`
         "place": "str",  # last, or object: the tokens of the options, whose log-probabilities are averaged
         "layer": "int64",  # 0-based block
         "predicted": "str",  # the label with the largest logit
@@ -85,37 +88,46 @@ class Suppression(Table):
     ) -> dict[str, int | float | str]:
         """Whether the audio's answer returns once the text is out of sight, with 95 % paired bootstrap intervals.
 
-        `audio_only`, `conflict`, `cut` are the shares of clips for which the last layer says the audio's label at the
-        last position. `returned` is defined where the text takes more than `tolerance` of them, by its interval. The
-        `verdict` is "suppression" where it is at least `level` by its whole interval and `cut` within `tolerance` of
-        `audio_only`, or not told from that; "erasure" where it is below `level` by its whole interval and `cut` within
-        `tolerance` of `conflict`, or not told from that; "in part" where it is neither; and "no dominance" where the
-        text takes nothing that could return.
+        `audio_only`, `conflict`, `cut` and `hidden` are the shares of clips for which the last layer says the audio's
+        label at the last position; `taken` is audio_only - conflict and `back` is cut - conflict, with their intervals;
+        `bite` is by how much the cut changes the text's log-probability among the labels, on average. The `verdict` is
+
+        - "suppression" where at least `level` of what is taken is back by the whole interval of back - level * taken,
+          and `cut` is within `tolerance` of `audio_only` or not told from it;
+        - "erasure" where less than that is back by the whole interval, `cut` is within `tolerance` of `conflict` or not
+          told from it, and the same would be back if the text were hidden from all: by the interval of
+          hidden - conflict - level * taken;
+        - "no dominance" where the text takes no more than `tolerance`;
+        - "in part" where it is none of these, and "undecided" where intervals tell too little, as of fewer than 10
+          clips, or of a text that takes something without being told from `tolerance`.
         """
         self.refuse_mixed(SETTINGS)
         ends = self.frame[(self.frame.place == "last") & (self.frame.layer == self.frame.layer.max())]
         hits = ends.assign(hit=ends.says == "audio").pivot(index="clip", columns="run", values="hit")
         rights = hits[list(RUNS)].to_numpy(float)
 
-        def of(means: Float[np.ndarray, "resample 3"]) -> Float[np.ndarray, "resample 4"]:
-            alone, conflict, cut = means.T
-            taken = alone - conflict
-            returned = np.divide(cut - conflict, taken, out=np.full(taken.shape, np.nan), where=taken > 0)
-            return np.stack([taken, alone - cut, cut - conflict, returned], axis=-1)
+        def of(means: Float[np.ndarray, "resample 4"]) -> Float[np.ndarray, "resample 5"]:
+            alone, conflict, cut, hidden = means.T
+            taken, back = alone - conflict, cut - conflict
+            asked = level * taken
+            return np.stack([taken, back, alone - cut, back - asked, hidden - conflict - asked], axis=-1)
 
         means = rights.mean(0)[None]
-        (low, high), (taken, _, _, returned) = intervals(rights, of, n_resamples, seed), of(means)[0]
-        numbers = dict(zip(RUNS, map(float, means[0]), strict=True))
-        taking = {"taken": float(taken), "taken_low": float(low[0]), "taken_high": float(high[0])}
-        told = {"n": len(rights), **numbers, **taking}
-        if not low[0] > tolerance:
-            return {**told, "returned": np.nan, "low": np.nan, "high": np.nan, "verdict": "no dominance"}
-        its = {"returned": float(returned), "low": float(low[3]), "high": float(high[3])}
-        if low[3] >= level and low[1] <= tolerance:
-            return {**told, **its, "verdict": "suppression"}
-        if high[3] < level and low[2] <= tolerance:
-            return {**told, **its, "verdict": "erasure"}
-        return {**told, **its, "verdict": "in part"}
+        (low, high), (taken, back, *_) = intervals(rights, of, n_resamples, seed), of(means)[0]
+        text = ends.pivot(index="clip", columns="run", values="log_p_text")
+        found = {
+            "n": len(rights),
+            **dict(zip(RUNS, map(float, means[0]), strict=True)),
+            "taken": float(taken),
+            "taken_low": float(low[0]),
+            "taken_high": float(high[0]),
+            "back": float(back),
+            "back_low": float(low[1]),
+            "back_high": float(high[1]),
+            "returned": float(back / taken) if taken > tolerance else float("nan"),
+            "bite": float((text["cut"] - text["conflict"]).abs().mean()),
+        }
+        return {**found, "verdict": judged(len(rights), float(taken), low, high, tolerance)}
 
     def plot(self, probes: "dict[str, Probe] | None" = None) -> "Figure":
         """By layer, how often each place says the audio's label and the text's, in each of the runs. `probes` of the
@@ -132,11 +144,25 @@ class Suppression(Table):
     def __repr__(self) -> str:
         its = self.verdict(n_resamples=1000)
         shares = ", ".join(f"{run} {its[run]:.3f}" for run in RUNS)
-        back = f"; returned {its['returned']:.3f} (95 % {its['low']:.3f} to {its['high']:.3f})"
         return (
             f"Suppression({self.frame.model.iloc[0]}, {its['n']} clips: {its['verdict']})\n"
-            f"the audio's answer at the end: {shares}{back if its['verdict'] != 'no dominance' else ''}"
+            f"the audio's answer at the end: {shares}; back {its['back']:.3f} (95 % {its['back_low']:.3f} to "
+            f"{its['back_high']:.3f}) of {its['taken']:.3f} taken; the cut changes the text's log-probability by "
+            f"{its['bite']:.2g}"
         )
+
+
+def judged(n: int, taken: float, low: Float[np.ndarray, " 5"], high: Float[np.ndarray, " 5"], tolerance: float) -> str:
+    """By intervals of: taken, back, audio_only - cut, back - level * taken, and that of the text hidden from all."""
+    if n < MIN_CLIPS:
+        return "undecided"
+    if not low[0] > tolerance:
+        return "no dominance" if taken <= tolerance else "undecided"
+    if low[3] >= 0:
+        return "suppression" if low[2] <= tolerance else "in part"
+    if high[3] < 0 and low[1] <= tolerance:
+        return "erasure" if low[4] >= 0 else "in part"
+    return "in part"
 
 
 @typed
@@ -158,18 +184,22 @@ def suppression(
     """Read what every layer says of clips with which a text disagrees, with and without the text in sight.
 
     `samples` are plain clips, of which `make_conflict` makes the conflicts with `framing`, `order` and `seed`. In the
-    run `cut`, the last position cannot look at the text in any of `layers`, by default all. At `object`, the labels'
-    log-probabilities are averaged over the options' tokens. Raises as `make_conflict` and `causal_trace` do.
+    run `cut`, the last position cannot look at the text in any of `layers`, by default all, in `hidden` no position of
+    another region can. At `object`, the labels' log-probabilities are averaged over the options' tokens. Raises as
+    `make_conflict` and `causal_trace` do.
     """
     how: dict = {"framing": framing, "order": order, "seed": seed}
     alone, items = (make_conflict(samples, attribute, conditions=[its], **how) for its in ("audio_only", "conflict"))
     question = Question.about(model, items, attribute, form, label_space)
     cut_layers = tuple(range(model.decoder_cfg.n_layers)) if layers is None else tuple(layers)
-    hidden = Knockout(cut_layers, (-1,), text_region(question, items))
+    text = text_region(question, items)
+    others = sorted({position.region for position in prompt_of_run(question, items[0]).positions} - {text})
+    cut = Knockout(cut_layers, (-1,), text)
     runs: dict[Kind, tuple[list[ConflictItem], list[Knockout]]] = {
         "audio_only": (alone, []),
         "conflict": (items, []),
-        "cut": (items, [hidden]),
+        "cut": (items, [cut]),
+        "hidden": (items, [Knockout(cut_layers, region, text) for region in others]),
     }
     where = ["object" if place == "object" else (-1,) for place in places]
     frames = []
@@ -181,13 +211,18 @@ def suppression(
             for item, one, words in zip(items, asked, read, strict=True):
                 about = {"run": run, **question.columns(item)}
                 frames += [frame.assign(**about) for frame in rows(question, item, one, words, places)]
-    return Suppression.concat([frame.assign(cut_layers=told([hidden])) for frame in frames])
+    return Suppression.concat([frame.assign(cut_layers=told([cut])) for frame in frames])
+
+
+def prompt_of_run(question: Question, item: ConflictItem) -> Prompt:
+    prompt = question.run(item).prompt
+    assert prompt is not None
+    return prompt
 
 
 def text_region(question: Question, items: Sequence[ConflictItem]) -> str:
     """Where the text stands in the prompt: a transcript has its own place in models that read one."""
-    prompt = question.run(items[0]).prompt
-    assert prompt is not None
+    prompt = prompt_of_run(question, items[0])
     stated = [position.region for position in prompt.positions if position.region in ("statement", "transcript")]
     if not stated:
         raise DataError("The prompt holds no text that could be out of sight.")
