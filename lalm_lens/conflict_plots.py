@@ -117,7 +117,7 @@ def suppression(curves: pd.DataFrame, probes: Mapping[str, pd.DataFrame], about:
             its = layers[layers.place == place]
             by_layer(panels[-1], its.layer, its.accuracy, its.low, its.high, side)
             panels[-1].plot(its.layer, its.control, color=SIDES[side][0], ls=":", lw=1)
-            panels[-1].set_title("linear probes, where the text disagrees\n(dotted: shuffled labels)", fontsize=9)
+            panels[-1].set_title("linear probes, any label stated\n(dotted: shuffled labels)", fontsize=9)
         where = {"last": "last position", "object": "options"}[place]
         panels[0].set_ylabel(f"{where}:\nshare of clips (band: 95 % bootstrap)", fontsize=9)
         panels[0].set_ylim(-0.03, 1.03)

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.functional import pad
 
 from lalm_lens.audio import Waveform
@@ -93,7 +95,7 @@ class OtherClip:
         return min(different, key=lambda other: number(self.seed, sample.name, other.name))
 
 
-def fitted(waveform: Waveform, n_samples: int) -> Waveform:
+def fitted(waveform: Waveform, n_samples: int) -> Float[Tensor, " heard"]:
     """Cut, or followed by zeros."""
     heard = waveform[:n_samples]
     return pad(heard, (0, n_samples - len(heard)))

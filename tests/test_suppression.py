@@ -160,19 +160,18 @@ def command(monkeypatch, *args: object) -> int:
 def test_the_command_writes_what_it_finds_and_says_what_it_leaves_out(monkeypatch, folders, tmp_path, capsys):
     gender = folders["gender"]
     options = ("--attribute", "gender", "--n-pathways", 2, "--windows", 1, "--framing", "statement", "--out", tmp_path)
-    assert command(monkeypatch, TINY_LALM, gender, *options) == 0
+    assert command(monkeypatch, TINY_LALM, gender, *options) == 1
+    assert "Left out: pathways of gender: No answer is kept that comes from the text" in capsys.readouterr().out
     page = (tmp_path / "conflict.md").read_text(encoding="utf-8")
     names = {path.name for path in (tmp_path / "gender").glob("*.png")}
     assert names == {
         *(f"{name}.png" for name in ("dominance", "convergence", "back_patch")),
-        *(f"pathways_{view}.png" for view in ("map", "nodes", "overlap")),
         *(f"suppression_{order}.png" for order in ("audio_first", "text_first")),
     }
     assert all(f"(gender/{name})" in page for name in names)
     assert BackPatchChoice.load(tmp_path / "gender" / "back_patch.json").place == "audio"
     tables = {path.stem for path in (tmp_path / "gender" / "tables").glob("*.csv")}
-    assert {"dominance", "accuracies", "sensitivity", "convergence", "overlap", "suppression", "back_patch"} <= tables
-    capsys.readouterr()
+    assert {"dominance", "accuracies", "sensitivity", "convergence", "suppression", "back_patch"} <= tables
     one = tmp_path / "one"
     assert command(monkeypatch, TINY_LALM, gender, *options[:2], "--only", "suppression", "--out", one) == 0
     assert not (one / "gender" / "dominance.png").exists()
@@ -181,7 +180,10 @@ def test_the_command_writes_what_it_finds_and_says_what_it_leaves_out(monkeypatc
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--only", "dominance,mood"], "--only is 'mood'. Choose some of dominance, pathways, suppression, repair"),
+        (
+            ["--only", "dominance,mood"],
+            "--only is 'mood'. Choose some of dominance, convergence, pathways, suppression, repair",
+        ),
         (["--framing", "hear this"], "There is no framing 'hear this'"),
     ],
 )

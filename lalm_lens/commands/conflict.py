@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from lalm_lens.conflict import ConflictItem
     from lalm_lens.datasets import Sample
     from lalm_lens.model import HookedLALM
 
@@ -79,28 +80,33 @@ def dominance(asked: Asked) -> Shown:
     return tables, {"dominance": found.plot()}
 
 
-def paths(asked: Asked) -> Shown:
-    """Finding 2: pathways of text and audio are distinct, and converge in late layers."""
-    from lalm_lens.datasets import split
+def meeting(asked: Asked) -> Shown:
+    """Finding 2: what is read and what is heard converge in late layers."""
     from lalm_lens.experiments.convergence import convergence
-    from lalm_lens.experiments.pathways import pathways
 
     met = convergence(asked.model, asked.samples, framing=asked.framings[0], **asked.how)
     met.save(asked.out / "convergence.parquet")
+    return {"convergence": met.layers()}, {"convergence": met.plot()}
+
+
+def paths(asked: Asked) -> Shown:
+    """Finding 2: pathways of text and audio are distinct before."""
+    from lalm_lens.datasets import split
+    from lalm_lens.experiments.pathways import pathways
+
     is_all = len(asked.samples) <= asked.n_pathways
     few = asked.samples if is_all else split(asked.samples, asked.n_pathways, asked.seed)[0]
-    found = pathways(asked.model, few, within="conflict", framing=asked.framings[0], **asked.how)
-    found.save(asked.out / "pathways.parquet")
-    tables = {"convergence": met.layers(), "overlap": found.overlap(), "agreement": found.agreement()}
-    pictures = {view: found.plot(view) for view in ("map", "nodes", "overlap")}
-    return tables, {"convergence": met.plot(), **{f"pathways_{name}": its for name, its in pictures.items()}}
+    every = pathways(asked.model, few, framing=asked.framings[0], **asked.how)
+    every.save(asked.out / "pathways.parquet")
+    found = every.kept  # tasks whose answer is that of their modality: else there is no pathway of it
+    tables = {"counts": every.counts(), "overlap": found.overlap(), "agreement": found.agreement()}
+    return tables, {f"pathways_{view}": found.plot(view) for view in ("map", "nodes", "overlap")}
 
 
 def suppressed(asked: Asked) -> Shown:
     """Finding 3: the text suppresses the audio, and does not erase it."""
     import pandas as pd
 
-    from lalm_lens.conflict import make_conflict
     from lalm_lens.experiments.probe import probe
     from lalm_lens.experiments.suppression import suppression
 
@@ -109,17 +115,32 @@ def suppressed(asked: Asked) -> Shown:
         how: dict = {"framing": asked.framings[0], "order": order, **asked.how}
         found = suppression(asked.model, asked.samples, token_budget=asked.token_budget, **how)
         found.save(asked.out / f"suppression_{order}.parquet")
-        items = make_conflict(asked.samples, conditions=["conflict"], **how)
-        stated = {"audio": [str(its.audio_label) for its in items], "text": [str(its.text_label) for its in items]}
+        items = stated_by_chance(asked, how)
+        targets = {"audio": [str(its.audio_label) for its in items], "text": [str(its.text_label) for its in items]}
         reads = {}
-        for side, targets in stated.items():
-            rarest = min(targets.count(label) for label in targets)
+        for side, labels in targets.items():
+            rarest = min(labels.count(label) for label in labels)
             places: dict = {"stacks": ["decoder"], "places": ["last", "object"], "n_folds": max(2, min(5, rarest))}
-            reads[side] = probe(asked.model, items, targets=targets, **places, **asked.how)
+            reads[side] = probe(asked.model, items, targets=labels, **places, **asked.how)
             reads[side].save(asked.out / f"probe_{order}_{side}.parquet")
         verdicts.append({"order": order, **found.verdict(seed=asked.seed)})
         pictures[f"suppression_{order}"] = found.plot(reads)
     return {"suppression": pd.DataFrame(verdicts)}, pictures
+
+
+def stated_by_chance(asked: Asked, how: dict) -> "list[ConflictItem]":
+    """Each clip with a text that states any of the labels, its own among them: where only others are stated, who reads
+    the text knows something of the audio."""
+    import numpy as np
+
+    from lalm_lens.conflict import make_conflict
+
+    rng = np.random.default_rng(asked.seed)
+    drawn = rng.permutation(np.resize(asked.attribute.labels, len(asked.samples))).tolist()
+    stated = {sample.name: label for sample, label in zip(asked.samples, drawn, strict=True)}
+    true, false = ([its for its in asked.samples if (stated[its.name] == its.label) == same] for same in (True, False))
+    items = make_conflict(true, conditions=["aligned"], **how) if true else []
+    return items + (make_conflict(false, conditions=["conflict"], states=stated, **how) if false else [])
 
 
 def repair(asked: Asked) -> Shown:
@@ -137,6 +158,7 @@ def repair(asked: Asked) -> Shown:
 
 STEPS: dict[str, Callable[[Asked], Shown]] = {
     "dominance": dominance,
+    "convergence": meeting,
     "pathways": paths,
     "suppression": suppressed,
     "repair": repair,

@@ -240,6 +240,12 @@ class Probing:
         return make_pipeline(StandardScaler(), LogisticRegression(C=self.C, max_iter=self.max_iter))
 
 
+def of_one_clip(samples: Sequence[Sample]) -> tuple[str, ...] | None:
+    """The clips that items of a conflict were made of, where several are of one: they are never told apart."""
+    clips = tuple(str(sample.columns.get("clip", sample.name)) for sample in samples)
+    return clips if len(set(clips)) < len(clips) else None
+
+
 def labels_by(groups: Sequence[str], labels: np.ndarray) -> Mapping[str, Counter]:
     found: dict[str, Counter] = defaultdict(Counter)
     for group, label in zip(groups, labels, strict=True):
@@ -282,7 +288,7 @@ def probe(
     positions); in the encoder over the states that belong to the clip, and behind the adapter over what it makes. One
     forward per clip. They are scaled to variance 1 and fitted with `StandardScaler` and `LogisticRegression(C)` of
     scikit-learn, in `n_folds` that keep the proportions of the classes and, with `groups`, no group apart. `n_controls`
-    draws of shuffled labels are the control.
+    draws of shuffled labels are the control. Items made of one clip are a group, unless `groups` says otherwise.
 
     Raises `DataError` for one class alone, for a class of fewer clips (or groups) than folds, for targets or groups
     that are not as many as clips; `InputError` for states that are not finite; and what `causal_trace` raises.
@@ -291,7 +297,7 @@ def probe(
     if targets is not None and len(targets) != len(samples):
         raise DataError(f"{len(samples)} clips need as many targets; got {len(targets)}.")
     labels = [sample.label for sample in samples] if targets is None else list(targets)
-    groups = None if groups is None else tuple(groups)
+    groups = of_one_clip(samples) if groups is None else tuple(groups)
     probing = Probing(groups, n_folds, float(C), max_iter, n_controls, seed)
     probing.check(labels)
     if not stacks or ("decoder" in stacks and not places):
