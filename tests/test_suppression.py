@@ -182,7 +182,7 @@ def test_the_command_writes_what_it_finds_and_says_what_it_leaves_out(monkeypatc
     [
         (
             ["--only", "dominance,mood"],
-            "--only is 'mood'. Choose some of dominance, convergence, pathways, suppression, repair",
+            "--only is 'mood'. Choose some of dominance, convergence, pathways",
         ),
         (["--framing", "hear this"], "There is no framing 'hear this'"),
     ],
