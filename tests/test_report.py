@@ -287,11 +287,19 @@ def test_clips_are_taken_from_every_study_kept_ones_first(folder, tmp_path):
     CausalTrace(frame).save(tmp_path / "a.parquet")
     CausalTrace(frame.assign(metric="log_probability")).save(tmp_path / "b.parquet")
     CausalTrace(frame).save(tmp_path / "again.parquet")
-    cards = Page(write_report(tmp_path, n_samples=2)).data["cards"]
+    embed = frame.recovery.where(frame.site != "embed", 0.25)  # another site's table may hold the same state again
+    CausalTrace(frame.assign(site=frame.site.replace("resid_post", "resid_mid"), recovery=embed, status="no_gap")).save(
+        tmp_path / "site.parquet"
+    )
+    cards = Page(write_report(tmp_path, n_samples=3)).data["cards"]
     assert [(its["metric"], its["sample"]) for its in cards] == [
         ("probability", names[1]),
         ("log probability", names[1]),
+        ("probability", frame["sample"].iloc[0]),
     ]
+    assert cards[2]["status"] == "no gap"
+    assert card_map(cards[2], "token")["recovery"][0][0] == 0.25
+    assert card_map(cards[0], "token")["recovery"][0][0] == 0
 
 
 def test_what_cannot_be_shown_is_refused(folder, clips, tmp_path, monkeypatch):

@@ -15,9 +15,8 @@ def overview(study: Study) -> dict[str, str | float | int]:
     """What a row of the overview says of a traced study."""
     row = study.rows.iloc[0]
     how = {name: str(row[name]).replace("_", " ") for name in ("form", "direction")}
-    site = next((name for name in study.rows.site.unique() if name != "embed"), "embed")
     heard = str(row.corruption).partition(" ")[0].replace("_", " ")
-    about = {"model": study.model, "attribute": study.attribute, **how, "site": site, "corrupted hears": heard}
+    about = {"model": study.model, "attribute": study.attribute, **how, "site": row.of_site, "corrupted hears": heard}
     return about | summarise(study.rows)
 
 
@@ -38,7 +37,7 @@ def trace_curves(study: Study) -> dict | None:
         return None
     of_metric = str(rows.metric.iloc[0]).replace("_", " ")
     return {
-        "title": f"{study.model}: {study.attribute}, {study.form}",
+        "title": f"{study.model}: {study.attribute}, {study.form}, {rows.of_site.iloc[0]}",
         "n": int(rows["sample"].nunique()),
         "y": f"recovery rate of {of_metric}",
         "noise": rounded(rows.noise.max()),

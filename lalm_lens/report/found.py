@@ -47,11 +47,10 @@ class Found:
     def studies(self) -> Iterator[Study]:
         """Traces that differ in a setting apart, then what was only read by a lens."""
         kinds = corruption_kinds(self.trace) if len(self.trace) else None
-        for _, rows in self.trace.groupby([*OF_STUDY, kinds], sort=False, dropna=False) if len(self.trace) else ():
-            sites = [site for site in rows.site.unique() if site != "embed"] or ["embed"]
-            for site in sites:
-                first = rows.iloc[0]
-                yield Study(first.model, first.attribute, first.form, rows[rows.site.isin([site, "embed"])])
+        by = [*OF_STUDY, "of_site", kinds]
+        for _, rows in self.trace.groupby(by, sort=False, dropna=False) if len(self.trace) else ():
+            first = rows.iloc[0]
+            yield Study(first.model, first.attribute, first.form, rows)
         traced = set(self.trace[ASKED].itertuples(index=False, name=None))
         for model, attribute, form in self.lens[ASKED].drop_duplicates().itertuples(index=False, name=None):
             if (model, attribute, form) not in traced:
@@ -73,8 +72,9 @@ def find(folder: Path) -> Found:
     if not paths:
         names = ", ".join(table.NAME for table in KNOWN)
         raise DataError(f"{folder} holds no table that can be shown ({names}): save one as Parquet, or run a trace.")
+    frames[CausalTrace] = [with_site(frame) for frame in frames[CausalTrace]]
     trace, scores, lens = (joined(table, its) for table, its in frames.items())
-    if len(twice := trace[trace.duplicated(ONE_RUN)]):
+    if len(twice := trace[trace.duplicated([*ONE_RUN, "of_site"])]):
         raise DataError(
             f"Tables in {folder} disagree on {len(twice)} patched runs, as of {twice['sample'].iloc[0]}. Report on "
             "each in a folder of its own."
@@ -89,6 +89,15 @@ def columns(path: Path) -> set[str]:
         raise DataError(f"{path} is not a Parquet file ({error}).") from None
 
 
+def with_site(trace: pd.DataFrame) -> pd.DataFrame:
+    """With the site whose map a row belongs to, `of_site`: the embedding's rows to that of the residual stream."""
+    others = trace.site[trace.site != "embed"]
+    streams = [*others[others.str.startswith("resid")], "embed"]
+    return trace.assign(of_site=trace.site.replace("embed", streams[0]))
+
+
 def joined(table: type[Table], frames: list[pd.DataFrame]) -> pd.DataFrame:
     """In one frame, rows that two files have once."""
-    return table.concat(frames or [pd.DataFrame(columns=list(table.COLUMNS))]).frame.drop_duplicates(ignore_index=True)
+    if not frames:
+        return pd.DataFrame(columns=list(table.COLUMNS)).astype(table.COLUMNS)
+    return pd.concat(frames, ignore_index=True).drop_duplicates(ignore_index=True)
