@@ -235,7 +235,8 @@ def test_a_run_without_the_audio_is_told_apart(tmp_path):
     whole, deaf = right_from(8, 20), right_from(8, 5)
     scores(DESTA2, {"gender": whole}).save(tmp_path / "whole.parquet")
     scores(DESTA2, {"gender": deaf}, knockout=told.format("audio", 31)).save(tmp_path / "deaf.parquet")
-    assert row(reproduce([tmp_path], n_resamples=10), "drop_without_audio", "gender").measured == pytest.approx(0.75)
+    for quantity in ("drop_without_audio", "accuracy_without_audio"):
+        assert row(reproduce([tmp_path], n_resamples=10), quantity, "gender").measured == pytest.approx(0.75)
     scores(DESTA2, {"gender": deaf}, knockout=told.format("audio", 15)).save(tmp_path / "deaf.parquet")
     assert row(reproduce([tmp_path], n_resamples=10), "drop_without_audio", "gender").verdict == "not measured"
 

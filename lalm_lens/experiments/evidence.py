@@ -184,6 +184,8 @@ def factors_of(measured: Measured, attribute: str, label_space: bool) -> np.ndar
 
 
 def knockout_of(measured: Measured, attribute: str, label_space: bool) -> np.ndarray:
+    if AttentionKnockout not in measured.frames:  # the last layer's scores of the same runs are these answers
+        return masked_of(measured, attribute, label_space)[..., -1]
     rows = measured.rows(AttentionKnockout, attribute=attribute, label_space=label_space, form="P3", predict="labels")
     whole = rows[(rows.kind == "all") & (rows["heads"] == "all")]
     for edge in ("audio_side -> last", "audio -> last"):
