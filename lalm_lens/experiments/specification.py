@@ -1,8 +1,8 @@
 """The specification curve: do published claims survive the choices that the papers leave open?
 
 Every combination of choices is a specification; in each, every claim of `lalm_lens.experiments.claims` that traces and
-scores of one model and one attribute can decide is measured (after Simonsohn, Simmons and Nelson 2020, doi 10.1038/s41562-020-0912-z).
-Choices that only read what was run, as the metric, do not run the model again.
+scores of one model and one attribute can decide is measured (after Simonsohn, Simmons and Nelson 2020,
+doi 10.1038/s41562-020-0912-z). Choices that only read what was run, as the metric, do not run the model again.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
