@@ -20,7 +20,7 @@ import pytest
 import soundfile
 import torch
 
-from lalm_lens import cli
+from lalm_lens import cli, runner
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.corrupt import OtherClip, Silence
@@ -213,9 +213,22 @@ def command(study: Path, out: Path, log: Path) -> None:
         cli.main()
 
 
+def slow_command(study: Path, out: Path, log: Path) -> None:
+    """A second's rest behind each unit, in which an interrupt comes."""
+    finish = runner.finish
+
+    def slowly(*args):
+        outcome = finish(*args)
+        time.sleep(1)
+        return outcome
+
+    runner.finish = slowly
+    command(study, out, log)
+
+
 def test_the_command_goes_on_where_it_was_interrupted(study, plan, undisturbed, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
-    child = FORK.Process(target=command, args=(study, out, log))
+    child = FORK.Process(target=slow_command, args=(study, out, log))
     child.start()
     while child.is_alive() and len(unfinished(plan.units, out)) == len(plan.units):
         time.sleep(0.005)
