@@ -32,6 +32,7 @@ from lalm_lens.interventions import Knockout, Patch, Scale
 from lalm_lens.loading import from_hf, from_pretrained, our_conversions, skeleton
 from lalm_lens.model import HookedLALM
 from lalm_lens.nn.kv_cache import KeyValueCache
+from lalm_lens.pieces import Turn
 from lalm_lens.prompts import CutClip, qwen_processor
 from lalm_lens.prompts.qwen import MARKS, QwenConverter
 from lalm_lens.readouts import Logits
@@ -573,7 +574,7 @@ def test_another_vocabulary_is_refused_and_none_is_no_processor(folder, tmp_path
 def test_real_prompts_have_the_tokens_of_the_original():
     cfg, hf = our_conversions()["qwen"].config(REAL), qwen_processor(REAL_WORDS)
     tokens_are_those_of_tiktoken(REAL_WORDS, hf.tokenizer)
-    written = our_conversions()["qwen"].template.write(hf, [], GENDER.prefix)
+    written = our_conversions()["qwen"].template.write(hf, Turn(), GENDER.prefix)
     template = our_conversions()["qwen"].template
     template.check(hf, cfg.audio_token, 750)
     assert len(hf.tokenizer) == 155165
