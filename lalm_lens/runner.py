@@ -5,11 +5,8 @@ whoever computes them. What ends a process early leaves no file; the next run be
 """
 
 import json
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,8 +77,7 @@ def table_of(unit: Unit, lens: HookedLALM) -> tuple[pd.DataFrame, dict[str, str]
     Where the experiment refuses its clips, each is tried alone, and what can be done is done together. Raises what the
     experiment raises if that is none, or if its clips need each other.
     """
-    with uninterrupted():
-        samples, arguments = unit.read(), unit.arguments()
+    samples, arguments = unit.read(), unit.arguments()
 
     def run(some: Sequence[Sample]) -> pd.DataFrame:
         return unit.experiment.run(lens, some, **arguments).to_frame()
@@ -101,22 +97,6 @@ def table_of(unit: Unit, lens: HookedLALM) -> tuple[pd.DataFrame, dict[str, str]
         if not refused or not kept:
             raise
         return run(kept), refused
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the end: in the callbacks by which libsndfile reads it is lost, and some sound with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
 
 
 def unfinished(units: Sequence[Unit], out: Path) -> list[Unit]:

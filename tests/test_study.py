@@ -29,7 +29,7 @@ from lalm_lens.discovery import Experiment, experiment_named, experiments, value
 from lalm_lens.errors import DataError, InputError, LensError, PromptError
 from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.results import CausalTrace
-from lalm_lens.runner import Models, run_local, table_of, unfinished, uninterrupted, write_list
+from lalm_lens.runner import Models, run_local, table_of, unfinished, write_list
 from lalm_lens.study import Planned, Study, planned
 from lalm_lens.study_results import compare_models, load_results
 from lalm_lens.units import Opened, Unit, claimed, fingerprint
@@ -244,19 +244,6 @@ def test_the_command_goes_on_where_it_was_interrupted(study, plan, undisturbed, 
     assert child.exitcode == 0
     assert f"{len(plan.units) - left} of them finished" in log.read_text()
     assert_same(out, undisturbed)
-
-
-def test_an_interrupt_waits_until_clips_are_read():
-    steps = []
-
-    def read() -> None:
-        with uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            steps.append("read to the end")
-
-    with pytest.raises(KeyboardInterrupt):
-        read()
-    assert steps == ["read to the end"]
 
 
 def test_rows_are_those_of_the_function_on_the_same_clips(plan, undisturbed, study, tiny_lalm):
