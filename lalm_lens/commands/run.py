@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lalm_lens.commands.base import Device, app, conversion_named
+from lalm_lens.commands.base import app
+from lalm_lens.commands.opening import conversion_named
+from lalm_lens.commands.options import Device
 
 if TYPE_CHECKING:
     from lalm_lens.runner import Outcome
