@@ -287,8 +287,8 @@ def probe(
     In the decoder, states are the mean over each of the `places` (as in `attention_knockout`: "last", "audio",
     positions); in an encoder over the states that belong to the clip, or to the pictures, and behind an adapter over
     what it makes. One forward per clip. They are scaled to variance 1 and fitted with `StandardScaler` and
-    `LogisticRegression(C)` of scikit-learn, in `n_folds` that keep the proportions of the classes and, with `groups`, no
-    group apart. `n_controls` draws of shuffled labels are the control. Items made of one clip are a group, unless
+    `LogisticRegression(C)` of scikit-learn, in `n_folds` that keep the proportions of the classes and, with `groups`,
+    no group apart. `n_controls` draws of shuffled labels are the control. Items made of one clip are a group, unless
     `groups` says otherwise.
 
     Raises `DataError` for one class alone, for a class of fewer clips (or groups) than folds, for targets or groups
