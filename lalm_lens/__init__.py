@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.text_dominance import TextDominance, compare_dominance, text_dominance
     from lalm_lens.experiments.token_shift import TokenShift, token_shift
     from lalm_lens.generation import Sampling
-    from lalm_lens.inputs import Embedded, Inputs
+    from lalm_lens.inputs import Embedded, HeardVideo, Images, Inputs, Videos
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale, ScaleAttention
     from lalm_lens.loading import from_hf, from_pretrained
     from lalm_lens.model import HookedLALM
@@ -107,8 +107,10 @@ _HOME = {
     "ExactWord": "experiments.concepts",
     "FirstToken": "experiments.concepts",
     "Framing": "conflict",
+    "HeardVideo": "inputs",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
+    "Images": "inputs",
     "InformationScore": "experiments.information_score",
     "Inputs": "inputs",
     "Knockout": "interventions",
@@ -148,6 +150,7 @@ _HOME = {
     "Swapped": "counterfactual",
     "TextDominance": "experiments.text_dominance",
     "TokenShift": "experiments.token_shift",
+    "Videos": "inputs",
     "WhiteNoise": "corrupt",
     "ablate": "experiments.ablate",
     "attention_knockout": "experiments.attention_knockout",
@@ -236,8 +239,10 @@ __all__ = [
     "ExactWord",
     "FirstToken",
     "Framing",
+    "HeardVideo",
     "HookedLALM",
     "HookedTransformer",
+    "Images",
     "InformationScore",
     "Inputs",
     "Knockout",
@@ -277,6 +282,7 @@ __all__ = [
     "Swapped",
     "TextDominance",
     "TokenShift",
+    "Videos",
     "WhiteNoise",
     "ablate",
     "attention_knockout",
