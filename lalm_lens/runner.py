@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
 from pyarrow.parquet import read_metadata
 
@@ -22,6 +21,7 @@ from lalm_lens.errors import LensError, reason
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
 from lalm_lens.study import Planned
+from lalm_lens.tables import Table
 from lalm_lens.units import ABOUT, Opened, Unit, claimed, writable
 
 ENDING = ".study.json"  # of the file that says which units a study has
@@ -66,16 +66,16 @@ def finish(unit: Unit, out: Path, models: Models) -> Outcome | None:
             return Outcome(unit, was_there=True)
         lens, start = models.of(unit.model), time.perf_counter()
         try:
-            frame, excluded = table_of(unit, lens)
+            table, excluded = table_of(unit, lens)
         except LensError as error:
             return Outcome(unit, time.perf_counter() - start, failure=str(error))
         wall_s = time.perf_counter() - start
-        unit.write(frame, out, excluded, wall_s, str(lens.device))
+        unit.write(table, out, excluded, wall_s, str(lens.device))
         return Outcome(unit, wall_s, excluded)
 
 
-def table_of(unit: Unit, lens: HookedLALM) -> tuple[pd.DataFrame, dict[str, str]]:
-    """The rows of a unit, and which clips were left out of it, and why.
+def table_of(unit: Unit, lens: HookedLALM) -> tuple[Table, dict[str, str]]:
+    """The table of a unit, and which clips were left out of it, and why.
 
     Where the experiment refuses its clips, each is tried alone, and what can be done is done together. Raises what the
     experiment raises if that is none, or if its clips need each other.
@@ -83,8 +83,8 @@ def table_of(unit: Unit, lens: HookedLALM) -> tuple[pd.DataFrame, dict[str, str]
     with uninterrupted():
         samples, arguments = unit.read(), unit.arguments()
 
-    def run(some: Sequence[Sample]) -> pd.DataFrame:
-        return unit.experiment.run(lens, some, **arguments).to_frame()
+    def run(some: Sequence[Sample]) -> Table:
+        return unit.experiment.run(lens, some, **arguments)
 
     try:
         return run(samples), {}
@@ -149,7 +149,7 @@ def measured(unit: Unit, alike: Sequence[Unit], out: Path, models: Models) -> fl
         return sum(its["wall_s"] for its in told) / sum(len(its["clips"]) for its in told)
     if not unit.experiment.table.BY_CLIP:
         return None
-    lens, samples, arguments = models.of(unit.model), unit.read()[:1], unit.arguments()
+    lens, samples, arguments = models.of(unit.model), unit.read(1), unit.arguments()
     unit.experiment.run(lens, samples, **arguments)
     start = time.perf_counter()
     unit.experiment.run(lens, samples, **arguments)

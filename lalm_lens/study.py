@@ -14,6 +14,7 @@ import torch
 
 from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
 from lalm_lens.audio import check_audible
+from lalm_lens.conflict import Conflict
 from lalm_lens.corrupt import OtherClip
 from lalm_lens.datasets import Clip, Sample, cleaned, list_folder, list_hub, sakura, split
 from lalm_lens.discovery import Experiment, experiment_named, made, refuse_unknown, value_of
@@ -82,7 +83,7 @@ class DatasetTable:
 @dataclass(frozen=True)
 class Chosen:
     """[[experiment]]: which, with which settings, in which prompts, with which models and about which attributes (all,
-    if there are none), and how many clips a unit."""
+    if there are none), how many clips a unit, and of which texts that agree or disagree with them."""
 
     experiment: Experiment
     given: Mapping[str, Any]
@@ -90,6 +91,7 @@ class Chosen:
     models: tuple[str, ...]  # paths, as they are written
     attributes: tuple[str, ...]
     shard: int | None  # None: all clips of a dataset
+    conflict: Conflict | None = None
 
     def is_about(self, model: str, attribute: str) -> bool:
         return model in (self.models or (model,)) and attribute in (self.attributes or (attribute,))
@@ -115,8 +117,21 @@ class Chosen:
                 if experiment.table.BY_CLIP
                 else f"What {experiment.name} says of a clip depends on the others: leave out shard."
             )
-        experiment.settings(given)
-        return cls(experiment, given, asked, models, attributes, shard)
+        conflict = conflict_of(given.pop("conflict", None))
+        settings = experiment.settings(given)
+        if conflict is not None and any(isinstance(value, OtherClip) for value in settings.values()):
+            raise InputError(
+                f"{experiment.name} of a conflict can be corrupted by silence or noise, not by other clips."
+            )
+        return cls(experiment, given, asked, models, attributes, shard, conflict)
+
+
+def conflict_of(given: Any) -> Conflict | None:
+    if not isinstance(given, dict | None):
+        raise InputError(
+            f'conflict is {given!r}; write what make_conflict takes, as conflict = {{ order = "text_first" }}.'
+        )
+    return None if given is None else made(Conflict, given, "conflict")
 
 
 def name_of(table: dict[str, Any]) -> str:
@@ -302,11 +317,13 @@ def units_of(chosen: Chosen, screened: Screened, opened: Opened, model: HookedLA
     about = (opened, model.cfg.model_name, weights, screened.dataset.called, screened.attribute)
     n_heard = model.processor.n_samples if screened.dataset.cut else None
     n = chosen.shard or len(screened.clips)
+    every = [its.clip for its in screened.clips]
+    conflict = None if chosen.conflict is None else chosen.conflict.among(every, screened.attribute)
     for form in chosen.prompts:
         for start in range(0, len(screened.clips), n):
             clips = screened.clips[start : start + n]
             others = others_of(clips, screened.clips, settings)
-            yield Unit(*about, form, chosen.experiment, settings, clips, others, n_heard)
+            yield Unit(*about, form, chosen.experiment, settings, clips, others, n_heard, conflict)
 
 
 def others_of(clips: Sequence[Listed], every: Sequence[Listed], settings: Mapping[str, Any]) -> tuple[Listed, ...]:

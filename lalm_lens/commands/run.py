@@ -133,14 +133,13 @@ def show_cost(missing: "Sequence[Unit]", out: Path, plan: "Planned", device: str
 
 
 def kind_of(unit: "Unit") -> tuple:
-    settings = tuple(f"{name}={value!r}" for name, value in sorted(unit.settings.items()))
-    return unit.model_name, unit.experiment.name, unit.form, unit.model.dtype, settings
+    return unit.model_name, unit.experiment.name, unit.form, unit.model.dtype, tuple(unit.told.items())
 
 
 def changed(unit: "Unit") -> list[str]:
     """The settings that are not those by default."""
-    default = unit.experiment.settings({})
-    return [f"{name}={value!r}" for name, value in unit.settings.items() if value != default[name]]
+    default = {name: repr(value) for name, value in unit.experiment.settings({}).items()}
+    return [f"{name}={value}" for name, value in unit.told.items() if value != default.get(name)]
 
 
 def by_kind(units: "Sequence[Unit]") -> "dict[tuple, list[Unit]]":
