@@ -17,7 +17,7 @@ import torch
 from pyarrow.parquet import read_metadata
 
 from lalm_lens.datasets import Sample
-from lalm_lens.errors import LensError, reason
+from lalm_lens.errors import ConversionError, LensError, reason
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
 from lalm_lens.study import Planned
@@ -46,15 +46,24 @@ class Models:
         self.device = device
         self.which: Opened | None = None
         self.lens: HookedLALM | None = None
+        self.failure = ""
 
     def of(self, which: Opened) -> HookedLALM:
-        if self.lens is None or self.which != which:
-            self.lens = None  # before the next comes into memory
-            dtype, device_map = getattr(torch, which.dtype), which.device_map
-            device = "cpu" if device_map is not None else self.device
-            self.lens = from_pretrained(which.path, dtype=dtype, device=device, device_map=device_map, **which.files)
-            self.which = which
+        """Raises `ConversionError` for one that cannot be opened, which is tried once."""
+        if self.which != which:
+            self.lens, self.which = None, which  # before the next comes into memory
+            try:
+                self.lens = self.opened(which)
+            except (LensError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                self.failure = f"{which.path} cannot be opened: {reason(error)}"
+        if self.lens is None:
+            raise ConversionError(self.failure)
         return self.lens
+
+    def opened(self, which: Opened) -> HookedLALM:
+        dtype, device_map = getattr(torch, which.dtype), which.device_map
+        device = "cpu" if device_map is not None else self.device
+        return from_pretrained(which.path, dtype=dtype, device=device, device_map=device_map, **which.files)
 
 
 def finish(unit: Unit, out: Path, models: Models) -> Outcome | None:
@@ -64,11 +73,11 @@ def finish(unit: Unit, out: Path, models: Models) -> Outcome | None:
             return None
         if unit.is_finished(out):
             return Outcome(unit, was_there=True)
-        lens, start = models.of(unit.model), time.perf_counter()
         try:
+            lens, start = models.of(unit.model), time.perf_counter()
             table, excluded = table_of(unit, lens)
         except LensError as error:
-            return Outcome(unit, time.perf_counter() - start, failure=str(error))
+            return Outcome(unit, failure=str(error))
         wall_s = time.perf_counter() - start
         unit.write(table, out, excluded, wall_s, str(lens.device))
         return Outcome(unit, wall_s, excluded)
@@ -124,13 +133,14 @@ def unfinished(units: Sequence[Unit], out: Path) -> list[Unit]:
 
 
 def write_list(plan: Planned, out: Path) -> Path:
-    """Say which units the study has, in their order, and which clips are left out of it."""
+    """Say which units the study has, in their order, and which clips and models are left out of it."""
     writable(out)
     path = out / f"{plan.study.path.stem}{ENDING}"
     told = {
         "study": plan.study.text,
         "units": [unit.path(out).name for unit in plan.units],
         "excluded": plan.excluded.to_dict("records"),
+        "failed": plan.failed,
     }
     new = path.with_name(f".{path.name}.{time.time_ns()}")
     try:

@@ -585,6 +585,33 @@ def test_models_are_compared_on_the_clips_that_both_have():
         compare_models(frame[frame.model == "a"], "score")
 
 
+def test_a_model_that_cannot_be_opened_stops_no_other(study, undisturbed, tmp_path, monkeypatch, capsys):
+    for name in ("torn", "bare"):
+        shutil.copytree(TINY_LALM, study.parent / name, dirs_exist_ok=True)
+    (study.parent / "bare" / "config.json").write_text('{"model_type": "unheard_of"}')
+    whole = bytearray((study.parent / "torn" / "model.safetensors").read_bytes())
+    (study.parent / "torn" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    models = "".join(f'[[model]]\npath = "{name}"\n\n' for name in ("torn", "gone", "bare"))
+    (study.parent / "models.toml").write_text(STUDY.replace("[[model]]", f"{models}[[model]]"))
+    monkeypatch.setattr(sys, "argv", ["lalm-lens", "run", str(study.parent / "models.toml"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "Left out, the model gone: There is no model at gone" in said
+    assert "Left out, the model bare: " in said
+    assert "Failed, 12 units" in said
+    assert "torn cannot be opened: " in said
+    assert "12 of 24 units are finished" in said
+    results = load_results(tmp_path)
+    assert list(results.failed) == ["gone", "bare"]
+    expected = load_results(undisturbed).table("causal_trace").frame
+    pd.testing.assert_frame_equal(results.table("causal_trace").frame, expected, check_exact=True)
+    (study.parent / "models.toml").write_text(STUDY.replace(str(TINY_LALM), "gone"))
+    with pytest.raises(InputError, match=r"No model of .* can be opened\. There is no model at gone"):
+        planned(Study.read(study.parent / "models.toml"))
+
+
 def test_a_model_is_opened_once(plan):
     models = Models()
     first = models.of(plan.units[0].model)
