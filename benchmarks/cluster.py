@@ -96,7 +96,7 @@ def compare(n_clips: int, rounds: int) -> str:
     return "\n".join(
         [
             f"{n_clips} clips in {len(plan.units)} units, one thread each; median of {rounds} rounds, in which all "
-            f"numbers are the same bit for bit. Load of the machine before: {load:.2f}. The aim is {AIM} times as fast by two.",
+            f"numbers are the same bit for bit. Load of the machine before: {load:.2f}. The aim is {AIM} times.",
             "",
             "| | seconds | from to | times as fast |",
             "|---|---:|---:|---:|",
