@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.audio_sensitivity import AudioSensitivity, audio_sensitivity
     from lalm_lens.experiments.audiolens import AudioLens, audiolens
     from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
+    from lalm_lens.experiments.caption_fidelity import CaptionFidelity, caption_fidelity
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.circuits import Circuits, circuits
     from lalm_lens.experiments.concepts import AnyOf, ExactWord, FirstToken
@@ -96,6 +97,7 @@ _HOME = {
     "BackPatch": "experiments.back_patch",
     "BackPatchChoice": "experiments.back_patch",
     "Branch": "engine.branches",
+    "CaptionFidelity": "experiments.caption_fidelity",
     "CausalTrace": "results",
     "Circuits": "experiments.circuits",
     "Clip": "datasets",
@@ -164,6 +166,7 @@ _HOME = {
     "audiolens": "experiments.audiolens",
     "back_patch": "experiments.back_patch",
     "balance": "datasets",
+    "caption_fidelity": "experiments.caption_fidelity",
     "causal_trace": "experiments.causal_trace",
     "circuits": "experiments.circuits",
     "compare_dominance": "experiments.text_dominance",
@@ -232,6 +235,7 @@ __all__ = [
     "BackPatch",
     "BackPatchChoice",
     "Branch",
+    "CaptionFidelity",
     "CausalTrace",
     "Circuits",
     "Clip",
@@ -299,6 +303,7 @@ __all__ = [
     "audiolens",
     "back_patch",
     "balance",
+    "caption_fidelity",
     "causal_trace",
     "circuits",
     "compare_dominance",
