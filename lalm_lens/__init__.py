@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lalm_lens import patching, transcripts
-    from lalm_lens.activations import save_activations
     from lalm_lens.alme import read_alme
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
-    from lalm_lens.conflict import ConflictItem, Framing, make_conflict
+    from lalm_lens.conflict import Conflict, ConflictItem, Framing, make_conflict
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
     from lalm_lens.counterfactual import Swapped, swap_audio
     from lalm_lens.datasets import (
@@ -34,11 +33,13 @@ if TYPE_CHECKING:
     from lalm_lens.engine.plan import Plan, run_branches
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.ablate import Ablation, ablate
+    from lalm_lens.experiments.activations import Activations, activations, save_activations
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
     from lalm_lens.experiments.audio_sensitivity import AudioSensitivity, audio_sensitivity
     from lalm_lens.experiments.audiolens import AudioLens, audiolens
     from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
+    from lalm_lens.experiments.caption_fidelity import CaptionFidelity, caption_fidelity
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.circuits import Circuits, circuits
     from lalm_lens.experiments.concepts import AnyOf, ExactWord, FirstToken
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.text_dominance import TextDominance, compare_dominance, text_dominance
     from lalm_lens.experiments.token_shift import TokenShift, token_shift
     from lalm_lens.generation import Sampling
-    from lalm_lens.inputs import Embedded, Inputs
+    from lalm_lens.inputs import Embedded, HeardVideo, Images, Inputs, Videos
     from lalm_lens.interventions import Add, Knockout, Patch, Recompute, Scale, ScaleAttention
     from lalm_lens.loading import from_hf, from_pretrained
     from lalm_lens.model import HookedLALM
@@ -84,8 +85,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ATTRIBUTES": "attributes",
-    "OWN": "runs",
     "Ablation": "experiments.ablate",
+    "Activations": "experiments.activations",
     "Add": "interventions",
     "AnyOf": "experiments.concepts",
     "AttentionKnockout": "experiments.attention_knockout",
@@ -96,9 +97,11 @@ _HOME = {
     "BackPatch": "experiments.back_patch",
     "BackPatchChoice": "experiments.back_patch",
     "Branch": "engine.branches",
+    "CaptionFidelity": "experiments.caption_fidelity",
     "CausalTrace": "results",
     "Circuits": "experiments.circuits",
     "Clip": "datasets",
+    "Conflict": "conflict",
     "ConflictItem": "conflict",
     "Convergence": "experiments.convergence",
     "Direction": "experiments.steer",
@@ -107,8 +110,10 @@ _HOME = {
     "ExactWord": "experiments.concepts",
     "FirstToken": "experiments.concepts",
     "Framing": "conflict",
+    "HeardVideo": "inputs",
     "HookedLALM": "model",
     "HookedTransformer": "transformer",
+    "Images": "inputs",
     "InformationScore": "experiments.information_score",
     "Inputs": "inputs",
     "Knockout": "interventions",
@@ -120,6 +125,7 @@ _HOME = {
     "Logits": "readouts",
     "NearestTokens": "experiments.nearest_tokens",
     "NeuronGain": "experiments.neurons",
+    "OWN": "runs",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
@@ -148,8 +154,10 @@ _HOME = {
     "Swapped": "counterfactual",
     "TextDominance": "experiments.text_dominance",
     "TokenShift": "experiments.token_shift",
+    "Videos": "inputs",
     "WhiteNoise": "corrupt",
     "ablate": "experiments.ablate",
+    "activations": "experiments.activations",
     "attention_knockout": "experiments.attention_knockout",
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
@@ -158,6 +166,7 @@ _HOME = {
     "audiolens": "experiments.audiolens",
     "back_patch": "experiments.back_patch",
     "balance": "datasets",
+    "caption_fidelity": "experiments.caption_fidelity",
     "causal_trace": "experiments.causal_trace",
     "circuits": "experiments.circuits",
     "compare_dominance": "experiments.text_dominance",
@@ -197,7 +206,7 @@ _HOME = {
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "sakura": "datasets",
-    "save_activations": "activations",
+    "save_activations": "experiments.activations",
     "scale_attention": "experiments.scale_attention",
     "silence": "corrupt",
     "specification_curve": "experiments.specification",
@@ -215,6 +224,7 @@ __all__ = [
     "ATTRIBUTES",
     "OWN",
     "Ablation",
+    "Activations",
     "Add",
     "AnyOf",
     "AttentionKnockout",
@@ -225,9 +235,11 @@ __all__ = [
     "BackPatch",
     "BackPatchChoice",
     "Branch",
+    "CaptionFidelity",
     "CausalTrace",
     "Circuits",
     "Clip",
+    "Conflict",
     "ConflictItem",
     "Convergence",
     "Direction",
@@ -236,8 +248,10 @@ __all__ = [
     "ExactWord",
     "FirstToken",
     "Framing",
+    "HeardVideo",
     "HookedLALM",
     "HookedTransformer",
+    "Images",
     "InformationScore",
     "Inputs",
     "Knockout",
@@ -277,8 +291,10 @@ __all__ = [
     "Swapped",
     "TextDominance",
     "TokenShift",
+    "Videos",
     "WhiteNoise",
     "ablate",
+    "activations",
     "attention_knockout",
     "attention_share",
     "audio_knockout",
@@ -287,6 +303,7 @@ __all__ = [
     "audiolens",
     "back_patch",
     "balance",
+    "caption_fidelity",
     "causal_trace",
     "circuits",
     "compare_dominance",

@@ -81,3 +81,48 @@ def understanding(curves: pd.DataFrame, totals: pd.DataFrame, frame: pd.DataFram
     about = f"{one.model}: {one.attribute}, {one.rule}, among the {one.top_k} largest tokens{norm}"
     figure.suptitle(fill(about, 100), fontsize=10)
     return figure
+
+
+SIDES = {"audio": ("what is heard", "#1f5fa8"), "video": ("what is seen", "#d1662a")}
+STYLES = ("-", "--", "-.", ":")  # of ways to choose layers
+
+
+def fidelity(effects: pd.DataFrame, frame: pd.DataFrame, what: str) -> Figure:
+    """How true texts are to what is heard and seen, before a change and after it: by layer, and beside the layers what
+    has none; a panel per change."""
+    edges = list(effects.edge.unique())
+    figure = Figure(figsize=(max(6.5, 3.3 * len(edges) + 2), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(edges), sharey=True, squeeze=False)[0]
+    for ax, edge in zip(axes, edges, strict=True):
+        rows = effects[effects.edge == edge]
+        for side, (label, colour) in SIDES.items():
+            changed(ax, rows[rows.side == side], label, colour)
+        ax.set_title(f"{edge} (n = {rows.n.max()})", fontsize=10)
+    axes[0].set_ylim(-0.03, 1.03)
+    axes[0].set_ylabel(f"{what}\n(bars, band: 95 % bootstrap of the change)")
+    handles = {label: its for ax in axes for its, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    about = f"{frame.model.iloc[0]}: {frame.attribute.iloc[0]}, {frame.form.iloc[0]}"
+    figure.suptitle(f"{about}, queries (right) that cannot look at keys (left)", fontsize=10)
+    return figure
+
+
+def changed(ax: Axes, rows: pd.DataFrame, label: str, colour: str) -> None:
+    """One side of a panel. What a change has no layer of its own for stands to the right."""
+    ax.axhline(rows.before.iloc[0], color=colour, lw=1, ls=":", label=f"{label}, before")
+    layered, whole = rows[rows.layer.notna()], rows[rows.layer.isna()]
+    for (kind, its), style in zip(layered.groupby("kind", sort=False), STYLES, strict=False):
+        layer, about = its.layer.astype(int), f"{label}, {kind}"
+        ax.plot(layer, its.after, marker="o", ms=3, color=colour, ls=style, label=about)
+        ax.fill_between(layer, its.before + its.low, its.before + its.high, color=colour, alpha=0.12, lw=0)
+    ticks = {n: str(n) for n in layered.layer.dropna().astype(int).unique()}
+    begin = max(ticks, default=-1) + 1
+    for at, (_, its) in enumerate(whole.iterrows(), start=begin):
+        ticks[at] = {"all": "all", "chosen": f"layers {its['layers']}"}.get(its.kind, its.edge)
+        ax.vlines(at, its.before + its.low, its.before + its.high, color=colour, alpha=0.5, lw=1.5)
+        ax.plot(at, its.after, marker="s", ms=6, color=colour, ls="", mfc="none", label=f"{label}, layers together")
+    step = -(-len(ticks) // 12)
+    shown = {at: tick for n, (at, tick) in enumerate(ticks.items()) if n % step == 0 or at >= begin}
+    ax.set_xticks(list(shown), list(shown.values()))
+    ax.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
+    ax.set_xlabel("layer in which attention is cut" if len(layered) else "layers")

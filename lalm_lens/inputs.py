@@ -57,6 +57,16 @@ class Videos(Images):
             raise InputError(f"A patch of a video lasts some time, got {self.seconds.tolist()} s.")
 
 
+@dataclass(frozen=True)
+class HeardVideo(Videos):
+    """One video that is heard: the clip beside it is its sound, which comes in turn with its frames."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.grid) != 1:
+            raise InputError(f"A clip is the sound of one video, and here are {len(self.grid)}.")
+
+
 def joined(pictures: Sequence[Seen]) -> Seen | None:
     """One after the other; None of none."""
     if not pictures:

@@ -88,6 +88,7 @@ class Turn:
     behind: tuple[Piece, ...] = ()
     before: tuple[Piece, ...] = ()
     has_clip: bool = True
+    in_video: bool = False  # whether the clip is the sound of a video, which stands in its place
 
     @property
     def said(self) -> tuple[Piece, ...]:

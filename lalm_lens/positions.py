@@ -45,7 +45,7 @@ class Walk:
 
     def grids_of_videos(self, inputs: Inputs) -> Iterator[Local]:
         if inputs.videos is not None:
-            for grid, seconds in zip(inputs.videos.grid.tolist(), inputs.videos.seconds.cpu(), strict=True):
+            for grid, seconds in zip(inputs.videos.grid.tolist(), inputs.videos.seconds.float().cpu(), strict=True):
                 yield self.grid(grid, seconds)
 
     def grid(self, grid: list[int], seconds: Tensor) -> Local:

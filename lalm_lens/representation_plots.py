@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from lalm_lens.plots import layer_ticks
 
 PROBED = {"audio_encoder": "audio encoder", "adapter": "adapter", "decoder": "decoder"}
+PROBED |= {"vision_encoder": "vision encoder", "vision_adapter": "vision adapter"}
 
 
 def probe_curves(layers: pd.DataFrame, about: str) -> Figure:
@@ -23,7 +24,7 @@ def probe_curves(layers: pd.DataFrame, about: str) -> Figure:
         ax.plot(rows.layer, rows.control, marker="o", ms=3, color="0.5", ls="--", label="shuffled labels")
         ax.axhline(rows.chance.iloc[0], color="0.5", lw=0.8, ls=":", label="largest class")
         ax.set_title(PROBED[stack] + (f":\n{place}" if stack == "decoder" else ""), fontsize=10)
-        if stack == "adapter":
+        if stack.endswith("adapter"):
             ax.set_xticks([])
         else:
             layer_ticks(ax.set_xticks, rows)

@@ -29,6 +29,7 @@ from lalm_lens.shapes import typed
 from lalm_lens.tables import Table, write_tables
 
 UNDEFINED = "undefined on these clips"
+NO_INTERVAL = "its interval is undefined: one clip, or a resample without a value"
 KINDS: tuple[type[Table], ...] = (InformationScore, Enrichment, CausalTrace, AttentionKnockout)
 
 
@@ -272,14 +273,12 @@ def compared(
 
 
 def judged(subject: Claim | Quantity, value: str, finding: Finding) -> dict[str, str]:
-    if not np.isfinite(finding.measured):
-        return {"verdict": "not measured", "note": UNDEFINED}
+    if missing := undefined(finding):
+        return missing
     if isinstance(subject, Claim):
         return {"verdict": said(subject.holds(finding.measured))}
     if subject.name == "n_points":
         return {"verdict": said(finding.measured == float(value))}
-    if not np.isfinite(finding.low):
-        return {"verdict": "not measured", "note": "its interval is undefined: one clip, or a resample without a value"}
     half = rounding(value)
     return {"verdict": said(finding.low - half <= float(value) <= finding.high + half)}
 
@@ -290,9 +289,14 @@ def said(agrees: bool) -> str:
 
 def held(claim: Claim, finding: Finding) -> dict[str, str]:
     """Of a claim on the tables of a model about which it was not made."""
+    return undefined(finding) or {"verdict": "holds" if claim.holds(finding.measured) else "does not hold"}
+
+
+def undefined(finding: Finding) -> dict[str, str]:
+    """Why nothing can be said; empty where something can."""
     if not np.isfinite(finding.measured):
         return {"verdict": "not measured", "note": UNDEFINED}
-    return {"verdict": "holds" if claim.holds(finding.measured) else "does not hold"}
+    return {} if np.isfinite(finding.low) else {"verdict": "not measured", "note": NO_INTERVAL}
 
 
 def columns_of(finding: Finding) -> dict[str, float | int]:

@@ -6,6 +6,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from omni import hf_states
 from reference import chirps
 from test_omni import photos, seeing  # noqa: F401
 from torch.testing import assert_close
@@ -13,16 +14,18 @@ from torch.testing import assert_close
 from lalm_lens.conflict import make_conflict
 from lalm_lens.counterfactual import swap_audio
 from lalm_lens.datasets import Sample, seen, unheard
-from lalm_lens.errors import DataError, PromptError
+from lalm_lens.errors import DataError, InputError, PromptError
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.attention_knockout import attention_knockout
 from lalm_lens.experiments.attention_share import attention_share
 from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.experiments.concepts import FirstToken
+from lalm_lens.experiments.features import Spot, features
 from lalm_lens.experiments.latent_understanding import latent_understanding
 from lalm_lens.experiments.logit_lens import logit_lens
 from lalm_lens.experiments.probe import probe
 from lalm_lens.inputs import Inputs, Videos
+from lalm_lens.runs import Run
 
 HOW = {"attribute": "gender", "progress": False}
 
@@ -107,8 +110,39 @@ def test_probes_read_each_modality(seeing, samples):  # noqa: F811
         for label, images in (("male", first), ("female", second))
     ]
     clips = [replace(clip, name=f"{clip.name} {clip.label}") for clip in clips]
-    layers = probe(ours, clips, places=("image", "audio"), stacks=("decoder",), n_folds=2, **HOW).layers()
-    assert (layers[layers.place == "image"].accuracy == 1).all()
+    stacks = ("audio_encoder", "adapter", "vision_encoder", "vision_adapter", "decoder")
+    probed = probe(ours, clips, places=("image", "audio"), stacks=stacks, n_folds=2, n_controls=1, **HOW)
+    layers = probed.layers().set_index(["stack", "place", "layer"]).accuracy
+    n_layers = ours.vision.n_layers
+    assert layers["vision_encoder", "pictures"].to_dict() == dict.fromkeys(range(-1, n_layers), 1.0)
+    assert (layers[["vision_adapter"]] == 1).all()
+    assert (layers["decoder", "image"] == 1).all()
+    assert (layers[["audio_encoder", "adapter"]] <= 0.5).all(), "the same clip was heard with both"
+    assert [ax.get_title() for ax in probed.plot().axes][2:4] == ["vision encoder", "vision adapter"]
+
+
+def test_what_is_read_of_pictures_are_hfs_states(seeing, samples, tiny_lalm):  # noqa: F811
+    """The mean over patches of each block of the tower, and what every layer decodes to where a picture is."""
+    hf, ours = seeing
+    sample = samples[1]  # two images and a video
+    run = Question.about(ours, [sample], "gender", "P3", True).run(sample)
+    _, states = hf_states(hf, run.inputs.to_hf("feature_attention_mask"))
+    read = features(ours, run, ["vision_encoder", "vision_adapter"], [])
+    for layer in range(ours.vision.n_layers):
+        theirs = states[f"vision.{layer}"].mean(0).numpy()
+        assert read[Spot("vision_encoder", layer, "pictures")] == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    theirs = states["vision_adapter"].mean(0).numpy()
+    assert read[Spot("vision_adapter", 0, "pictures")] == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for place in ("image", "video"):
+        lens = logit_lens(ours, [sample], positions=place, top_k=2, **HOW).frame
+        at, top = list(run.indices(place)), lens[lens.kind == "top"]
+        for layer in range(ours.decoder_cfg.n_layers):
+            with torch.no_grad():
+                logits = hf.lm_head(hf.model.language_model.norm(states[f"text.{layer}"][0, at]))
+            its = top[top.layer == layer].logit.to_numpy().reshape(len(at), 2)
+            assert its == pytest.approx(logits.topk(2).values.numpy(), rel=1e-4, abs=1e-5)
+    with pytest.raises(InputError, match="This qwen2_audio model hears and does not see: leave out vision_encoder"):
+        features(tiny_lalm, Run(replace(run.inputs, images=None, videos=None)), ["vision_encoder"], [])
 
 
 def test_a_silent_run_is_shared_among_the_same_pictures_alone(seeing, samples):  # noqa: F811

@@ -20,7 +20,7 @@ from lalm_lens import verify as lalm_lens_verify
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
-from lalm_lens.commands.base import CHOICES
+from lalm_lens.commands.options import CHOICES
 from lalm_lens.corrupt import OtherClip
 from lalm_lens.datasets import read_folder
 from lalm_lens.engine.plan import Engine

@@ -14,8 +14,10 @@ import soundfile
 import torch
 from datasets.table import InMemoryTable
 
+from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES, Attribute
 from lalm_lens.audio import read_audio
+from lalm_lens.commands.clips import read_study
 from lalm_lens.datasets import (
     Clip,
     Sample,
@@ -30,6 +32,7 @@ from lalm_lens.datasets import (
     sakura,
     split,
 )
+from lalm_lens.datasets.folder import LISTS
 from lalm_lens.errors import AudioError, DataError, PromptError
 from lalm_lens.experiments.asked import Question
 
@@ -225,3 +228,19 @@ def test_a_prompt_without_words_is_refused(tiny_lalm):
     silent = Sample("a.wav", "male", torch.rand(3200), question="")
     with pytest.raises(PromptError):
         Question.about(tiny_lalm, [silent], "gender", "P2", True).run(silent)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_command_reads_a_folder_of_one_attribute_from_any_list(tmp_path, name):
+    write_clips(tmp_path, "gender", 2, seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    if name == "metadata.csv":
+        (tmp_path / "metadata.jsonl").unlink()
+        lines = ["file_name,label", *(f"{row['file_name']},{row['label']}" for row in rows)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    study = read_study(tmp_path, "gender", None, None, None)
+    assert [(its.name, [each.label for each in samples]) for its, samples in study.items()] == [
+        ("gender", [row["label"] for row in rows])
+    ]
+    with pytest.raises(DataError, match=r"holds the clips of one attribute. Say which"):
+        read_study(tmp_path, None, None, None, None)

@@ -12,12 +12,15 @@ from scipy.stats import pearsonr, spearmanr
 from lalm_lens import AttentionKnockout, CausalTrace, Enrichment, InformationScore, cli, resolution_correlation
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.errors import DataError
-from lalm_lens.experiments.claims import CLAIMS, QUANTITIES, Evidence, correlation, p_of, rank_correlation
+from lalm_lens.experiments.claims import CLAIMS, QUANTITIES, Evidence, Finding, correlation, p_of, rank_correlation
+from lalm_lens.experiments.evidence import Measured, evidence_for
 from lalm_lens.reproduce import (
     CHECKPOINTS,
+    NO_INTERVAL,
     Reproduction,
     correlations,
     evaluate_claims,
+    judged,
     printed_p,
     published,
     reproduce,
@@ -316,6 +319,7 @@ RISING, PEAK = np.arange(8) / 8, np.array([0, 0, 0.2, 0.6, 1, 0.8, 0.4, 0.1])
         ("wrong_peak", PEAK / 2, 0),
         ("last_over_penultimate", np.stack([RISING, PEAK / 2]), 0),
         ("drop_without_audio", np.stack([RISING, RISING - 0.25]), 0.25),
+        ("drop_without_audio", np.stack([RISING, RISING - [9, 9, 9, 9, 0.25, 0.25, 0.5, 1]]), 0.5),  # the last four
         ("accuracy_without_audio", np.array([0.9, 0.4]), 0.5),
         ("object_spike", np.stack([RISING * 0, PEAK, PEAK / 2, RISING]), 0.5),
         ("object_activity", np.stack([RISING, PEAK / 4, RISING, RISING]), 0.25),
@@ -328,6 +332,39 @@ def test_measures(name, group, measured):
     assert found.measured == pytest.approx(measured, nan_ok=True)
     assert (found.low, found.high) == pytest.approx((measured, measured), nan_ok=True)  # the clips are alike
     assert found.n == 2
+
+
+@pytest.mark.parametrize(("value", "verdict"), [("60.0", "agrees"), ("59.9", "differs"), ("60", "agrees")])
+def test_a_printed_number_agrees_within_its_rounding(value, verdict):
+    of_them = QUANTITIES["accuracy_percent"]
+    assert judged(of_them, value, Finding(60.2, 60.04, 60.3, 9))["verdict"] == verdict
+    assert judged(of_them, "60.2", Finding(60.2, np.nan, np.nan, 1))["note"] == NO_INTERVAL
+
+
+def test_one_clip_judges_no_claim(tmp_path):
+    scores("tiny", {"gender": right_from(3, 9)[:1]}).save(tmp_path / "scores.parquet")
+    found = evaluate_claims([tmp_path], n_resamples=10).frame
+    assert set(found.verdict) == {"not measured"}
+    assert NO_INTERVAL in set(found.note)
+
+
+def test_scores_are_read_behind_the_final_norm_or_before_it():
+    both = [scores("tiny", {"gender": right_from(3, n)}, norm=norm).frame for norm, n in ((True, 9), (False, 2))]
+    frames = {InformationScore: pd.concat(both)}
+    for norm, n_right in ((True, 9), (False, 2)):
+        about = evidence_for("scores", Measured("tiny", frames, norm), "gender", False, None, {})
+        assert about.groups[0][:, 0, -1].sum() == n_right
+
+
+def test_a_peak_of_the_wrong_is_above_any_one_answer():
+    about = Evidence((np.stack([PEAK, PEAK]),), n_labels=(4,), constant=0.7)
+    assert about.find(CLAIMS["wrong_peak"].measure, n_resamples=10).measured == pytest.approx(0.3)
+    frame = scores("tiny", {"animal": right_from(3, 2)}).frame.astype({"sample": int})
+    labels = ATTRIBUTES["animal"].labels
+    frame["label"] = np.where(frame["sample"] < 14, labels[0], labels[1])  # 18 clips are wrong, 12 of the first label
+    frame = frame.astype({"sample": str})
+    found = evidence_for("wrong", Measured("tiny", {InformationScore: frame}), "animal", False, None, {})
+    assert (found.n, found.constant) == (18, pytest.approx(12 / 18))
 
 
 def test_weights_make_a_ratio_of_means():

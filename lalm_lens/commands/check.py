@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from lalm_lens.commands.base import EXAMPLES, Device, Dtype, Model, Own, Part, app, conversion_named, parts_named
+from lalm_lens.commands.base import EXAMPLES, app
+from lalm_lens.commands.opening import conversion_named, parts_named
+from lalm_lens.commands.options import Device, Dtype, Model, Own, Part
 from lalm_lens.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,32 +1,36 @@
 """`lalm-lens conflict`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lalm_lens.attributes import ATTRIBUTES, Attribute
-from lalm_lens.commands.audiolens import heard, numbers, read_study
-from lalm_lens.commands.base import (
+from lalm_lens.attributes import Attribute
+from lalm_lens.commands.base import app, ready
+from lalm_lens.commands.clips import heard, read_study
+from lalm_lens.commands.opening import opened
+from lalm_lens.commands.options import (
+    AttributeNames,
+    Cut,
+    Data,
     Device,
+    DeviceMap,
     Dtype,
+    Labels,
     Model,
     Own,
     Part,
-    app,
-    asked_about,
-    conversion_named,
-    parts_named,
-    ready,
+    Prefix,
+    Question,
+    TokenBudget,
+    Transcript,
+    VoiceActivity,
+    numbers,
 )
-from lalm_lens.errors import InputError, LensError
+from lalm_lens.commands.steps import Shown, Steps, run_steps, steps_named
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
     from lalm_lens.conflict import ConflictItem
     from lalm_lens.datasets import Sample
     from lalm_lens.model import HookedLALM
@@ -39,8 +43,6 @@ lalm-lens conflict ./checkpoint ./clips --attribute animal --only dominance,supp
 
 lalm-lens conflict ./checkpoint ./clips --attribute animal --framing "A friend says: {label}." --out conflict
 """
-
-LONG = 40  # rows: more are not printed
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,6 @@ class Asked:
     @property
     def how(self) -> dict:
         return {"attribute": self.attribute, "seed": self.seed}
-
-
-Shown = tuple["dict[str, pd.DataFrame]", "dict[str, Figure]"]
 
 
 def dominance(asked: Asked) -> Shown:
@@ -156,7 +155,7 @@ def repair(asked: Asked) -> Shown:
     return {"back_patch": found.summary(seed=asked.seed)}, {"back_patch": found.plot()}
 
 
-STEPS: dict[str, Callable[[Asked], Shown]] = {
+STEPS: Steps = {
     "dominance": dominance,
     "convergence": meeting,
     "pathways": paths,
@@ -168,20 +167,12 @@ STEPS: dict[str, Callable[[Asked], Shown]] = {
 @app.command("conflict", epilog=EXAMPLES)
 def conflict_command(
     model: Model,
-    data: Annotated[
-        Path,
-        typer.Argument(
-            help="A folder with metadata.jsonl (file_name, label on each line) and --attribute, or with a folder like "
-            f"that for each attribute, by its name: {', '.join(ATTRIBUTES)}."
-        ),
-    ],
+    data: Data,
     out: Annotated[Path, typer.Option(help="Folder for tables, pictures and conflict.md, one inside per attribute.")],
-    attribute: Annotated[
-        str | None, typer.Option(help="What is asked; of a folder of attributes some, with commas between.")
-    ] = None,
-    question: Annotated[str | None, typer.Option(help="Your own question, in place of --attribute.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Its answers, with commas between.")] = None,
-    prefix: Annotated[str | None, typer.Option(help="How its answer is forced to begin, as 'The animal is'.")] = None,
+    attribute: AttributeNames = None,
+    question: Question = None,
+    labels: Labels = None,
+    prefix: Prefix = None,
     only: Annotated[str | None, typer.Option(help=f"Some of {', '.join(STEPS)}, with commas between.")] = None,
     framing: Annotated[
         list[str] | None,
@@ -193,75 +184,31 @@ def conflict_command(
     n_pathways: Annotated[int, typer.Option(min=1, help="Clips whose pathways are looked for, which is dear.")] = 32,
     windows: Annotated[str, typer.Option(help="Layers that are back-patched together, odd, with commas.")] = "1,3,5",
     seed: Annotated[int, typer.Option(help="Of the stated labels, splits and bootstraps.")] = 0,
-    cut: Annotated[bool, typer.Option("--cut", help="Cut clips that are longer than the model hears.")] = False,
-    transcript: Annotated[str | None, typer.Option(help="What DeSTA reads of every clip; else what it says.")] = None,
-    voice_activity: Annotated[bool, typer.Option("--voice-activity", help="No speech, no transcript.")] = False,
+    cut: Cut = False,
+    transcript: Transcript = None,
+    voice_activity: VoiceActivity = False,
     device: Device = "cpu",
-    device_map: Annotated[str | None, typer.Option(help="auto: spread over GPUs, CPU and disk, as it fits.")] = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = "float32",
-    token_budget: Annotated[int | None, typer.Option(min=1, help="Tokens that share a block.")] = None,
+    token_budget: TokenBudget = None,
     part: Part = None,
     conversion: Own = None,
 ) -> None:
     """Find out whom a model believes where a text disagrees with what it hears, where in it the text wins, and whether
     back-patching repairs it (after arXiv 2606.18924)."""
-    steps = list(STEPS) if only is None else [step_named(each.strip()) for each in only.split(",")]
+    steps = steps_named(only, STEPS)
     sizes = [int(each) for each in numbers("windows", windows)]
-    own = (question, labels, prefix) != (None, None, None)
-    study = read_study(data, asked_about(attribute, question, labels, prefix) if own else attribute)
-    parts = parts_named(part)
+    study = read_study(data, attribute, question, labels, prefix)
     ready(out)
-    import torch
-
     from lalm_lens.conflict import FRAMINGS, framing_of
-    from lalm_lens.loading import from_pretrained
 
     framings = framing or list(FRAMINGS)
     for each in framings:
         framing_of(each)
-    loading = {"parts": parts, "conversion": conversion_named(conversion), "dtype": getattr(torch, dtype)}
-    lens = from_pretrained(model, device=device, device_map=device_map, **loading)
-    left_out: list[str] = []
-    page = [f"# Text against audio in {lens.cfg.model_name}"]
-    for its, samples in study.items():
-        clips = heard(lens, samples, cut, transcript, voice_activity)
-        folder = out / its.name
-        asked = Asked(lens, clips, its, framings, n_pathways, sizes, seed, token_budget, folder)
-        page.append(f"## {its.name}")
-        for name in steps:
-            try:
-                page += written(asked, *STEPS[name](asked), f"{STEPS[name].__doc__}")
-            except LensError as error:
-                left_out.append(f"{name} of {its.name}: {error}")
-    page += [f"Left out: {line}" for line in left_out]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "conflict.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
-    for line in left_out:
-        print(f"Left out: {line}")
-    print(out / "conflict.md")
-    raise typer.Exit(1 if left_out else 0)
-
-
-def step_named(name: str) -> str:
-    if name not in STEPS:
-        raise InputError(f"--only is {name!r}. Choose some of {', '.join(STEPS)}.")
-    return name
-
-
-def written(asked: Asked, tables: "dict[str, pd.DataFrame]", figures: "dict[str, Figure]", title: str) -> list[str]:
-    """Write a step's tables and figures, print the tables, and return what the page says of it."""
-    from lalm_lens.tables import markdown, write_tables
-
-    write_tables(asked.out / "tables", tables)
-    page = [f"### {title}"]
-    print(f"{asked.attribute.name}. {title}")
-    for name, table in tables.items():
-        if len(table) > LONG:
-            page.append(f"{name}: [{len(table)} rows]({asked.attribute.name}/tables/{name}.csv)")
-            continue
-        page.append(f"{name}:\n\n{markdown(table)}")
-        print(f"{name}\n{table.to_string(index=False, float_format='{:.3f}'.format, na_rep='-')}\n")
-    for name, figure in figures.items():
-        figure.savefig(asked.out / f"{name}.png", dpi=150)
-        page.append(f"![{name}]({asked.attribute.name}/{name}.png)")
-    return page
+    lens = opened(model, part=part, conversion=conversion, device=device, device_map=device_map, dtype=dtype)
+    study = {its: heard(lens, samples, cut, transcript, voice_activity) for its, samples in study.items()}
+    about = [
+        Asked(lens, samples, its, framings, n_pathways, sizes, seed, token_budget, out / its.name)
+        for its, samples in study.items()
+    ]
+    run_steps(steps, about, f"Text against audio in {lens.cfg.model_name}", out / "conflict.md")

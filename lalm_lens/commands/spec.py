@@ -6,19 +6,9 @@ from typing import Annotated
 import typer
 
 from lalm_lens.attributes import ATTRIBUTES, attribute_named
-from lalm_lens.commands.base import (
-    Device,
-    Dtype,
-    Model,
-    Own,
-    Part,
-    app,
-    choice,
-    conversion_named,
-    one_of,
-    parts_named,
-    ready,
-)
+from lalm_lens.commands.base import app, ready
+from lalm_lens.commands.opening import opened
+from lalm_lens.commands.options import Device, DeviceMap, Dtype, Model, Own, Part, TokenBudget, choice, one_of
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -41,11 +31,9 @@ def spec_command(
         int, typer.Option(min=0, help="Of the noise, of the choice of other clips, and of the resamples.")
     ] = 0,
     device: Device = "cpu",
-    device_map: Annotated[str | None, typer.Option(help="auto: spread over GPUs, CPU and disk, as it fits.")] = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = "float32",
-    token_budget: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that share a block: less needs less memory.")
-    ] = None,
+    token_budget: TokenBudget = None,
     part: Part = None,
     conversion: Own = None,
 ) -> None:
@@ -53,17 +41,13 @@ def spec_command(
     from lalm_lens.datasets import read_folder
 
     asked, form = attribute_named(attribute), one_of("form", form)
-    parts, samples = parts_named(part), read_folder(clips)
+    samples = read_folder(clips)
     ready(out)
-    import torch
-
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise
     from lalm_lens.experiments.specification import specification_curve
-    from lalm_lens.loading import from_pretrained
     from lalm_lens.tables import write_tables
 
-    how = {"parts": parts, "conversion": conversion_named(conversion)}
-    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype), **how)
+    lens = opened(model, part=part, conversion=conversion, device=device, device_map=device_map, dtype=dtype)
     corruptions = (Silence(), WhiteNoise(snr_db, seed), OtherClip(seed))
     settings = {"form": form, "corruptions": corruptions, "token_budget": token_budget}
     found = specification_curve(lens, samples, attribute=asked, **settings, n_resamples=resamples, seed=seed)

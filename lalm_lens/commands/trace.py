@@ -6,22 +6,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lalm_lens.attributes import ATTRIBUTES
-from lalm_lens.commands.base import (
-    EXAMPLES,
+from lalm_lens.commands.base import EXAMPLES, app, ready
+from lalm_lens.commands.clips import asked_about, cut_to_hearing, read_samples
+from lalm_lens.commands.opening import opened
+from lalm_lens.commands.options import (
+    Cut,
     Device,
+    DeviceMap,
     Dtype,
+    Labels,
     Model,
     Own,
     Part,
-    app,
-    asked_about,
+    Prefix,
+    Question,
+    TokenBudget,
+    VoiceActivity,
     choice,
-    conversion_named,
-    cut_to_hearing,
     one_of,
-    parts_named,
-    read_samples,
-    ready,
 )
 from lalm_lens.errors import InputError
 
@@ -39,9 +41,9 @@ def trace(
     out: Annotated[Path, typer.Option(help="Folder for trace.parquet, the pictures and trace.html.")],
     attribute: Annotated[str | None, typer.Option(help=f"What is asked: {', '.join(ATTRIBUTES)}.")] = None,
     label: Annotated[str | None, typer.Option(help="The true answer, for a single sound file.")] = None,
-    question: Annotated[str | None, typer.Option(help="Your own question, in place of --attribute.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Its answers, with commas between.")] = None,
-    prefix: Annotated[str | None, typer.Option(help="How its answer is forced to begin, as 'The animal is'.")] = None,
+    question: Question = None,
+    labels: Labels = None,
+    prefix: Prefix = None,
     form: Annotated[str, choice("form", "What the user says: nothing, the question, the options too")] = "P3",
     site: Annotated[str, choice("site", "Which state is patched")] = "resid_post",
     metric: Annotated[str, choice("metric", "What is measured of the true label")] = "probability",
@@ -51,9 +53,9 @@ def trace(
     snr_db: Annotated[float | None, typer.Option(help="Clip over noise, in dB, for --corrupt noise; else 0.")] = None,
     seed: Annotated[int, typer.Option(help="Which noise, or which other clip.")] = 0,
     label_space: Annotated[bool, typer.Option(help="Labels begin with a space, as after a word.")] = True,
-    cut: Annotated[bool, typer.Option("--cut", help="Cut clips that are longer than the model hears.")] = False,
+    cut: Cut = False,
     device: Device = "cpu",
-    device_map: Annotated[str | None, typer.Option(help="auto: spread over GPUs, CPU and disk, as it fits.")] = None,
+    device_map: DeviceMap = None,
     dtype: Dtype = "float32",
     kinds: Annotated[
         str | None, choice("kinds", "What is patched at a time, with commas between, or none for a search alone")
@@ -65,11 +67,9 @@ def trace(
         typer.Option(help="What DeSTA reads of the clip: filler (its length), clean, placeholder, own, or your words."),
     ] = None,
     transcript_is: Annotated[str | None, choice("transcript_is", "What a transcript counts as")] = None,
-    voice_activity: Annotated[bool, typer.Option("--voice-activity", help="No speech, no transcript.")] = False,
+    voice_activity: VoiceActivity = False,
     engine: Annotated[str, choice("engine", "How patched runs are computed")] = "auto",
-    token_budget: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that share a block: less needs less memory.")
-    ] = None,
+    token_budget: TokenBudget = None,
     part: Part = None,
     conversion: Own = None,
 ) -> None:
@@ -89,15 +89,11 @@ def trace(
     settings |= {"transcript": transcript, "voice_activity": voice_activity}
     settings["transcript_is"] = None if transcript_is is None else one_of("transcript_is", transcript_is)
     settings |= {"window_s": window_s, "token_budget": token_budget, "label_space": label_space}
-    parts, samples = parts_named(part), read_samples(clips, asked, label)
+    samples = read_samples(clips, asked, label)
     ready(out)
-    import torch
-
     from lalm_lens.experiments.causal_trace import causal_trace
-    from lalm_lens.loading import from_pretrained
 
-    how = {"parts": parts, "conversion": conversion_named(conversion)}
-    lens = from_pretrained(model, device=device, device_map=device_map, dtype=getattr(torch, dtype), **how)
+    lens = opened(model, part=part, conversion=conversion, device=device, device_map=device_map, dtype=dtype)
     if cut:
         samples = cut_to_hearing(lens, samples)
     traced = causal_trace(lens, samples, attribute=asked, **settings)

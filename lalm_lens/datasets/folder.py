@@ -23,6 +23,10 @@ def read_folder(folder: str | Path) -> list[Sample]:
     return read_clips(list_folder(folder))
 
 
+def is_listed(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in LISTS)
+
+
 def list_folder(folder: str | Path) -> list[Clip]:
     """The clips of `metadata.jsonl` or `metadata.csv`: a row each with `file_name` (relative to the folder), `label`
     and, where they are known, `transcript`, `speaker` and `question`, its own in place of the attribute's.
@@ -30,12 +34,12 @@ def list_folder(folder: str | Path) -> list[Clip]:
     Raises `DataError` for a row that is not that or a clip that is listed twice.
     """
     folder = Path(folder)
-    path = next((folder / name for name in LISTS if (folder / name).is_file()), None)
-    if path is None:
+    if not is_listed(folder):
         raise DataError(
             f"{folder} has no metadata.jsonl, and no metadata.csv. Write one JSON object a line: "
             '{"file_name": "clip.wav", "label": "male"}.'
         )
+    path = next(folder / name for name in LISTS if (folder / name).is_file())
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -17,7 +17,8 @@ from lalm_lens.pieces import Statement
 class Sample:
     """A clip and the label that is true of it; what it says too, where that is known and a model reads it; what the
     prompt states of it beside the question, true or not; who speaks; its own question, if it has one; and what is seen
-    with it, before the clip in the prompt: images, from `Processor.see`, and then silent videos."""
+    with it, before the clip in the prompt: images, from `Processor.see`, and then silent videos, or one `HeardVideo`,
+    whose sound the clip is."""
 
     name: str
     label: str
@@ -45,7 +46,8 @@ class Sample:
         told = (self.label, self.transcript, self.statement, self.question)
         pictures = [its for its in (self.images, self.videos) if its is not None]
         pixels = [tensor.numpy().tobytes() for its in pictures for tensor in vars(its).values()]
-        return digest(self.waveform.numpy().tobytes(), *(repr(each).encode() for each in told), *pixels)
+        seen = [type(its).__name__.encode() for its in pictures] + pixels
+        return digest(self.waveform.numpy().tobytes(), *(repr(each).encode() for each in told), *seen)
 
     @property
     def columns(self) -> dict[str, str | None]:
@@ -105,7 +107,8 @@ class Seen(TypedDict):
 def seen(samples: Sequence[Sample]) -> Seen:
     """The pictures of some samples, in their order."""
     images = joined([sample.images for sample in samples if sample.images is not None])
-    return {"images": images, "videos": joined([sample.videos for sample in samples if sample.videos is not None])}
+    videos = [Videos(**vars(sample.videos)) for sample in samples if sample.videos is not None]
+    return {"images": images, "videos": joined(videos)}
 
 
 @runtime_checkable

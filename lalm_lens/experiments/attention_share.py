@@ -5,7 +5,7 @@ sizes, 750 audio positions against 20 words: `per_token` is the share divided by
 are not behind the query. Both are averaged over the queries, `per_token` over those that have such keys.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from lalm_lens.attributes import Attribute, Form
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import InputError
 from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.cuts import Place, place_name, positions
+from lalm_lens.experiments.cuts import Place, is_in, place_name, positions
 from lalm_lens.model import HookedLALM
 from lalm_lens.results import QUESTION_COLUMNS, plots_module
 from lalm_lens.runs import Run
@@ -31,6 +31,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GENERATED = "generated"  # the region of keys behind the prompt
+Regions = Literal["each", "merged"]
+
+
+def merged(region: str) -> str:
+    """What is heard, seen or written, or else text."""
+    return GENERATED if region in ("last", GENERATED) else "text" if is_in(region, "text") else region
+
+
+REGIONS: dict[Regions, Callable[[str], str]] = {"each": str, "merged": merged}
 
 
 @typed
@@ -42,6 +51,7 @@ def attention_share(
     queries: Place = "last",
     exclude_sink: int = 0,
     max_new_tokens: int = 0,
+    regions: Regions = "each",
     form: Form = "P3",
     progress: bool = True,
 ) -> "AttentionShare":
@@ -51,7 +61,9 @@ def attention_share(
     are those that decided on its tokens: the last of the prompt, and each generated one but the last; what is generated
     is a region of its own as keys. `exclude_sink` leaves out that many first positions as keys, where attention rests
     that has nothing to look for, and what is left is scaled to sum to 1 for each query; a query that sees nothing else
-    has no share, NaN. Each layer's pattern is reduced as soon as it is made: none is kept.
+    has no share, NaN. `regions` are those of the prompt, or `merged` into what is heard, what is seen, `generated`,
+    which begins with the last position of the prompt, and `text`, which is all else. Each layer's pattern is reduced as
+    soon as it is made: none is kept.
 
     Raises as `attention_knockout` does, and `InputError` if `queries` are chosen where a model writes.
     """
@@ -63,7 +75,7 @@ def attention_share(
     frames = []
     for sample in tqdm(samples, f"looking, {question.attribute.name}", unit="clip", disable=not progress):
         run = question.run(sample)
-        shares = Shares.of(run, queries, exclude_sink, max_new_tokens)
+        shares = Shares.of(run, queries, exclude_sink, max_new_tokens, REGIONS[regions])
         shares.look(model, run, max_new_tokens)
         said = {"queries": GENERATED if max_new_tokens else place_name(queries), "exclude_sink": exclude_sink}
         frames.append(pd.DataFrame(list(shares.rows())).assign(**question.columns(sample), **said))
@@ -100,9 +112,9 @@ class Shares:
     layers: dict[int, Sums] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: Run, queries: Place, exclude_sink: int, n_new: int) -> "Shares":
+    def of(cls, run: Run, queries: Place, exclude_sink: int, n_new: int, name: Callable[[str], str] = str) -> "Shares":
         assert run.prompt is not None
-        region_of = [position.region for position in run.prompt.positions] + [GENERATED] * n_new
+        region_of = [name(its) for its in (*(each.region for each in run.prompt.positions), *[GENERATED] * n_new)]
         kept = region_of[exclude_sink:]
         if not kept:
             raise InputError(f"exclude_sink leaves none of {len(region_of)} positions; got {exclude_sink}.")

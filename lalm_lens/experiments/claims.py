@@ -47,12 +47,14 @@ class Finding:
 class Evidence:
     """Numbers of each clip; several groups of clips where several attributes or models are compared.
 
-    `weights` [sample] are those of the clips in a mean, by default equal; `layer_base` numbers the first layer.
+    `weights` [sample] are those of the clips in a mean, by default equal; `layer_base` numbers the first layer;
+    `constant` is the best score of who gives all clips of the first group the same answer.
     """
 
     groups: tuple[Float[np.ndarray, "..."], ...]  # each [sample, ...]
     weights: tuple[Float[np.ndarray, "..."], ...] | None = None
     n_labels: tuple[int, ...] = ()
+    constant: float = 0.0
     layer_base: int = 1
     alpha: float = 0.2
     factors: tuple[float, ...] = ()
@@ -309,8 +311,9 @@ def right_rise(about: Evidence, scores: Curve) -> Numbers:
 
 @claim("what ends wrong peaks before and declines", f"{AL}, Fig. 3, sec. VI-B", "wrong", ">=", 0.05)
 def wrong_peak(about: Evidence, scores: Curve) -> Numbers:
-    """The highest score above chance, of the clips that the last layer gets wrong, where it is 0."""
-    return scores.max(1) - about.chance()
+    """The highest score, of the clips that the last layer gets wrong, where it is 0: above chance, and above that of
+    the one answer that is most often right of them."""
+    return scores.max(1) - max(about.chance(), about.constant)
 
 
 @claim("gender is resolved first", f"{AL}, Table II, sec. VI-C", "attributes", ">", 0.0)

@@ -92,6 +92,9 @@ def evidence_for(
     elif reads != "knockout":
         rows = (measured.rows(InformationScore, attribute=name) for name in attribute.split("+"))
         about["n_labels"] = tuple(int(its.n_labels.iloc[0]) for its in rows)
+    if reads == "wrong":
+        wrong = outcome_rows(measured, attribute, label_space, right=False).drop_duplicates("sample")
+        about["constant"] = float(wrong.label.value_counts(normalize=True).max())
     return Evidence(groups, **about)
 
 
@@ -164,9 +167,12 @@ def is_audio_knockout(told: str, last: int) -> bool:
     )
 
 
+def outcome_rows(measured: Measured, attribute: str, label_space: bool, right: bool) -> pd.DataFrame:
+    return scored(measured, attribute, label_space, knockout="none", form="P3", place="last", right_at_end=right)
+
+
 def outcome_of(measured: Measured, attribute: str, label_space: bool, right: bool) -> np.ndarray:
-    rows = scored(measured, attribute, label_space, knockout="none", form="P3", place="last", right_at_end=right)
-    return rights_of(rows)[:, 0]
+    return rights_of(outcome_rows(measured, attribute, label_space, right))[:, 0]
 
 
 def enriched(measured: Measured, attribute: str, label_space: bool) -> pd.DataFrame:

@@ -50,9 +50,9 @@ class Probe(Table):
         "attribute": "str",  # what is asked; what is probed is the target
         "form": "str",
         "C": "float64",  # the inverse of the strength of the L2 penalty
-        "stack": "str",  # audio_encoder, adapter, decoder
+        "stack": "str",  # audio_encoder, adapter, vision_encoder, vision_adapter, decoder
         "layer": "int64",  # 0-based block; -1 is what enters the first
-        "place": "str",  # of the prompt, or clip
+        "place": "str",  # of the prompt, or clip, or pictures
         "labels": "str",  # true, or shuffled: the control
         "seed": "Int64",  # of the shuffling
         "fold": "int64",
@@ -286,10 +286,11 @@ def probe(
     without one the question of each item of a conflict (`make_conflict`, `read_alme`).
 
     In the decoder, states are the mean over each of the `places` (as in `attention_knockout`: "last", "audio",
-    positions); in the encoder over the states that belong to the clip, and behind the adapter over what it makes. One
-    forward per clip. They are scaled to variance 1 and fitted with `StandardScaler` and `LogisticRegression(C)` of
-    scikit-learn, in `n_folds` that keep the proportions of the classes and, with `groups`, no group apart. `n_controls`
-    draws of shuffled labels are the control. Items made of one clip are a group, unless `groups` says otherwise.
+    positions); in an encoder over the states that belong to the clip, or to the pictures, and behind an adapter over
+    what it makes. One forward per clip. They are scaled to variance 1 and fitted with `StandardScaler` and
+    `LogisticRegression(C)` of scikit-learn, in `n_folds` that keep the proportions of the classes and, with `groups`,
+    no group apart. `n_controls` draws of shuffled labels are the control. Items made of one clip are a group, unless
+    `groups` says otherwise.
 
     Raises `DataError` for one class alone, for a class of fewer clips (or groups) than folds, for targets or groups
     that are not as many as clips; `InputError` for states that are not finite; and what `causal_trace` raises.

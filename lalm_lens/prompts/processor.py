@@ -13,9 +13,10 @@ from lalm_lens.attributes import Attribute, Form
 from lalm_lens.audio import Waveform, Waveforms, check_audible
 from lalm_lens.config import LALMConfig, VisionConfig
 from lalm_lens.errors import ConversionError, InputError, PromptError, reason
-from lalm_lens.inputs import Images, Inputs, Videos
+from lalm_lens.inputs import HeardVideo, Images, Inputs, Videos
 from lalm_lens.pieces import Piece, Statement, turn_of
 from lalm_lens.prompts.hearing import Hearing
+from lalm_lens.prompts.interleave import in_turn
 from lalm_lens.prompts.prompt import Position, Prompt
 from lalm_lens.prompts.templates import Picture, Template, Transcript
 from lalm_lens.transcribe import GIVE, Transcriber
@@ -62,7 +63,8 @@ class Processor:
 
         The clip has `n_frames` mel frames (10 ms); None is a prompt without a clip. `labels` are the options, the
         attribute's own by default; tokens of the option `answer` are marked as correct. `images`, from `see`, and then
-        `videos`, which are silent, come before the clip. `transcript` is what the clip says, for a model that reads it
+        `videos`, which are silent, come before the clip; a `HeardVideo` stands in its place, frames and sound in turn,
+        and is silent without a clip. `transcript` is what the clip says, for a model that reads it
         too (DeSTA): " " by default, as of a clip without speech. `statement` is what the user says of the clip before
         or behind it. Raises `PromptError` if what the form needs is empty, or if the model's chat template does more
         than to put the texts in their places.
@@ -76,17 +78,21 @@ class Processor:
             transcript, claim = transcribed(statement, transcript)
             statement = replace(statement, text="", opening="", closing="", warning=statement.warning.lstrip())
         turn = turn_of(attribute, form, labels or attribute.labels, statement, n_frames is not None)
+        heard = videos if isinstance(videos, HeardVideo) and n_frames is not None else None
+        turn = replace(turn, in_video=heard is not None)
         pictures: dict[Picture, Images | None] = {"image": images, "video": videos}
         n_patches: dict[Picture, list[int]] = {
             kind: its.grid.prod(-1).tolist() for kind, its in pictures.items() if its is not None
         }
         if n_patches and self.cfg.vision is None:
             raise PromptError(f"This {self.cfg.model_type} model hears and does not see: leave out images and videos.")
-        kinds: list[Picture] = [kind for kind, its in n_patches.items() for _ in its]
+        kinds: list[Picture] = [
+            kind for kind, its in n_patches.items() for _ in its if kind == "image" or heard is None
+        ]
         template = self.template.of(self.cfg.audio_token)
         template = template if transcript is None else template.saying(transcript)
         written = labelled(template.write(self.hf, turn, attribute.prefix, kinds), claim, self.hf)
-        prompt = self.expand(written, 0 if n_frames is None else self.n_audio(n_frames), n_patches)
+        prompt = self.expand(written, 0 if n_frames is None else self.n_audio(n_frames), n_patches, heard)
         marked = (replace(p, is_correct=p.label is not None and p.label == answer) for p in prompt.positions)
         return replace(prompt, positions=tuple(marked))
 
@@ -115,9 +121,15 @@ class Processor:
             ) from error
         return Images(batch["pixel_values"], batch["image_grid_thw"])
 
-    def expand(self, prompt: Prompt, n_audio: int, n_patches: Mapping[Picture, Sequence[int]] = NOTHING) -> Prompt:
+    def expand(
+        self,
+        prompt: Prompt,
+        n_audio: int,
+        n_patches: Mapping[Picture, Sequence[int]] = NOTHING,
+        heard: HeardVideo | None = None,
+    ) -> Prompt:
         """The one placeholder of the clip, `n_audio` times, and those of pictures, once for each square of patches.
-        Without audio there is no clip."""
+        Without audio there is no clip. Those of a video that is `heard` and of its sound are mixed."""
         n_clips = prompt.tokens.count(self.cfg.audio_token)
         if n_clips != min(1, n_audio):
             raise PromptError(
@@ -134,10 +146,12 @@ class Processor:
                 raise PromptError(f"The chat template has {len(seen)} placeholders for {len(its)} {kind}s.")
             for pos, n in zip(seen, its, strict=True):
                 times[pos] = n // vision.merge**2
-        return Prompt(
-            tuple(token for token, n in zip(prompt.tokens, times, strict=True) for _ in range(n)),
-            tuple(position for position, n in zip(prompt.positions, times, strict=True) for _ in range(n)),
-        )
+        order = [pos for pos, n in enumerate(times) for _ in range(n)]
+        if heard is not None:
+            sound = prompt.tokens.index(self.cfg.audio_token)
+            begin, n_mixed = sum(times[: sound - 1]), sum(times[sound - 1 : sound + 1])
+            order[begin : begin + n_mixed] = [sound - 1 + each for each in in_turn(heard, times[sound - 1], n_audio)]
+        return Prompt(tuple(prompt.tokens[pos] for pos in order), tuple(prompt.positions[pos] for pos in order))
 
     def begun(self, prompt: Prompt, tokens: Sequence[int]) -> Prompt:
         """The prompt, and an answer to it that has begun with `tokens`."""

@@ -100,7 +100,7 @@ class ChatTemplate(Template):
             turn = replace(turn, before=(*turn.before, replace(turn.before[-1], text=self.between, label=None)))
         marked = self.render(hf, marked_turn(turn), _ANSWER, pictures)
         head, _, rest = marked.removesuffix(_ANSWER).partition(_USER)
-        before = self.clip_pieces(head, turn.before) if turn.has_clip else self.picture_pieces(head)
+        before = self.clip_pieces(head, turn) if turn.has_clip else self.picture_pieces(head)
         pieces = [*before, *turn.behind, Piece(rest, "template"), *prefix_pieces(prefix)]
         text = self.render(hf, turn, prefix, pictures)
         if text != "".join(piece.text for piece in pieces):
@@ -121,30 +121,41 @@ class ChatTemplate(Template):
             {"role": "user", "content": [*seen, *self.parts(turn)]},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
-        return rendered(hf, messages, continue_final_message=True)
+        text = rendered(hf, messages, continue_final_message=True)
+        return text.replace(*self.heard(self.video)) if turn.in_video and self.video is not None else text
+
+    def heard(self, video: Mark) -> tuple[str, str]:
+        """The placeholder of a video, and that of one with its sound."""
+        return video.placeholder, f"{self.before}{video.placeholder}{self.placeholder}{self.after}"
 
     def parts(self, turn: Turn) -> list[dict[str, str]]:
         """The clip and the words of the user's turn, as a chat template takes them."""
-        clip = [{"type": "audio", "audio_url": "clip"}] if turn.has_clip else []
+        kind = {"type": "video", "video": "clip"} if turn.in_video else {"type": "audio", "audio_url": "clip"}
+        clip = [kind] if turn.has_clip else []
         before, behind = ([{"type": "text", "text": text}] if text else [] for text in texts(turn))
         return [*before, *clip, *behind]
 
-    def clip_pieces(self, head: str, said: Sequence[Piece]) -> list[Piece]:
-        """What comes up to the question; `said` comes before the clip."""
+    def clip_pieces(self, head: str, turn: Turn) -> list[Piece]:
+        """What comes up to the question."""
+        said = turn.before
         before, placeholder, after = head.partition(self.placeholder)
         if not placeholder or self.placeholder in after:
             raise PromptError(f"The chat template must hold {self.placeholder} once before the question: {head!r}")
         first, mark, before = before.partition(_BEFORE) if said else ("", "", before)
         if said and not mark:
             raise PromptError('This chat template writes the clip before all text, so there is no order "text_first".')
+        opening, closing = [Piece(self.before, "audio_tag")], [Piece(self.after, "audio_tag")]
+        if turn.in_video and self.video is not None:
+            opening = [Piece(self.video.before, "video_tag"), *opening, Piece(self.video.placeholder, "video")]
+            closing += [Piece(self.video.after, "video_tag")]
         return [
             *(self.picture_pieces(first) if said else []),
             *said,
-            *self.picture_pieces(before.removesuffix(self.before)),
-            Piece(self.before, "audio_tag"),
+            *self.picture_pieces(before.removesuffix(words_of(opening) or "")),
+            *opening,
             Piece(placeholder, "audio"),
-            Piece(self.after, "audio_tag"),
-            Piece(after.removeprefix(self.after), "template"),
+            *closing,
+            Piece(after.removeprefix(words_of(closing) or ""), "template"),
         ]
 
     def picture_pieces(self, text: str) -> list[Piece]:
