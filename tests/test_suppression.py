@@ -16,7 +16,9 @@ from lalm_lens.conflict import make_conflict
 from lalm_lens.datasets import read_folder
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.back_patch import BackPatchChoice
+from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice
+from lalm_lens.experiments.circuits import Circuits
+from lalm_lens.experiments.pathways import Pathways
 from lalm_lens.experiments.suppression import RUNS, Suppression, suppression
 from lalm_lens.loading import from_pretrained
 
@@ -192,16 +194,39 @@ def test_the_command_writes_what_it_finds_and_says_what_it_leaves_out(monkeypatc
     page = (tmp_path / "conflict.md").read_text(encoding="utf-8")
     names = {path.name for path in (tmp_path / "gender").glob("*.png")}
     assert names == {
-        *(f"{name}.png" for name in ("dominance", "convergence", "back_patch")),
-        *(f"suppression_{order}.png" for order in ("audio_first", "text_first")),
+        *(f"{name}.png" for name in ("dominance", "convergence")),
+        *(f"{name}_{order}.png" for name in ("suppression", "back_patch") for order in ("audio_first", "text_first")),
     }
     assert all(f"(gender/{name})" in page for name in names)
-    assert BackPatchChoice.load(tmp_path / "gender" / "back_patch.json").place == "audio"
+    for order in ("audio_first", "text_first"):
+        assert BackPatchChoice.load(tmp_path / "gender" / f"back_patch_{order}.json").place == "audio"
+        assert set(BackPatch.load(tmp_path / "gender" / f"back_patch_{order}.parquet").frame.order.dropna()) == {order}
     tables = {path.stem for path in (tmp_path / "gender" / "tables").glob("*.csv")}
-    assert {"dominance", "accuracies", "sensitivity", "convergence", "suppression", "back_patch"} <= tables
+    assert {
+        "dominance",
+        "accuracies",
+        "sensitivity",
+        "convergence",
+        "suppression",
+        "back_patch",
+        "nearest_tokens",
+    } <= tables
     one = tmp_path / "one"
     assert command(monkeypatch, TINY_LALM, gender, *options[:2], "--only", "suppression", "--out", one) == 0
     assert not (one / "gender" / "dominance.png").exists()
+
+
+def test_circuits_are_tried_on_clips_that_did_not_choose_them(monkeypatch, tmp_path):
+    clips = write_clips(tmp_path / "clips", "emotion", 4, seed=41)
+    options = ("--attribute", "emotion", "--only", "circuits", "--framing", "statement", "--n-pathways", 3)
+    assert command(monkeypatch, TINY_LALM_SUPPRESS, clips, *options, "--out", tmp_path / "out") == 0
+    out = tmp_path / "out" / "emotion"
+    tables = Pathways.load(out / "pathways.parquet"), Circuits.load(out / "circuits.parquet")
+    chose, tried = (set(table.frame["sample"]) for table in tables)
+    assert (len(chose), len(tried)) == (2, 2)
+    assert not chose & tried
+    assert set(pd.read_parquet(out / "tables" / "circuits.parquet").clips) == {"held_out"}
+    assert (out / "circuits.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """`lalm-lens conflict`."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -29,10 +30,12 @@ from lalm_lens.commands.options import (
     numbers,
 )
 from lalm_lens.commands.steps import Shown, Steps, run_steps, steps_named
+from lalm_lens.pieces import Order
 
 if TYPE_CHECKING:
     from lalm_lens.conflict import ConflictItem
     from lalm_lens.datasets import Sample
+    from lalm_lens.experiments.pathways import Pathways
     from lalm_lens.model import HookedLALM
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -43,6 +46,9 @@ lalm-lens conflict ./checkpoint ./clips --attribute animal --only dominance,supp
 
 lalm-lens conflict ./checkpoint ./clips --attribute animal --framing "A friend says: {label}." --out conflict
 """
+
+
+ORDERS = get_args(Order)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,22 @@ class Asked:
     def how(self) -> dict:
         return {"attribute": self.attribute, "seed": self.seed}
 
+    @cached_property
+    def parts(self) -> "tuple[list[Sample], list[Sample]]":
+        """Clips whose pathways are looked for, half of all at most, and others that their circuits are tried on."""
+        from lalm_lens.datasets import split
+
+        choosing, others = split(self.samples, min(self.n_pathways, len(self.samples) // 2), self.seed)
+        return choosing, others[: self.n_pathways]
+
+    @cached_property
+    def pathways(self) -> "Pathways":
+        from lalm_lens.experiments.pathways import pathways
+
+        found = pathways(self.model, self.parts[0], framing=self.framings[0], **self.how)
+        found.save(self.out / "pathways.parquet")
+        return found
+
 
 def dominance(asked: Asked) -> Shown:
     """Finding 1: the text dominates."""
@@ -70,7 +92,7 @@ def dominance(asked: Asked) -> Shown:
     from lalm_lens.experiments.audio_sensitivity import audio_sensitivity
     from lalm_lens.experiments.text_dominance import text_dominance
 
-    items = make_conflict(asked.samples, framing=asked.framings, order=["audio_first", "text_first"], **asked.how)
+    items = make_conflict(asked.samples, framing=asked.framings, order=ORDERS, **asked.how)
     found = text_dominance(asked.model, items, token_budget=asked.token_budget)
     found.save(asked.out / "dominance.parquet")
     needed = audio_sensitivity(asked.model, asked.samples, token_budget=asked.token_budget, **asked.how)
@@ -90,16 +112,31 @@ def meeting(asked: Asked) -> Shown:
 
 def paths(asked: Asked) -> Shown:
     """Finding 2: pathways of text and audio are distinct before."""
-    from lalm_lens.datasets import split
-    from lalm_lens.experiments.pathways import pathways
-
-    is_all = len(asked.samples) <= asked.n_pathways
-    few = asked.samples if is_all else split(asked.samples, asked.n_pathways, asked.seed)[0]
-    every = pathways(asked.model, few, framing=asked.framings[0], **asked.how)
-    every.save(asked.out / "pathways.parquet")
+    every = asked.pathways
     found = every.kept  # tasks whose answer is that of their modality: else there is no pathway of it
     tables = {"counts": every.counts(), "overlap": found.overlap(), "agreement": found.agreement()}
     return tables, {f"pathways_{view}": found.plot(view) for view in ("map", "nodes", "overlap")}
+
+
+def tried(asked: Asked) -> Shown:
+    """Finding 2: what the circuit of one modality does for the other, on clips that did not choose them."""
+    from lalm_lens.experiments.circuits import circuits
+
+    chosen = asked.pathways.kept
+    every = circuits(asked.model, asked.parts[1], chosen, framing=asked.framings[0], **asked.how)
+    every.save(asked.out / "circuits.parquet")
+    found = every.kept
+    return {"circuits": found.faithfulness()}, {"circuits": found.plot()}
+
+
+def near(asked: Asked) -> Shown:
+    """Finding 2: which words the states of the audio are near to."""
+    from lalm_lens.experiments.nearest_tokens import nearest_tokens
+
+    how: dict = {"attribute": asked.attribute, "token_budget": asked.token_budget}
+    found = nearest_tokens(asked.model, asked.samples, **how)
+    found.save(asked.out / "nearest_tokens.parquet")
+    return {"nearest_tokens": found.layers()}, {}
 
 
 def suppressed(asked: Asked) -> Shown:
@@ -110,7 +147,7 @@ def suppressed(asked: Asked) -> Shown:
     from lalm_lens.experiments.suppression import suppression
 
     verdicts, pictures = [], {}
-    for order in ("audio_first", "text_first"):
+    for order in ORDERS:
         how: dict = {"framing": asked.framings[0], "order": order, **asked.how}
         found = suppression(asked.model, asked.samples, token_budget=asked.token_budget, **how)
         found.save(asked.out / f"suppression_{order}.parquet")
@@ -144,21 +181,29 @@ def stated_by_chance(asked: Asked, how: dict) -> "list[ConflictItem]":
 
 def repair(asked: Asked) -> Shown:
     """The repair: late states of the audio go back into earlier layers."""
+    import pandas as pd
+
     from lalm_lens.conflict import make_conflict
     from lalm_lens.experiments.back_patch import back_patch
 
-    items = make_conflict(asked.samples, conditions=["audio_only", "conflict"], framing=asked.framings[0], **asked.how)
-    how: dict = {"windows": asked.windows, "token_budget": asked.token_budget, **asked.how}
-    found = back_patch(asked.model, items, **how)
-    found.save(asked.out / "back_patch.parquet")
-    found.chosen().save(asked.out / "back_patch.json")
-    return {"back_patch": found.summary(seed=asked.seed)}, {"back_patch": found.plot()}
+    summaries, pictures = [], {}
+    for order in ORDERS:
+        about: dict = {"conditions": ["audio_only", "conflict"], "framing": asked.framings[0], "order": order}
+        items = make_conflict(asked.samples, **about, **asked.how)
+        found = back_patch(asked.model, items, windows=asked.windows, token_budget=asked.token_budget, **asked.how)
+        found.save(asked.out / f"back_patch_{order}.parquet")
+        found.chosen().save(asked.out / f"back_patch_{order}.json")
+        summaries.append(found.summary(seed=asked.seed).assign(order=order))
+        pictures[f"back_patch_{order}"] = found.plot()
+    return {"back_patch": pd.concat(summaries, ignore_index=True)}, pictures
 
 
 STEPS: Steps = {
     "dominance": dominance,
     "convergence": meeting,
     "pathways": paths,
+    "circuits": tried,
+    "nearest": near,
     "suppression": suppressed,
     "repair": repair,
 }
@@ -181,7 +226,9 @@ def conflict_command(
             "it for dominance. The first is that of all else."
         ),
     ] = None,
-    n_pathways: Annotated[int, typer.Option(min=1, help="Clips whose pathways are looked for, which is dear.")] = 32,
+    n_pathways: Annotated[
+        int, typer.Option(min=1, help="Clips whose pathways are looked for, which is dear; half at most.")
+    ] = 32,
     windows: Annotated[str, typer.Option(help="Layers that are back-patched together, odd, with commas.")] = "1,3,5",
     seed: Annotated[int, typer.Option(help="Of the stated labels, splits and bootstraps.")] = 0,
     cut: Cut = False,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LONG = 40  # rows: more are not printed
 
 
+@runtime_checkable
 class About(Protocol):
     """What all steps are about."""
 

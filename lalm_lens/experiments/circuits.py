@@ -58,8 +58,12 @@ class Circuits(Table):
 
     @property
     def kept(self) -> "Circuits":
-        """The tasks alone whose answer is that of their modality in the clean run, and not in the corrupted one."""
-        return Circuits(self.frame[self.frame.status == "kept"])
+        """The tasks alone whose answer is that of their modality in the clean run, and not in the corrupted one. Raises
+        `DataError` if there are none."""
+        rows = self.frame[self.frame.status == "kept"]
+        if not len(rows):
+            raise DataError("No answer is kept that comes from text or audio: give more clips that the model answers.")
+        return Circuits(rows)
 
     def clips(self, on: Clips) -> pd.DataFrame:
         """The rows of clips that did not choose the circuits, of those that did, or of each, with `clips` saying which.
