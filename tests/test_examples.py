@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_report import Page
 
 from lalm_lens import cli, study
 from lalm_lens.assets import TINY_LALM
@@ -63,6 +64,23 @@ def not_measured(name: str, folder: Path, monkeypatch, capsys) -> list[str]:
 def test_every_study_of_a_paper_can_be_counted_and_measured(name, tmp_path, monkeypatch, capsys):
     left = not_measured(name, tmp_path, monkeypatch, capsys)
     assert [line for line in left if not any(words in line for words in UNLIKE_TINY.get(name, ()))] == []
+
+
+def test_a_study_goes_from_nothing_to_its_report(tmp_path, monkeypatch, capsys):
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "lalm_lens").symlink_to(EXAMPLES.parent / "lalm_lens")
+    path = tmp_path / "examples" / "tiny.toml"
+    path.write_text((EXAMPLES / "tiny.toml").read_text().replace("made = 10", "made = 2").replace('"P2", ', ""))
+    monkeypatch.setattr(sys, "argv", ["lalm-lens", "run", str(path), "--report"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    report = tmp_path / "examples" / "tiny" / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(report)
+    cards = Page(report).data["cards"]
+    assert {card["attribute"] for card in cards} == {"gender", "animal"}
+    assert all({"clean", "corrupted", "mel"} <= set(card) for card in cards)
+    assert any(its["words"] for card in cards for its in card["maps"])
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.stress] * (name in SLOW)) for name in SAYS])
