@@ -176,6 +176,9 @@ def test_the_pair_that_repairs_is_chosen_on_some_clips_and_repairs_others(grid, 
     assert honest.tdr_p < 0.01
     assert honest.accuracy_p < 0.01
     assert published.tdr_after <= honest.tdr_after, "the best of many on the clips that it is judged on"
+    scores = grid.scores(by="tdr")
+    assert len(scores) == 28
+    assert (scores.tdr[1:] >= 0.9).all(), "no other pair repairs"
 
 
 def test_no_pair_repairs_what_is_erased(erase, conflicts):
