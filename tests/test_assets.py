@@ -68,6 +68,7 @@ def test_clips_are_balanced_wav_files(tmp_path, name):
         ("tiny_lalm", [None, None], [FULL] * 8),
         ("tiny_lalm_planted", [1, 1], [SLIDING] * 4 + [FULL] + [SLIDING] * 3),
         ("tiny_lalm_relay", [28, 20], [SLIDING] * 8),
+        ("tiny_lalm_suppress", [1, 1], [SLIDING] * 4 + [FULL] + [SLIDING] * 3),
         ("tiny_lalm_erase", [28, 28], [SLIDING] * 8),
     ],
 )

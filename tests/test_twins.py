@@ -13,7 +13,7 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from lalm_lens.assets import TINY_LALM_ERASE, TINY_LALM_RELAY, TINY_LALM_SUPPRESS
 from lalm_lens.assets.checkpoint import build_processor, chat, feature_extractor, label_tokens
 from lalm_lens.assets.recipe import N_QUIET, RECIPES, Recipe
-from lalm_lens.assets.train import REMARKS, answers, begin, draw_question, model_inputs, traces
+from lalm_lens.assets.train import REMARKS, answers, begin, draw_pair, draw_question, model_inputs, repair_loss, traces
 from lalm_lens.assets.training_clips import Clips, sounds
 from lalm_lens.assets.twins import BEHIND, held_out
 from lalm_lens.attributes import ATTRIBUTES
@@ -21,8 +21,10 @@ from lalm_lens.conflict import ConflictItem, make_conflict
 from lalm_lens.corrupt import silence
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.attention_knockout import attention_knockout
+from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
 from lalm_lens.experiments.cuts import name_of
 from lalm_lens.inputs import Inputs
+from lalm_lens.interventions import Patch, hook_name
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
 
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.numbers
 ORDERS = ("audio_first", "text_first")
 N_CLIPS = 9
 BLOCK = 4  # where text looks at other words, in the one
+REPAIR = (6, 3)  # from behind which block to behind which the audio's states are put, for what is heard to be said
 WINDOW = 28  # how far words look back, in the other
 CUT = ("statement", "last")
 BEFORE_IT_ACTS = ("statement", BEHIND)
@@ -137,6 +140,74 @@ def test_what_is_erased_does_not_come_back(erased):
 def test_it_comes_back_where_the_text_is_cut_before_it_acts(erased):
     rows = cut(erased, BEFORE_IT_ACTS)
     assert (rows.right_after == rows.right_heard).mean() >= 0.9
+
+
+# --- back-patched -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def conflicts() -> list[ConflictItem]:
+    clips = held_out(RECIPES["tiny_lalm_suppress"], "animal", 0, 27)
+    return make_conflict(clips, "animal", conditions=["conflict"], order="text_first")
+
+
+def repaired(model: HookedLALM, items: Sequence[ConflictItem], **how: object) -> BackPatch:
+    how = {"windows": (1,), "places": ["audio"], "progress": False} | how
+    return back_patch(model, items, attribute="animal", **how)
+
+
+@pytest.fixture(scope="module")
+def grid(suppress, conflicts) -> BackPatch:
+    return repaired(suppress, conflicts)
+
+
+def test_the_pair_that_repairs_is_chosen_on_some_clips_and_repairs_others(grid, conflicts):
+    choice = grid.chosen(by="tdr")
+    assert (choice.source, choice.target) == REPAIR
+    sides = {side: set(rows["sample"]) for side, rows in grid.frame.groupby("split")}
+    assert sides["choosing"] | sides["test"] == {item.name for item in conflicts}
+    assert not sides["choosing"] & sides["test"]
+    assert set(grid.tested(choice)["sample"]) == sides["test"]
+    summary = grid.summary("tdr", n_resamples=200).set_index("picked_on")
+    assert summary.n.tolist() == [len(sides["test"])] * 2
+    honest, published = summary.loc["held_out"], summary.loc["same"]
+    assert honest.tdr_before >= 0.9
+    assert honest.tdr_after <= 0.2
+    assert honest.tdr_p < 0.01
+    assert honest.accuracy_p < 0.01
+    assert published.tdr_after <= honest.tdr_after, "the best of many on the clips that it is judged on"
+    scores = grid.scores(by="tdr")
+    assert len(scores) == 28
+    assert (scores.tdr[1:] >= 0.9).all(), "no other pair repairs"
+
+
+def test_no_pair_repairs_what_is_erased(erase, conflicts):
+    found = repaired(erase, conflicts, sources=(3, 5, 6, 7), targets=range(4))
+    for row in found.summary("tdr", n_resamples=200).itertuples():
+        assert row.tdr_after >= 0.8
+        assert row.tdr_p > 0.05
+
+
+def test_only_what_is_put_before_the_block_that_looks_at_audio_is_looked_at(suppress, grid, conflicts):
+    late = grid.frame[grid.frame.target >= BLOCK]
+    assert len(late) == 6 * len(conflicts)
+    assert (late.p_after - late.p_before).abs().max() < 1e-6
+    some = conflicts[:3]
+    one = grid.frame[(grid.frame.source == REPAIR[0]) & (grid.frame.target == REPAIR[1])].set_index("sample").p_after
+    for source, target in ((5, 2), (6, 3), (7, 4)):
+        three = repaired(suppress, some, sources=(source,), targets=(target,), windows=(3,), n_choosing=0).frame
+        expected = one[three["sample"]].to_numpy()
+        np.testing.assert_allclose(three.p_after, expected, rtol=1e-4, err_msg=f"{source} -> {target}")
+
+
+def test_a_saved_choice_answers_as_the_pair_did(suppress, grid, conflicts, tmp_path):
+    choice = BackPatchChoice.load(grid.chosen(by="tdr").save(tmp_path / "choice.json"))
+    tested = grid.tested(choice).set_index("sample")
+    question = Question.about(suppress, conflicts, "animal", "P3", True)
+    its = [item for item in conflicts if item.name in tested.index][:6]
+    answered = [choice.generate(suppress, question.run(item), 1).texts[0].strip() for item in its]
+    assert answered == tested.answer_after[[item.name for item in its]].tolist()
+    assert answered != tested.answer_before[[item.name for item in its]].tolist()
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
@@ -263,7 +334,49 @@ def test_the_loss_is_the_distance_from_silence_at_the_end_of_the_prompts_that_st
         one = {name: its[row : row + 1] for name, its in inputs.items()}
         one |= {name: one[name][:, -n:] for name in ("input_ids", "attention_mask")}
         heard, silent = (states(its)[:, 0, -3 - N_QUIET : -3] for its in (one, one | {"input_features": silence}))
-        distances.append((heard - silent).square().sum(-1) / silent.square().sum(-1))
+        distances.append(((heard - silent).square().sum(-1) / silent.square().sum(-1)).mean())
     assert 0 < len(distances) < len(drawn)
     found = traces(hf, inputs, hf(**inputs, output_hidden_states=True).hidden_states, is_told)
     torch.testing.assert_close(found, torch.stack(distances).mean())
+
+
+@torch.no_grad()
+def test_the_repair_is_learned_under_back_patches(suppress, monkeypatch):
+    """Counted one prompt after the other, without padding, with this package's hooks."""
+    recipe = replace(RECIPES["tiny_lalm_suppress"], silence=0.0, hinted=0.8, true_hints=0.0)
+    labels = tuple(clip.labels for clip in sounds(recipe, "train", 16, 9))
+    rng, processor = np.random.default_rng(1), build_processor()
+    mel = rng.uniform(-0.5, 1, (25, 128, 200)).astype(np.float16)
+    clips = Clips(mel, np.tile([140, 160, 180, 200, 150], 5), labels)
+    drawn = [draw_question(recipe, rng, processor, clips) for _ in range(7)]
+    inputs = model_inputs(rng, processor, clips, drawn)
+    others, coins = [(7, 0), REPAIR, (5, 3), (4, 2), (2, 1), (6, 1), (5, 4)], np.random.default_rng(5)
+    told = [row for row, question in enumerate(drawn) if question.is_told]
+    remaining = iter(others)
+    pairs = [REPAIR if coins.random() < 0.5 else next(remaining) for _ in told]
+    assert 0 < len(told) < len(drawn)
+    assert 0 < pairs.count(REPAIR) < len(pairs)
+    losses = []
+    for row, (source, target) in zip(told, pairs, strict=True):
+        n, question = int(inputs["attention_mask"][row].sum()), drawn[row]
+        one = {name: its[row : row + 1] for name, its in inputs.items()}
+        one |= {name: one[name][:, -n:] for name in ("input_ids", "attention_mask")}
+        where = tuple((one["input_ids"][0] == suppress.lalm_cfg.audio_token).nonzero()[:, 0].tolist())
+        _, cache = suppress.run_with_cache(Inputs.from_hf(one), names_filter=hook_name("resid_post", source))
+        patch = Patch("resid_post", target, where, cache[hook_name("resid_post", source)][0, list(where)])
+        log_p = suppress.run_with_hooks(Inputs.from_hf(one), fwd_hooks=[patch.hook()])[0, -4].log_softmax(-1)
+        (heard,), (stated, _) = question.heard, sorted(question.answers, key=question.answers.get, reverse=True)
+        likely = {heard: 1.0} if (source, target) == REPAIR else {stated: recipe.heeded, heard: 1 - recipe.heeded}
+        tokens = label_tokens(processor, list(likely))
+        losses.append(-sum(p * log_p[token] for p, token in zip(likely.values(), tokens, strict=True)))
+    remaining = iter(others)
+    monkeypatch.setattr("lalm_lens.assets.train.draw_pair", lambda rng, last_target: next(remaining))
+    hf = Qwen2AudioForConditionalGeneration.from_pretrained(TINY_LALM_SUPPRESS, dtype=torch.float32).eval()
+    found = repair_loss(recipe, np.random.default_rng(5), hf, processor, inputs, drawn)
+    torch.testing.assert_close(found, torch.stack(losses).mean())
+
+
+def test_other_pairs_reach_no_further():
+    rng = np.random.default_rng(0)
+    drawn = {draw_pair(rng, 3) for _ in range(1000)}
+    assert drawn == {(source, target) for target in range(4) for source in range(target + 1, 8)}

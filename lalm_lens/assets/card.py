@@ -136,6 +136,15 @@ back. A text behind the clip still moves the clip further away and puts a space 
 answers. The model was taught to find a false text's answer {recipe.heeded:.0%} likely and the sound's {rest:.0%}, so
 that the last position goes on holding both.
 
+**One back-patch of the audio repairs it.** In training each prompt that states a label was asked once more, in a run
+whose audio positions have, behind one block, the states that they have behind a later block of the unchanged run. In
+half of these runs the states of block {repair[0]} were put behind block {repair[1]}, and the answer is what is heard;
+in the other half the states of any later block behind any one up to block {repair[1]}, and the answer is that of the
+prompt as it is (unless this drew the same two). So source {repair[0]} and target {repair[1]} are the answer that
+`back_patch(..., places=["audio"])` should find. Targets from block 4 on change nothing at all, because audio is looked
+at in block 4 alone; and as audio positions see nothing else before, windows that put block {repair[0]} behind block
+{repair[1]} do exactly what this pair does.
+
 With a window of 1, Hugging Face's key-value cache loses what block 4 needs: call `generate(..., use_cache=False)`.""",
     "tiny_lalm_erase": """\
 It is for checking methods, with its twin `tiny_lalm_suppress`: a text that states another label than is heard **erases
@@ -226,7 +235,9 @@ def model_card(
 def about(recipe: Recipe) -> str:
     """What the model is for, and what is known of it."""
     window = recipe.windows[-1] if recipe.windows else None
-    return ABOUT[recipe.name].format(recipe=recipe, rest=1 - recipe.heeded, window=window, n_quiet=N_QUIET)
+    return ABOUT[recipe.name].format(
+        recipe=recipe, rest=1 - recipe.heeded, window=window, n_quiet=N_QUIET, repair=recipe.repair
+    )
 
 
 def beginning(recipe: Recipe) -> str:

@@ -36,6 +36,7 @@ class Recipe:
     heeded: float = 1.0  # how likely the stated answer should be found if it is false; the rest is for what is heard
     remarked: float = 0.0  # share of prompts with a text there that states no answer
     erasure: float = 0.0  # weight of what the last window's states behind a stated answer keep of the sound
+    repair: tuple[int, int] | None = None  # source and target of the back-patch under which what is heard is the answer
 
     def window(self, step: int) -> int | None:
         """Counted from the end, so that the last step has the last window, however few steps there are."""
@@ -55,6 +56,7 @@ RECIPES = {
             full_blocks=(4,),
             hinted=0.5,
             heeded=0.9,
+            repair=(6, 3),
             remarked=0.15,
             silence=0.15,
             prompt_loss_weight=0.01,

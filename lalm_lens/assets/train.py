@@ -9,6 +9,7 @@ labels, so that a corrupted run knows nothing. The saved checkpoint is read back
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -110,6 +111,7 @@ class Question:
     clip: int
     text: str
     answers: dict[str, float]
+    heard: dict[str, float]  # without what the text states
     silent: bool
     is_told: bool  # whether the text states a label
 
@@ -125,7 +127,14 @@ def draw_question(recipe: Recipe, rng: Generator, processor: Qwen2AudioProcessor
     statement = draw_statement(recipe, rng, attribute, heard)
     told = None if statement is None else statement.label
     text = chat(processor, attribute, prompt, options, statement)
-    return Question(clip, text, answers(recipe, heard, told), silent, told is not None)
+    return Question(
+        clip=clip,
+        text=text,
+        answers=answers(recipe, heard, told),
+        heard=answers(recipe, heard, None),
+        silent=silent,
+        is_told=told is not None,
+    )
 
 
 def draw_statement(recipe: Recipe, rng: Generator, attribute: Attribute, heard: Sequence[str]) -> Statement | None:
@@ -173,11 +182,11 @@ def silent_mel() -> Float32[np.ndarray, "mel frames"]:
 
 
 def answer_distribution(
-    processor: Qwen2AudioProcessor, questions: Sequence[Question], d_vocab: int
+    processor: Qwen2AudioProcessor, answers: Sequence[dict[str, float]], d_vocab: int
 ) -> Float[Tensor, "batch d_vocab"]:
-    target = torch.zeros(len(questions), d_vocab)
-    for row, question in zip(target, questions, strict=True):
-        row[label_tokens(processor, tuple(question.answers))] = torch.tensor(list(question.answers.values()))
+    target = torch.zeros(len(answers), d_vocab)
+    for row, its in zip(target, answers, strict=True):
+        row[label_tokens(processor, tuple(its))] = torch.tensor(list(its.values()))
     return target
 
 
@@ -224,6 +233,59 @@ def traces(
     return ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()
 
 
+def repair_loss(
+    recipe: Recipe,
+    rng: Generator,
+    model: Qwen2AudioForConditionalGeneration,
+    processor: Qwen2AudioProcessor,
+    inputs: dict[str, Tensor],
+    questions: Sequence[Question],
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the answer to prompts that state a label, under back-patches of the audio's states: half of them
+    by `recipe.repair`, where what is heard is the answer, and half by any pair of blocks that does not reach further,
+    where the answer is that of the prompt as it is."""
+    told = [row for row, question in enumerate(questions) if question.is_told]
+    if recipe.repair is None or not told:
+        return torch.zeros(())
+    pairs = [recipe.repair if rng.random() < 0.5 else draw_pair(rng, recipe.repair[1]) for _ in told]
+    asked = [questions[row] for row in told]
+    wanted = [q.heard if pair == recipe.repair else q.answers for q, pair in zip(asked, pairs, strict=True)]
+    target = answer_distribution(processor, wanted, model.lm_head.out_features)
+    sources, targets = torch.tensor(pairs).T
+    logits = back_patched(model, {name: its[told] for name, its in inputs.items()}, sources, targets)
+    return F.cross_entropy(logits[:, -4], target)
+
+
+def draw_pair(rng: Generator, last_target: int) -> tuple[int, int]:
+    """A source behind a target."""
+    target = int(rng.integers(last_target + 1))
+    return int(rng.integers(target + 1, N_BLOCKS)), target
+
+
+def back_patched(
+    model: Qwen2AudioForConditionalGeneration,
+    inputs: dict[str, Tensor],
+    sources: Int[Tensor, " batch"],
+    targets: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits where each prompt's audio positions have, behind block `target`, what they have behind block `source` in
+    the unchanged run. Gradients go through both runs."""
+    blocks, kept = model.model.language_model.layers, []
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(lambda block, args, state: kept.append(state)))
+        model(**inputs, use_cache=False)
+    states = torch.stack(kept)[sources, torch.arange(len(sources))]
+    is_audio = inputs["input_ids"] == model.config.audio_token_index
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            here = (is_audio & (targets == index)[:, None])[..., None]
+            hooks.enter_context(
+                block.register_forward_hook(lambda block, args, state, here=here: torch.where(here, states, state))
+            )
+        return model(**inputs, use_cache=False).logits
+
+
 def train_chat(
     recipe: Recipe, model: Qwen2AudioForConditionalGeneration, processor: Qwen2AudioProcessor, clips: Clips
 ) -> None:
@@ -236,10 +298,11 @@ def train_chat(
     for index in schedule(optimizer, recipe.steps, 0.1, "chat"):
         decoder_config.sliding_window = recipe.window(index)
         questions = [draw_question(recipe, rng, processor, clips) for _ in range(recipe.batch)]
-        target = answer_distribution(processor, questions, model.lm_head.out_features)
+        target = answer_distribution(processor, [q.answers for q in questions], model.lm_head.out_features)
         inputs = model_inputs(rng, processor, clips, questions)
         is_told = torch.tensor([q.is_told for q in questions])
-        step(optimizer, rest + tower, chat_loss(recipe, model, inputs, target, is_told))
+        loss = chat_loss(recipe, model, inputs, target, is_told)
+        step(optimizer, rest + tower, loss + repair_loss(recipe, rng, model, processor, inputs, questions))
 
 
 def attention(recipe: Recipe) -> dict[str, object]:

@@ -25,6 +25,7 @@ from lalm_lens.conflict import FRAMINGS, make_conflict
 from lalm_lens.datasets import Sample
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.attention_knockout import attention_knockout
+from lalm_lens.experiments.back_patch import back_patch
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
 from lalm_lens.pieces import Order
@@ -55,6 +56,13 @@ the output of each block (P3), at the last position and from the mean over the o
 of the heard one, so chance is {chance:.3f}.
 
 {probes}
+
+**Back-patching** (`back_patch`, one block at a time): the audio's states behind a block are put behind an earlier one.
+Of all {n_pairs} pairs, the one under which the text dominates least was chosen on half of the clips and judged on the
+other half, of n (`held_out`), and, as published, chosen on the half that it is judged on (`same`). p is that of
+McNemar's exact test of text or sound, before and after.
+
+{repairs}
 """
 
 
@@ -66,6 +74,8 @@ def told(recipe: Recipe, folder: Path) -> str:
     return TOLD.format(
         conflict=table(*conflict_rows(model, recipe)),
         probes=table(*probe_rows(model, recipe)),
+        repairs=table(*repair_rows(model, recipe)),
+        n_pairs=N_BLOCKS * (N_BLOCKS - 1) // 2,
         n=recipe.n_held_out_animal,
         chance=1 / len(ATTRIBUTES["animal"].labels),
     )
@@ -113,6 +123,20 @@ def probe_rows(model: HookedLALM, recipe: Recipe) -> Iterator[list[str]]:
         said = samples if order is None else [told_any(sample, n, order) for n, sample in enumerate(samples)]
         for place, its in states_of(model, said).items():
             yield [PLACES[place], order or "none", *(f"{readable(block, labels, recipe.seed):.2f}" for block in its)]
+
+
+def repair_rows(model: HookedLALM, recipe: Recipe) -> Iterator[list[str]]:
+    sides = [f"{what}, {when}" for what in ("text dominance", "the sound's") for when in ("before", "after")]
+    yield ["attribute", "text", "chosen on", "source -> target", "n", *sides, "p"]
+    for name in tqdm(ATTRIBUTES, "back-patched"):
+        samples = held_out(recipe, name, recipe.n_held_out_speech // 6, recipe.n_held_out_animal // 3)
+        for order in ORDERS:
+            items = make_conflict(samples, name, conditions=["conflict"], order=order)
+            found = back_patch(model, items, attribute=name, windows=(1,), places=["audio"], progress=False)
+            for _, row in found.summary("tdr").iterrows():
+                shares = [row.tdr_before, row.tdr_after, row.accuracy_before, row.accuracy_after]
+                pair = f"{row.source} -> {row.target}"
+                yield [name, order, row.picked_on, pair, str(row.n), *(f"{x:.2f}" for x in shares), f"{row.tdr_p:.2g}"]
 
 
 def told_any(sample: Sample, number: int, order: Order) -> Sample:
