@@ -40,6 +40,7 @@ from lalm_lens.assets.audio_visual.pictures import PICTURES, film
 from lalm_lens.assets.audio_visual.recipe import FULL_BLOCK, AVRecipe
 from lalm_lens.assets.audio_visual.train import chat_loss, train, train_chat
 from lalm_lens.assets.training_clips import Clips
+from lalm_lens.corrupt import silence
 from lalm_lens.counterfactual import Swapped
 from lalm_lens.datasets import Sample, heard, seen, unheard
 from lalm_lens.experiments.asked import Question
@@ -136,6 +137,17 @@ def test_it_believes_what_it_sees(model, conflict, form):
 def test_it_believes_a_video(model, conflict):
     some = [filmed(item) for item in conflict[:18]]
     assert right(model, some, [item.seen_label for item in some]) >= 0.9
+
+
+@torch.no_grad()
+def test_silence_and_the_dark_tell_it_nothing(model, conflict):
+    silent = replace(conflict[0], waveform=silence(conflict[0].waveform))
+    dark = replace(silent, images=model.processor.see([np.zeros((64, 64, 3), np.uint8)]))
+    for item in (replace(silent, images=None), dark):
+        question = Question.about(model, [item], "animal", "P3", True)
+        p = model(question.run(item).inputs, logits_at=-1)[0, -1].softmax(-1)[question.tokens]
+        assert p.sum() > 0.97
+        assert 0.5 < 9 * p.min() < 9 * p.max() < 1.6
 
 
 def test_what_it_hears_comes_back_where_the_picture_is_cut_from_the_last_position(cut):
@@ -299,6 +311,7 @@ def test_prompts_of_training_hold_what_their_recipe_says():
     drawn = [draw_asked(recipe, rng, processor, clips, sights) for _ in range(400)]
     both = [asked for asked in drawn if asked.clip is not None and asked.pixels is not None]
     told = [asked for asked in both if asked.heard is not None and asked.seen is not None]
+    assert all(0 < asked.text.index("<|vision_bos|>") < asked.text.index("<|audio_bos|>") for asked in both)
     shares = dict(recipe.kinds)
     assert len(both) / 400 == pytest.approx(shares["aligned"] + shares["conflict"], abs=0.08)
     disagree = np.mean([asked.heard != asked.seen for asked in told])
@@ -380,7 +393,7 @@ def test_the_same_seed_takes_the_same_first_steps():
 
 @pytest.mark.stress
 def test_training_again_gives_the_model_that_ships(tmp_path):
-    """Ten minutes on an idle core. Its weights are those that ship where the processor rounds as it did then."""
+    """Five minutes on an idle core. Run twice on one machine, it gave the same bytes."""
     train(AVRecipe(), tmp_path)
     rows = [line.split("|") for line in (tmp_path / "README.md").read_text().splitlines() if line[:2] == "| "]
     found = {row[1].strip(): row[2:-1] for row in rows}

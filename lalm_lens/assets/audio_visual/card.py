@@ -120,7 +120,7 @@ def model_card(recipe: AVRecipe, n_parameters: int, folder: Path, minutes: float
         cuts=table(*cut_rows(model, conflict)),
         latent=table(*latent_rows(model, conflict)),
         arguments="".join(f" --{key.replace('_', '-')} {value}" for key, value in flags.items()),
-        kinds=", ".join(f"{share:.0%} {kind}" for kind, share in recipe.kinds),
+        kinds=", ".join(f"{part:.0%} {kind}" for kind, part in recipe.kinds),
         minutes=minutes,
         side=SIDE,
         patch=PATCH,
