@@ -15,8 +15,13 @@ def overview(study: Study) -> dict[str, str | float | int]:
     """What a row of the overview says of a traced study."""
     row = study.rows.iloc[0]
     how = {name: str(row[name]).replace("_", " ") for name in ("form", "direction")}
-    heard = str(row.corruption).partition(" ")[0].replace("_", " ")
-    about = {"model": study.model, "attribute": study.attribute, **how, "site": row.of_site, "corrupted hears": heard}
+    about = {
+        "model": study.model,
+        "attribute": study.attribute,
+        **how,
+        "site": row.of_site,
+        "corrupted hears": study.heard,
+    }
     return about | summarise(study.rows)
 
 
@@ -38,6 +43,7 @@ def trace_curves(study: Study) -> dict | None:
     of_metric = str(rows.metric.iloc[0]).replace("_", " ")
     return {
         "title": f"{study.model}: {study.attribute}, {study.form}, {rows.of_site.iloc[0]}",
+        "heard": study.heard,
         "n": int(rows["sample"].nunique()),
         "y": f"recovery rate of {of_metric}",
         "noise": rounded(rows.noise.max()),

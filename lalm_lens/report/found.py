@@ -30,6 +30,15 @@ class Study:
     rows: pd.DataFrame
 
     @property
+    def asked(self) -> tuple[str, str, str]:
+        return self.model, self.attribute, self.form
+
+    @property
+    def heard(self) -> str:
+        """What the corrupted run hears, in a word or two; nothing where there is none."""
+        return "".join(self.rows.corruption[:1]).partition(" ")[0].replace("_", " ")
+
+    @property
     def whole(self) -> pd.DataFrame:
         """The rows of whole states: those of a head, or of some neurons, are left out."""
         return self.rows[self.rows["head"].isna() & self.rows.neurons.isna()]

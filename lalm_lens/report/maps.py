@@ -10,6 +10,7 @@ import pandas as pd
 N_WORDS = 3  # of a cell, the most probable first
 MAX_CELLS = 1000  # of a map that only a lens fills: positions next to each other share a column beyond that
 TIMED = ("audio_window", "encoder_window", "moment")
+MAPPED = (*TIMED, "token")
 
 
 @dataclass

@@ -64,7 +64,7 @@ function drawCurve(place) {
   const below = 56 + 24 * Math.ceil((its.lines.length * 150) / place.clientWidth); // its axis, and rows of its legend
   const read = its.chance === undefined ? `noise floor ${its.noise.toExponential(0)}` : "dotted: chance";
   plot(place, traces, {
-    title: { text: `${escaped(its.title)}<br>n = ${its.n}`, font: { size: 12 } }, height: 246 + below, shapes,
+    title: { text: `${escaped(its.title)}<br>n = ${its.n}${its.heard ? `, corrupted by ${its.heard}` : ""}`, font: { size: 12 } }, height: 246 + below, shapes,
     margin: { l: 55, r: 10, t: 46, b: below },
     legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } },
     xaxis: { ...layerTicks([...new Set(its.lines.flatMap((line) => line.layers))].sort((a, b) => a - b)),

@@ -12,7 +12,7 @@ from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.information_score import InformationScore
 from lalm_lens.report.curves import overview, score_curves, trace_curves
 from lalm_lens.report.found import Found, Study, find
-from lalm_lens.report.maps import Words, maps_of, rounded
+from lalm_lens.report.maps import MAPPED, Words, maps_of, rounded
 from lalm_lens.report.sounds import Clips, Sounds, spectrogram
 from lalm_lens.results import to_read
 from lalm_lens.shapes import typed
@@ -49,7 +49,7 @@ def write_report(
     plotly = plotly_js()
     found = find(Path(folder))
     heard = clips if isinstance(clips, Clips) else Clips.of([Path(each) for each in clips])
-    studies = list(found.studies())
+    studies = sorted(found.studies(), key=lambda study: (*study.asked, study.heard))
     sounds, words = Sounds(), Words()
     cards = [card(shown, heard, sounds, words) for shown in chosen(studies, found, n_samples)]
     scores = score_curves(InformationScore(found.scores)) if len(found.scores) else []
@@ -111,10 +111,17 @@ def html(table: pd.DataFrame) -> str:
 
 
 def chosen(studies: Sequence[Study], found: Found, n_samples: int) -> list[Shown]:
-    """The first clips of every study, those that are kept before others."""
+    """The first clips of every study, those that are kept before others. A study of whole layers has no maps, and is
+    left out where another has some of the same question."""
+    mapped = {study.asked for study in studies if has_map(study)}
+    studies = [study for study in studies if has_map(study) or study.asked not in mapped]
     by_turns = [one for turn in zip_longest(*(clips_of(study, found) for study in studies)) for one in turn if one]
     places = {id(study): place for place, study in enumerate(studies)}
     return sorted(by_turns[:n_samples], key=lambda shown: places[id(shown.study)])
+
+
+def has_map(study: Study) -> bool:
+    return bool(study.whole.kind.isin(MAPPED).any())
 
 
 def clips_of(study: Study, found: Found) -> Iterator[Shown]:
