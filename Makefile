@@ -27,17 +27,19 @@ test: check
 	$(BIN)/pytest -n 2 --dist loadfile -m "numbers and not stress" -o addopts=--strict-markers
 
 stress: setup
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'
 	$(BIN)/pytest -m stress
 
 parity-table: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/parity_table.py
 
 bench: setup
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench,ray]'
 	$(BIN)/python benchmarks/forward.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python -m benchmarks.lens
 	$(BIN)/python -m benchmarks.tracing
+	$(BIN)/python -m benchmarks.cluster
 
 tiny: setup
 	$(BIN)/python -m lalm_lens.assets.train tiny_lalm

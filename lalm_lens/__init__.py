@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lalm_lens import patching, transcripts
-    from lalm_lens.activations import save_activations
     from lalm_lens.alme import read_alme
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
     from lalm_lens.audio_visual import read_audio_visual
-    from lalm_lens.conflict import ConflictItem, Framing, make_conflict
+    from lalm_lens.conflict import Conflict, ConflictItem, Framing, make_conflict
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
     from lalm_lens.counterfactual import Swapped, swap_audio
     from lalm_lens.datasets import (
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from lalm_lens.engine.plan import Plan, run_branches
     from lalm_lens.errors import LensError
     from lalm_lens.experiments.ablate import Ablation, ablate
+    from lalm_lens.experiments.activations import Activations, activations, save_activations
     from lalm_lens.experiments.attention_knockout import AttentionKnockout, attention_knockout, audio_knockout
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
     from lalm_lens.experiments.audio_sensitivity import AudioSensitivity, audio_sensitivity
@@ -86,8 +86,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ATTRIBUTES": "attributes",
-    "OWN": "runs",
     "Ablation": "experiments.ablate",
+    "Activations": "experiments.activations",
     "Add": "interventions",
     "AnyOf": "experiments.concepts",
     "AttentionKnockout": "experiments.attention_knockout",
@@ -102,6 +102,7 @@ _HOME = {
     "CausalTrace": "results",
     "Circuits": "experiments.circuits",
     "Clip": "datasets",
+    "Conflict": "conflict",
     "ConflictItem": "conflict",
     "Convergence": "experiments.convergence",
     "Direction": "experiments.steer",
@@ -125,6 +126,7 @@ _HOME = {
     "Logits": "readouts",
     "NearestTokens": "experiments.nearest_tokens",
     "NeuronGain": "experiments.neurons",
+    "OWN": "runs",
     "ObjectEffect": "experiments.object_effect",
     "OtherClip": "corrupt",
     "Patch": "interventions",
@@ -156,6 +158,7 @@ _HOME = {
     "Videos": "inputs",
     "WhiteNoise": "corrupt",
     "ablate": "experiments.ablate",
+    "activations": "experiments.activations",
     "attention_knockout": "experiments.attention_knockout",
     "attention_share": "experiments.attention_share",
     "audio_knockout": "experiments.attention_knockout",
@@ -205,7 +208,7 @@ _HOME = {
     "resolution_correlation": "experiments.resolution",
     "run_branches": "engine.plan",
     "sakura": "datasets",
-    "save_activations": "activations",
+    "save_activations": "experiments.activations",
     "scale_attention": "experiments.scale_attention",
     "silence": "corrupt",
     "specification_curve": "experiments.specification",
@@ -223,6 +226,7 @@ __all__ = [
     "ATTRIBUTES",
     "OWN",
     "Ablation",
+    "Activations",
     "Add",
     "AnyOf",
     "AttentionKnockout",
@@ -237,6 +241,7 @@ __all__ = [
     "CausalTrace",
     "Circuits",
     "Clip",
+    "Conflict",
     "ConflictItem",
     "Convergence",
     "Direction",
@@ -291,6 +296,7 @@ __all__ = [
     "Videos",
     "WhiteNoise",
     "ablate",
+    "activations",
     "attention_knockout",
     "attention_share",
     "audio_knockout",

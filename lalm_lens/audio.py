@@ -1,8 +1,10 @@
 """Sound files in, 16 kHz mono waveforms out."""
 
+import os
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import numpy as np
 import soundfile
@@ -31,14 +33,26 @@ def read_audio(path: str | Path, rate_hz: int = RATE_HZ) -> Waveform:
     path = Path(path)
     if not path.is_file():
         raise AudioError(f"There is no audio file {path}.")
-    return decode_audio(path.read_bytes(), str(path), rate_hz)
+    with path.open("rb") as file:
+        return decoded(file, str(path), rate_hz)
 
 
 @typed
 def decode_audio(data: bytes, name: str, rate_hz: int = RATE_HZ) -> Waveform:
     """What `read_audio` makes of a file, of its content."""
+    with TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return decoded(file, name, rate_hz)
+
+
+def decoded(file: IO[bytes], name: str, rate_hz: int) -> Waveform:
+    """Of a real file: of any other libsndfile reads by calling back, where Ctrl-C is lost, and some sound with it."""
+    file.seek(0)
+    data = file.read()
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
     try:
-        samples, source_hz = soundfile.read(BytesIO(data), dtype="float32", always_2d=True)
+        samples, source_hz = soundfile.read(file.fileno(), dtype="float32", always_2d=True, closefd=False)
     except soundfile.LibsndfileError as error:
         raise AudioError(
             f"{name} is not readable audio ({error.error_string}). Give a wav, flac, ogg or mp3."

@@ -24,6 +24,7 @@ import torch
 from lalm_lens.attributes import Attribute, attribute_named
 from lalm_lens.corrupt import number, silence
 from lalm_lens.datasets import Sample, refuse_repeated
+from lalm_lens.datasets.sample import Named
 from lalm_lens.errors import DataError, InputError, PromptError
 from lalm_lens.pieces import Order, Statement
 from lalm_lens.shapes import typed
@@ -205,6 +206,31 @@ def make_conflict(
     ]
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """How a study makes items of its clips: the arguments of `make_conflict`. `states` is drawn among all clips of a
+    dataset, of which a unit of work may have some."""
+
+    conditions: Sequence[Condition] = CONDITIONS
+    framing: str | Framing | Sequence[str | Framing] = "statement"
+    strength: Strength | Sequence[Strength] = "baseline"
+    order: Order | Sequence[Order] = "audio_first"
+    text_only: TextOnly = "no_audio"
+    text_only_states: Literal["text", "audio"] = "text"
+    seed: int = 0
+    states: Mapping[str, str] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        frames_of(self.framing, self.strength, self.order)
+        refuse_no_conditions(self.conditions)
+
+    def among(self, clips: Sequence[Named], attribute: Attribute) -> "Conflict":
+        return replace(self, states=drawn(clips, attribute, self.seed))
+
+    def of(self, samples: Sequence[Sample], attribute: Attribute) -> list[ConflictItem]:
+        return make_conflict(samples, attribute, **vars(self))
+
+
 def frames_of(
     framing: str | Framing | Sequence[str | Framing],
     strength: Strength | Sequence[Strength],
@@ -229,8 +255,7 @@ def conditioned(
     text_only: TextOnly,
 ) -> list[ConflictItem]:
     """One clip in these conditions. What has no text is the same in every frame, and made once."""
-    if not conditions:
-        raise InputError(f"Nothing is made: name at least one condition of {', '.join(CONDITIONS)}.")
+    refuse_no_conditions(conditions)
     found: dict[str, ConflictItem] = {}
     for condition, frame in product(conditions, frames):
         if condition == "audio_only":
@@ -241,6 +266,11 @@ def conditioned(
             item = stated_of(condition, sample, attribute, claims[condition], frame)
         found[item.name] = item
     return list(found.values())
+
+
+def refuse_no_conditions(conditions: Sequence[Condition]) -> None:
+    if not conditions:
+        raise InputError(f"Nothing is made: name at least one condition of {', '.join(CONDITIONS)}.")
 
 
 def check(sample: Sample, attribute: Attribute, stated: str | None) -> None:
@@ -256,7 +286,7 @@ def check(sample: Sample, attribute: Attribute, stated: str | None) -> None:
         raise DataError(f"{sample.name} is {stated!r}, and the text would say the same. State another label.")
 
 
-def drawn(samples: Sequence[Sample], attribute: Attribute, seed: int) -> dict[str, str]:
+def drawn(samples: Sequence[Named], attribute: Attribute, seed: int) -> dict[str, str]:
     """A label for each clip that is not its own: the one stated least often of clips of its label so far, then least
     often at all, then by chance."""
     pairs: Counter[tuple[str, str]] = Counter()

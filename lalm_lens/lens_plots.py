@@ -35,7 +35,7 @@ def score_curves(curves: pd.DataFrame) -> Figure:
             score_curve(ax, line.sort_values("layer"), str(name), *{**others, **STYLES}[str(name)])
         ax.axhline(1 / rows.n_labels.iloc[0], color="0.5", lw=0.8, ls=":", label="chance")
         layer_ticks(ax.set_xticks, rows)
-        ax.set_xlabel("layer")
+        ax.set_xlabel("layer (the first is 0)")
         ax.set_title(f"{attribute}\n(n = {counts(rows)})", fontsize=10)
     axes[0, 0].set_ylabel("information score\n(band: 95 % bootstrap)")
     axes[0, 0].set_ylim(-0.03, 1.03)
@@ -117,7 +117,7 @@ def resolution(heard: pd.DataFrame, correlation: Mapping[str, Any]) -> Figure:
     for colour, (attribute, rows) in enumerate(heard.groupby("attribute", sort=False)):
         for marker, (form, row) in zip("os^Dv", rows.groupby("form"), strict=False):
             ax.scatter(row.critical_layer, row.accuracy, 34, f"C{colour}", marker=marker, label=f"{attribute}, {form}")
-    ax.set_xlabel("critical layer")
+    ax.set_xlabel(f"critical layer (the first is {heard.layer_base.iloc[0]})")
     ax.set_ylabel("accuracy")
     ax.set_ylim(-0.06, 1.06)
     r, p, n, n_dropped = (correlation[name] for name in ("r", "p", "n", "n_dropped"))

@@ -125,6 +125,16 @@ class Visitors:
             module.register_parameter(leaf, shape)
 
 
+def own_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of one module itself, without those of its parts, read where they lie."""
+    found: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    for hook in module._forward_pre_hooks.values():
+        visitors = getattr(hook, "__self__", None)
+        if isinstance(visitors, Visitors):
+            found |= {leaf: visitors.store[name] for leaf, name in visitors.names.items()}
+    return found
+
+
 def attach(model: nn.Module, placement: Placement, store: Store) -> None:
     """Let weights come to their modules, and states to the parts that run elsewhere and back from there."""
     store.buffer = store.buffer.new_empty(0)  # all is written

@@ -52,7 +52,7 @@ def pair_maps(
     first = frame.iloc[0]
     figure.suptitle(
         f"{first.model}: {first.attribute}, {first.form}, behind the target {first.later}, n = {scores.n.max()}\n"
-        "frame: the best pair of a place; grey: not tried",
+        f"frame: the best pair of a place; grey: not tried{', or too few clear answers' * (by == 'tdr')}",
         fontsize=10,
     )
     return figure

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from math import asin, sqrt
 
+import numpy as np
+from jaxtyping import Bool
 from scipy.stats import binomtest, chi2
 
 from lalm_lens.errors import DataError
@@ -27,6 +29,34 @@ def cohens_h(before: float, after: float) -> float:
     if not (0 <= before <= 1 and 0 <= after <= 1):
         raise DataError(f"Cohen's h is of two shares between 0 and 1; got {before} and {after}.")
     return 2 * asin(sqrt(after)) - 2 * asin(sqrt(before))
+
+
+def change_interval(hits: Bool[np.ndarray, "clip 2"], clear: Bool[np.ndarray, "clip 2"]) -> tuple[float, float]:
+    """The 95 % interval of a share after minus that before, each of the clips that are clear on its side; NaN where
+    none is on one of them.
+
+    Newcombe's, which squares and adds two Wilson intervals: of pairs (Stat. Med. 17, 2635 (1998), with phi as it is),
+    of shares without a common clip (Stat. Med. 17, 873 (1998), method 10), and with the correlation of the two shares,
+    phi n_both / sqrt(n_before n_after), of all that is between. It has a width with few clips, and where a share is 0
+    or 1.
+    """
+    n, n_hits, both = clear.sum(0), (hits & clear).sum(0), clear.all(1)
+    if not n.all():
+        return float("nan"), float("nan")
+    p, q = n_hits / n
+    (p_low, p_high), (q_low, q_high) = (wilson(int(its), int(of)) for its, of in zip(n_hits, n, strict=True))
+    shared = correlation(*hits[both].T) * both.sum() / sqrt(n.prod())
+
+    def reach(one: float, other: float) -> float:
+        return sqrt(max(0, one**2 - 2 * shared * one * other + other**2))
+
+    return float(q - p - reach(q - q_low, p_high - p)), float(q - p + reach(q_high - q, p - p_low))
+
+
+def correlation(before: Bool[np.ndarray, " clip"], after: Bool[np.ndarray, " clip"]) -> float:
+    """Phi, and 0 where one of the two is the same for all clips."""
+    is_varied = all(its.any() and not its.all() for its in (before, after))
+    return float(np.corrcoef(before, after)[0, 1]) if is_varied else 0.0
 
 
 @dataclass(frozen=True)

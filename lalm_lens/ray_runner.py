@@ -9,8 +9,9 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -49,13 +50,15 @@ def run_ray(units: Sequence[Unit], out: Path, workers: int | None = None, device
     with cluster() as ray:
         n_gpus = int(ray.cluster_resources().get("GPU", 0))
         n_workers = min(workers or n_gpus or 1, len(units))
-        where = "cuda" if n_gpus else device
-        actor = ray.remote(num_cpus=1, num_gpus=int(n_gpus > 0))(Worker)
-
-        def worker() -> Any:
-            return actor.remote(where, torch.get_num_threads(), sys.argv)
-
+        worker = workers_of(ray, device)
         yield from drained(ray, Queue(units), out.absolute(), [worker() for _ in range(n_workers)], worker)
+
+
+def workers_of(ray: ModuleType, device: str) -> Callable[[], Any]:
+    """What starts a worker: on a GPU where the cluster has some, else on `device`."""
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    actor = ray.remote(num_cpus=1, num_gpus=int(has_gpus))(Worker)
+    return lambda: actor.remote("cuda" if has_gpus else device, torch.get_num_threads(), sys.argv)
 
 
 class Queue:
@@ -84,7 +87,7 @@ class Queue:
         return True
 
 
-def drained(ray: ModuleType, queue: Queue, out: Path, idle: list[Any], worker: Any) -> Iterator[Outcome]:
+def drained(ray: ModuleType, queue: Queue, out: Path, idle: list[Any], worker: Callable[[], Any]) -> Iterator[Outcome]:
     """Every unit's outcome, as they come; `worker` makes another worker."""
     running: dict[Any, tuple[Any, Unit]] = {}
     last: dict[Any, Opened] = {}
@@ -122,7 +125,7 @@ def cluster() -> Iterator[ModuleType]:
     address = os.environ.get("RAY_ADDRESS")
     is_ours = address is None and TOKEN not in os.environ
     if is_ours:
-        os.environ[TOKEN] = secrets.token_hex(32)
+        os.environ[TOKEN] = own_token()
     try:
         connect(ray, address)
         yield ray
@@ -130,6 +133,12 @@ def cluster() -> Iterator[ModuleType]:
         ray.shutdown()
         if is_ours:
             del os.environ[TOKEN]
+
+
+@cache
+def own_token() -> str:
+    """One for all clusters of this process, because Ray remembers the first."""
+    return secrets.token_hex(32)
 
 
 def connect(ray: ModuleType, address: str | None) -> None:

@@ -5,23 +5,20 @@ whoever computes them. What ends a process early leaves no file; the next run be
 """
 
 import json
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
 from pyarrow.parquet import read_metadata
 
 from lalm_lens.datasets import Sample
-from lalm_lens.errors import LensError, reason
+from lalm_lens.errors import ConversionError, LensError, reason
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
 from lalm_lens.study import Planned
+from lalm_lens.tables import Table
 from lalm_lens.units import ABOUT, Opened, Unit, claimed, writable
 
 ENDING = ".study.json"  # of the file that says which units a study has
@@ -46,15 +43,24 @@ class Models:
         self.device = device
         self.which: Opened | None = None
         self.lens: HookedLALM | None = None
+        self.failure = ""
 
     def of(self, which: Opened) -> HookedLALM:
-        if self.lens is None or self.which != which:
-            self.lens = None  # before the next comes into memory
-            dtype, device_map = getattr(torch, which.dtype), which.device_map
-            device = "cpu" if device_map is not None else self.device
-            self.lens = from_pretrained(which.path, dtype=dtype, device=device, device_map=device_map, **which.files)
-            self.which = which
+        """Raises `ConversionError` for one that cannot be opened, which is tried once."""
+        if self.which != which:
+            self.lens, self.which = None, which  # before the next comes into memory
+            try:
+                self.lens = self.opened(which)
+            except (LensError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                self.failure = f"{which.path} cannot be opened: {reason(error)}"
+        if self.lens is None:
+            raise ConversionError(self.failure)
         return self.lens
+
+    def opened(self, which: Opened) -> HookedLALM:
+        dtype, device_map = getattr(torch, which.dtype), which.device_map
+        device = "cpu" if device_map is not None else self.device
+        return from_pretrained(which.path, dtype=dtype, device=device, device_map=device_map, **which.files)
 
 
 def finish(unit: Unit, out: Path, models: Models) -> Outcome | None:
@@ -64,27 +70,26 @@ def finish(unit: Unit, out: Path, models: Models) -> Outcome | None:
             return None
         if unit.is_finished(out):
             return Outcome(unit, was_there=True)
-        lens, start = models.of(unit.model), time.perf_counter()
         try:
-            frame, excluded = table_of(unit, lens)
+            lens, start = models.of(unit.model), time.perf_counter()
+            table, excluded = table_of(unit, lens)
         except LensError as error:
-            return Outcome(unit, time.perf_counter() - start, failure=str(error))
+            return Outcome(unit, failure=str(error))
         wall_s = time.perf_counter() - start
-        unit.write(frame, out, excluded, wall_s, str(lens.device))
+        unit.write(table, out, excluded, wall_s, str(lens.device))
         return Outcome(unit, wall_s, excluded)
 
 
-def table_of(unit: Unit, lens: HookedLALM) -> tuple[pd.DataFrame, dict[str, str]]:
-    """The rows of a unit, and which clips were left out of it, and why.
+def table_of(unit: Unit, lens: HookedLALM) -> tuple[Table, dict[str, str]]:
+    """The table of a unit, and which clips were left out of it, and why.
 
     Where the experiment refuses its clips, each is tried alone, and what can be done is done together. Raises what the
     experiment raises if that is none, or if its clips need each other.
     """
-    with uninterrupted():
-        samples, arguments = unit.read(), unit.arguments()
+    samples, arguments = unit.read(), unit.arguments()
 
-    def run(some: Sequence[Sample]) -> pd.DataFrame:
-        return unit.experiment.run(lens, some, **arguments).to_frame()
+    def run(some: Sequence[Sample]) -> Table:
+        return unit.experiment.run(lens, some, **arguments)
 
     try:
         return run(samples), {}
@@ -103,34 +108,19 @@ def table_of(unit: Unit, lens: HookedLALM) -> tuple[pd.DataFrame, dict[str, str]
         return run(kept), refused
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the end: in the callbacks by which libsndfile reads it is lost, and some sound with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
-
-
 def unfinished(units: Sequence[Unit], out: Path) -> list[Unit]:
     return [unit for unit in units if not unit.is_finished(out)]
 
 
 def write_list(plan: Planned, out: Path) -> Path:
-    """Say which units the study has, in their order, and which clips are left out of it."""
+    """Say which units the study has, in their order, and which clips and models are left out of it."""
     writable(out)
     path = out / f"{plan.study.path.stem}{ENDING}"
     told = {
         "study": plan.study.text,
         "units": [unit.path(out).name for unit in plan.units],
         "excluded": plan.excluded.to_dict("records"),
+        "failed": plan.failed,
     }
     new = path.with_name(f".{path.name}.{time.time_ns()}")
     try:
@@ -149,7 +139,7 @@ def measured(unit: Unit, alike: Sequence[Unit], out: Path, models: Models) -> fl
         return sum(its["wall_s"] for its in told) / sum(len(its["clips"]) for its in told)
     if not unit.experiment.table.BY_CLIP:
         return None
-    lens, samples, arguments = models.of(unit.model), unit.read()[:1], unit.arguments()
+    lens, samples, arguments = models.of(unit.model), unit.read(1), unit.arguments()
     unit.experiment.run(lens, samples, **arguments)
     start = time.perf_counter()
     unit.experiment.run(lens, samples, **arguments)

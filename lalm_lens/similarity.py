@@ -47,8 +47,8 @@ def debiased_cka(x: Float[np.ndarray, "item width"], y: Float[np.ndarray, "item 
     The usual estimator says .98 about independent noise of 100 items and 4,096 dimensions; this one is 0 there in the
     mean, 1 for equal sets, and may be below 0. No rotation or common scale of either set changes it.
 
-    Raises `InputError` for fewer than 4 items, for states that are not finite, and where all items of a set are equally
-    far from each other: nothing is then aligned with anything.
+    Raises `InputError` for fewer than 4 items, for states that are not finite, and where a set has no shape
+    (`has_shape`): nothing is then aligned with anything.
     """
     x, y = centred(x), centred(y)
     return hsic(x, y) / (of_itself(x) * of_itself(y)) ** 0.5
@@ -89,13 +89,29 @@ def hsic(x: States, y: Others) -> float:
 
 def of_itself(x: States) -> float:
     found = hsic(x, x)
-    if not found > ROUNDING**2 * (x**2).sum() ** 2:
+    if not is_apart(x, found):
         raise alike()
     return found
 
 
+def is_apart(x: States, of_x: float) -> bool:
+    return bool(of_x > ROUNDING**2 * (x**2).sum() ** 2)
+
+
+@typed
+def has_shape(x: Float[np.ndarray, "item width"]) -> bool:
+    """Whether CKA with these items is defined: not where all are the same or equally far from each other, nor where one
+    alone differs from all others. Their unbiased HSIC with themselves, by which CKA divides, is then 0."""
+    if not varies(x):
+        return False
+    around = centred(x)
+    return is_apart(around, hsic(around, around))
+
+
 def alike() -> InputError:
-    return InputError("All items are equally far from each other, so that there is nothing to be aligned with.")
+    return InputError(
+        "All items are equally far from each other, or one alone differs, so that there is nothing to be aligned with."
+    )
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import torch
 
 from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
 from lalm_lens.audio import check_audible
+from lalm_lens.conflict import Conflict
 from lalm_lens.corrupt import OtherClip
 from lalm_lens.datasets import Clip, Sample, cleaned, list_folder, list_hub, sakura, split
 from lalm_lens.discovery import Experiment, experiment_named, made, refuse_unknown, value_of
-from lalm_lens.errors import AudioError, DataError, InputError, PromptError, reason
+from lalm_lens.errors import AudioError, DataError, InputError, LensError, PromptError, reason
 from lalm_lens.loading import without_weights
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Processor
@@ -82,7 +83,7 @@ class DatasetTable:
 @dataclass(frozen=True)
 class Chosen:
     """[[experiment]]: which, with which settings, in which prompts, with which models and about which attributes (all,
-    if there are none), and how many clips a unit."""
+    if there are none), how many clips a unit, and of which texts that agree or disagree with them."""
 
     experiment: Experiment
     given: Mapping[str, Any]
@@ -90,6 +91,7 @@ class Chosen:
     models: tuple[str, ...]  # paths, as they are written
     attributes: tuple[str, ...]
     shard: int | None  # None: all clips of a dataset
+    conflict: Conflict | None = None
 
     def is_about(self, model: str, attribute: str) -> bool:
         return model in (self.models or (model,)) and attribute in (self.attributes or (attribute,))
@@ -115,8 +117,21 @@ class Chosen:
                 if experiment.table.BY_CLIP
                 else f"What {experiment.name} says of a clip depends on the others: leave out shard."
             )
-        experiment.settings(given)
-        return cls(experiment, given, asked, models, attributes, shard)
+        conflict = conflict_of(given.pop("conflict", None))
+        settings = experiment.settings(given)
+        if conflict is not None and any(isinstance(value, OtherClip) for value in settings.values()):
+            raise InputError(
+                f"{experiment.name} of a conflict can be corrupted by silence or noise, not by other clips."
+            )
+        return cls(experiment, given, asked, models, attributes, shard, conflict)
+
+
+def conflict_of(given: Any) -> Conflict | None:
+    if not isinstance(given, dict | None):
+        raise InputError(
+            f'conflict is {given!r}; write what make_conflict takes, as conflict = {{ order = "text_first" }}.'
+        )
+    return None if given is None else made(Conflict, given, "conflict")
 
 
 def name_of(table: dict[str, Any]) -> str:
@@ -254,11 +269,12 @@ def refuse_silence(sample: Sample) -> None:
 
 @dataclass(frozen=True)
 class Planned:
-    """The units of a study in their order, and the clips that are left out of it."""
+    """The units of a study in their order, and the clips and models that are left out of it."""
 
     study: Study
     units: tuple[Unit, ...]
     excluded: pd.DataFrame  # model, dataset, attribute, sample, reason
+    failed: Mapping[str, str] = field(default_factory=dict)  # why models cannot be opened, by their paths
 
     @cached_property
     def n_clips(self) -> int:
@@ -268,20 +284,22 @@ class Planned:
 def planned(study: Study, conversion_named: Callable[[str | None], Conversion | None] = lambda name: None) -> Planned:
     """Read all clips and the files of all models once, and no weights into memory.
 
-    Raises `DataError` for a dataset without a clip that a model can be asked about, and what opening a model raises."""
+    Models that cannot be opened are left out. Raises `InputError` if that is all of them, and `DataError` for a dataset
+    without a clip that a model can be asked about."""
     screened = [
         Screened.of(dataset, attribute, dataset.list(attribute, study.path.parent))
         for dataset in study.datasets
         for attribute in map(study.attribute, dataset.attributes)
     ]
-    units, left_out = {}, []
+    units, left_out, failed = {}, [], {}
     for table in study.models:
         opened = study.opened(table, conversion_named)
-        model, weights = without_weights(opened.path, **opened.files), fingerprint(opened)
-        if model.processor is None:
-            raise InputError(
-                f"{opened.path} has no tokenizer and feature extractor beside it: save the processor there."
-            )
+        try:
+            model, weights = that_hears(opened), fingerprint(opened)
+        except (LensError, OSError) as error:
+            failed[table.path] = str(error)
+            continue
+        assert model.processor is not None
         heard = [each.heard_by(model.processor) for each in screened]
         left_out += [
             {"model": model.cfg.model_name, "dataset": each.dataset.called, "attribute": each.attribute.name}
@@ -292,8 +310,17 @@ def planned(study: Study, conversion_named: Callable[[str | None], Conversion | 
         for chosen, each in product(study.experiments, heard):
             if chosen.is_about(table.path, each.attribute.name):
                 units |= {unit.hash: unit for unit in units_of(chosen, each, opened, model, weights)}
+    if len(failed) == len(study.models):
+        raise InputError(f"No model of {study.path} can be opened. {'; '.join(failed.values())}")
     columns = ["model", "dataset", "attribute", "sample", "reason"]
-    return Planned(study, tuple(units.values()), pd.DataFrame(left_out, columns=columns, dtype="str"))
+    return Planned(study, tuple(units.values()), pd.DataFrame(left_out, columns=columns, dtype="str"), failed)
+
+
+def that_hears(opened: Opened) -> HookedLALM:
+    model = without_weights(opened.path, **opened.files)
+    if model.processor is None:
+        raise InputError(f"{opened.path} has no tokenizer and feature extractor beside it: save the processor there.")
+    return model
 
 
 def units_of(chosen: Chosen, screened: Screened, opened: Opened, model: HookedLALM, weights: str) -> Iterator[Unit]:
@@ -302,11 +329,13 @@ def units_of(chosen: Chosen, screened: Screened, opened: Opened, model: HookedLA
     about = (opened, model.cfg.model_name, weights, screened.dataset.called, screened.attribute)
     n_heard = model.processor.n_samples if screened.dataset.cut else None
     n = chosen.shard or len(screened.clips)
+    every = [its.clip for its in screened.clips]
+    conflict = None if chosen.conflict is None else chosen.conflict.among(every, screened.attribute)
     for form in chosen.prompts:
         for start in range(0, len(screened.clips), n):
             clips = screened.clips[start : start + n]
             others = others_of(clips, screened.clips, settings)
-            yield Unit(*about, form, chosen.experiment, settings, clips, others, n_heard)
+            yield Unit(*about, form, chosen.experiment, settings, clips, others, n_heard, conflict)
 
 
 def others_of(clips: Sequence[Listed], every: Sequence[Listed], settings: Mapping[str, Any]) -> tuple[Listed, ...]:

@@ -46,7 +46,15 @@ class Table:
 
     def save(self, path: str | Path) -> Path:
         """Write a Parquet file, whole or not at all."""
-        return write_whole(self.frame, Path(path))
+        return self.write(Path(path))
+
+    def write(self, path: Path, about: Mapping[str, str] | None = None) -> Path:
+        """What no row can hold first, so that where the Parquet file is, all is."""
+        self.save_beside(path)
+        return write_whole(self.frame, path, about)
+
+    def save_beside(self, path: Path) -> None:
+        """What a kind of table has beside its rows."""
 
     @classmethod
     def load(cls: type[T], path: str | Path) -> T:

@@ -18,17 +18,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
 from lalm_lens.attributes import Attribute
+from lalm_lens.conflict import Conflict
 from lalm_lens.corrupt import OtherClip
 from lalm_lens.datasets import Clip, Sample, cut_to
 from lalm_lens.discovery import Experiment
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.loading import UNWANTED, WANTED, Files
-from lalm_lens.tables import write_whole
+from lalm_lens.tables import Table
 from lalm_lens.weights import Conversion
 
 ABOUT = b"lalm_lens"  # the key of the provenance among a file's metadata
@@ -100,6 +100,21 @@ class Unit:
     clips: tuple[Listed, ...] = field(repr=False)
     others: tuple[Listed, ...] = field(repr=False, default=())  # what is heard in place of them
     n_heard: int | None = None  # samples that clips are cut to
+    conflict: Conflict | None = None  # what is made of the clips
+
+    @cached_property
+    def told(self) -> dict[str, str]:
+        """All settings, in words."""
+        settings = dict(self.settings) if self.conflict is None else {**self.settings, "conflict": self.conflict}
+        return {name: repr(value) for name, value in sorted(settings.items())}
+
+    @property
+    def states(self) -> dict[str, dict[str, str]]:
+        """What texts state of the clips, where there are any."""
+        if self.conflict is None:
+            return {}
+        stated = self.conflict.states or {}
+        return {"states": {its.clip.name: stated[its.clip.name] for its in self.clips}}
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -113,10 +128,11 @@ class Unit:
             "attribute": asdict(self.attribute),
             "form": self.form,
             "experiment": self.experiment.name,
-            "settings": {name: repr(value) for name, value in sorted(self.settings.items())},
+            "settings": self.told,
             "clips": [(its.clip.name, its.digest, its.clip.speaker) for its in self.clips],
             "others": [(its.clip.name, its.digest) for its in self.others],
             "n_heard": self.n_heard,
+            **self.states,
         }
 
     @cached_property
@@ -129,8 +145,10 @@ class Unit:
     def is_finished(self, out: Path) -> bool:
         return self.path(out).is_file()
 
-    def read(self) -> list[Sample]:
-        return self.as_heard(self.clips)
+    def read(self, n: int | None = None) -> list[Sample]:
+        """What the experiment is given: all clips, or the first `n`; or what a conflict makes of them."""
+        samples = self.as_heard(self.clips[:n])
+        return samples if self.conflict is None else [*self.conflict.of(samples, self.attribute)]
 
     def as_heard(self, clips: tuple[Listed, ...]) -> list[Sample]:
         samples = [its.read() for its in clips]
@@ -144,7 +162,7 @@ class Unit:
                 settings[name] = replace(value, among=tuple(self.as_heard(self.others)))
         return {"attribute": self.attribute, **self.experiment.asked_in(self.form), **settings}
 
-    def write(self, frame: pd.DataFrame, out: Path, excluded: Mapping[str, str], wall_s: float, device: str) -> Path:
+    def write(self, table: Table, out: Path, excluded: Mapping[str, str], wall_s: float, device: str) -> Path:
         told = {
             **self.key,
             "excluded": dict(excluded),
@@ -156,7 +174,7 @@ class Unit:
             "command": sys.argv,
             "path": self.model.path,
         }
-        return write_whole(frame, self.path(out), {ABOUT.decode(): json.dumps(told)})
+        return table.write(self.path(out), {ABOUT.decode(): json.dumps(told)})
 
 
 @contextmanager

@@ -5,10 +5,10 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from lalm_lens.activations import save_activations
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.datasets import read_folder
 from lalm_lens.errors import HookError, InputError
+from lalm_lens.experiments.activations import save_activations
 
 NAMES = ["blocks.2.hook_resid_post", "blocks.5.attn.hook_z"]
 

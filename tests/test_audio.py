@@ -1,6 +1,8 @@
 """Sound files: what is read, what is resampled, what is refused."""
 
 import json
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from lalm_lens.attributes import ATTRIBUTES
-from lalm_lens.audio import check_audible, read_audio
+from lalm_lens.audio import check_audible, decode_audio, read_audio
 from lalm_lens.datasets import Sample, cut_to, read_folder, read_sample
 from lalm_lens.errors import AudioError, DataError
 from lalm_lens.prompts import OneWindow
@@ -164,6 +166,37 @@ def test_a_wav_that_breaks_off_is_refused_and_one_from_a_pipe_is_read(tmp_path):
         read_audio(broken)
     piped.write_bytes(content[:4] + b"\xff\xff\xff\xff" + content[8:40] + b"\xff\xff\xff\xff" + content[44:])
     assert torch.equal(read_audio(piped), read_audio(whole))
+
+
+@pytest.mark.parametrize("read", [read_audio, lambda path: decode_audio(path.read_bytes(), "a clip")])
+def test_an_interrupt_while_a_clip_is_read_is_not_lost(tmp_path, read):
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, tone(16_000, duration_s=20), 16_000)
+    start = time.perf_counter()
+    whole = read(path)
+    wall_s, came, outcomes = time.perf_counter() - start, [], set()
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for n in range(20):
+            came.clear()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, wall_s * (n + 1) / 16)
+                waveform = read(path)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                assert_close(waveform, whole, rtol=0, atol=0)
+                assert not came
+                outcomes.add("read")
+            except KeyboardInterrupt:
+                outcomes.add("interrupted")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert "interrupted" in outcomes
 
 
 def test_samples_far_beyond_full_scale_are_refused(tmp_path):

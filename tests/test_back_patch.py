@@ -1,6 +1,8 @@
 """Back-patching: against plain HF hooks, by its identities, and the choice of a pair by made-up tables."""
 
 import json
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +21,15 @@ from lalm_lens.datasets import Sample, read_folder
 from lalm_lens.engine.branches import Branch
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.back_patch import Pair, Spot, clip_of, grid
+from lalm_lens.experiments.back_patch import Pair, Spot, clip_of, grid, where
+from lalm_lens.fingerprints import weights_fingerprint
 from lalm_lens.loading import from_pretrained
+from lalm_lens.proportions import change_interval
 from lalm_lens.runs import Run
 
 N_LAYERS, PLANTED_BLOCK = 8, 4
 QUIET = {"progress": False, "attribute": "emotion"}
+REGIONS = ("statement", "late", "attribute", "last")  # of the text, what says something of the clip
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +181,8 @@ def test_generate_applies_a_saved_choice(random_pair, asked, tmp_path):
     hf, model = random_pair
     _, run, batch, where, states = asked
     choice = BackPatchChoice(
-        model="m", attribute="emotion", place="audio", source=6, target=1, window=3, later="recomputed",
-        picked_on="held_out", picked_by="accuracy", n_clips=3,
+        model="m", n_layers=8, fingerprint=weights_fingerprint(model), attribute="emotion", place="audio", source=6,
+        target=1, window=3, later="recomputed", picked_on="held_out", picked_by="accuracy", seed=0, n_clips=3,
     )  # fmt: skip
     path = choice.save(tmp_path / "choice.json")
     assert json.loads(path.read_text())["source"] == 6
@@ -218,6 +223,7 @@ def made_up(n_clips: int = 24, conflict: bool = False, seed: int = 0) -> BackPat
                 its = {"place": place, "source": source, "target": target, "window": window, "sample": f"{n}.wav"}
                 rows.append({**of, **its, **before, **after, "split": "choosing" if n % 2 else "test"})
     about = {"model": "m", "attribute": "emotion", "label": "sad", "form": "P3", "question": "", "labels": ""}
+    about |= {"n_layers": 8, "fingerprint": "0", "seed": 4}
     about |= {"prefix": "", "label_space": True, "predict": "labels", "later": "recomputed", "max_loops": 1, "loops": 1}
     numbers = dict.fromkeys(["p_before", "p_after", "logit_difference_before", "logit_difference_after", "noise"], 0.0)
     frame = pd.DataFrame(rows).assign(**about, **numbers, n_positions=3, engine="sweep")
@@ -241,6 +247,127 @@ def test_a_pair_is_chosen_on_other_clips_or_on_the_same(by):
             assert (choice.source, choice.target, choice.window) == min(scores, key=scores.get)
             assert (choice.picked_on, choice.picked_by, choice.n_clips) == (on, by, 12)
             assert choice.place == (place if place == "audio" else ("early", "object"))
+
+
+def test_a_pair_that_leaves_hardly_an_answer_is_not_chosen_by_tdr():
+    table = made_up(conflict=True)
+    is_bold = (table.frame.source == 7) & (table.frame.window == 3)  # all but one of its answers are neither
+    frame = table.frame.copy()
+    frame.loc[is_bold, "answer_after"] = "fear"
+    frame.loc[frame[is_bold].drop_duplicates(["place", "split"]).index, "answer_after"] = "sad"
+    bold = BackPatch(frame)
+    everything = bold.scores(by="accuracy")
+    choosing = frame[(frame.split == "choosing") & (frame.place == "audio")]
+    n_before = choosing.drop_duplicates("sample").answer_before.isin(["sad", "happy"]).sum()
+    for place in bold.places:
+        rows = everything[everything.place == place].set_index(["source", "target", "window"])
+        enough = rows[rows.n_clear >= n_before / 2]
+        assert rows.n_clear[7, 1, 3] == 1 < n_before / 2
+        assert rows.tdr[7, 1, 3] == 0
+        choice = bold.chosen(by="tdr", place=place)
+        assert enough.tdr[choice.source, choice.target, choice.window] == enough.tdr.min()
+    assert set(bold.scores(by="tdr").window) == {1}
+    assert bold.chosen("same", by="tdr", min_clear=0).window == 3, "the ratio of one answer is the lowest"
+    assert len(bold.plot(by="tdr").axes) > 1
+    frame["answer_after"] = "fear"
+    with pytest.raises(DataError, match=f"No pair at audio leaves 0.5 of the {n_before} answers"):
+        BackPatch(frame).chosen(by="tdr")
+    with pytest.raises(DataError, match="No pair at audio leaves 0 of the"):
+        BackPatch(frame).scores(by="tdr", min_clear=0)
+    with pytest.raises(InputError, match="min_clear is a share"):
+        bold.scores(by="tdr", min_clear=2)
+
+
+def test_the_control_is_text_that_says_nothing_of_the_clip(tiny_lalm, samples):
+    items = make_conflict(samples, "emotion", conditions=["conflict"], order=["audio_first", "text_first"])
+    question = Question.about(tiny_lalm, items, "emotion", "P3", True)
+    for item in items[:2]:
+        run = question.run(item)
+        at = where(run, "control", 0)
+        rest = {n: its for n, its in enumerate(run.prompt.positions) if n not in at}
+        stated = "The speaker's emotion is"
+        told = {region: "".join(its.token for its in rest.values() if its.region == region) for region in REGIONS}
+        assert told["statement"].strip() == f"{stated} {item.text_label}."
+        assert told["late"] + told["attribute"] + told["last"] == stated
+        assert {its.region for its in rest.values()} == {"audio", "audio_tag", *REGIONS}
+        assert {"text_before", "early", "object", "template"} <= {run.prompt.positions[n].region for n in at}
+    run = replace(question, form="P1").run(items[0])  # without a question there is less text than audio
+    audio, matched = run.region("audio"), [where(run, "audio_matched", seed) for seed in (0, 0, 1)]
+    assert matched[0] == matched[1] != matched[2]
+    assert all(len(set(its)) == len(where(run, "control", 0)) < len(audio) for its in matched)
+    assert set(matched[0]) | set(matched[2]) <= set(audio)
+    short = question.run(replace(items[0], waveform=items[0].waveform[:8000]))
+    assert where(short, "audio_matched", 0) == short.region("audio")
+
+
+def test_what_a_place_has_above_its_control(tiny_lalm, samples):
+    """Of the same clips, each with the best pair of its place, however rows are ordered."""
+    items = make_conflict(samples, "emotion", conditions=["conflict"])
+    how = {"sources": (7, 5), "targets": (0,), "windows": (1,), "places": ["audio", "control", "audio_matched"]}
+    table = back_patch(tiny_lalm, items, **how, seed=2, **QUIET)
+    assert set(table.frame.seed) == {2}
+    table = BackPatch(table.frame.sample(frac=1, random_state=1))
+    summary = table.summary(by="label_probability").set_index(["place", "picked_on"])
+    for place in ("audio", "audio_matched"):
+        rows, control = (
+            table.tested(table.chosen(by="label_probability", place=its)).set_index("sample").sort_index()
+            for its in (place, "control")
+        )
+        row = summary.loc[place, "held_out"]
+        change = (rows.label_p_after - control.label_p_after).to_numpy()
+        assert row.label_p_minus_control == pytest.approx(change.mean())
+        drawn = np.random.default_rng(1).choice(change, (4000, len(change))).mean(1)
+        theirs = np.percentile(drawn, [2.5, 97.5])
+        assert [row.label_p_minus_control_low, row.label_p_minus_control_high] == pytest.approx(theirs, abs=0.01)
+        assert row.accuracy_minus_control == rows.right_after.mean() - control.right_after.mean()
+        shares = []
+        for its in (rows, control):
+            follows = (its.answer_after == its.text_label, its.answer_after == its.audio_label)
+            shares.append(follows[0].sum() / (follows[0] | follows[1]).sum())
+        assert row.tdr_minus_control == pytest.approx(shares[0] - shares[1])
+        rights = np.stack([control.right_after, rows.right_after], axis=-1).astype(bool)
+        low, high = change_interval(rights, np.ones_like(rights))
+        assert (row.accuracy_minus_control_low, row.accuracy_minus_control_high) == pytest.approx((low, high))
+    assert summary.loc[["control"]].filter(like="minus_control").isna().all(axis=None)
+    assert summary.label_p_minus_control.abs().min() > 0
+    assert table.summary(control="audio", n_resamples=20).set_index("place").loc["control"].notna().any(axis=None)
+    alone = BackPatch(table.frame[table.frame.place == "audio"]).summary(n_resamples=20)
+    assert not [name for name in alone if "control" in name]
+
+
+def test_a_control_is_taken_away_clip_by_clip():
+    """What is always a tenth below has no width."""
+    frame = made_up().frame.sort_values(["place", "sample", "source", "window"], ignore_index=True)
+    audio, control = (frame[frame.place == place].index for place in ("audio", "early+object"))
+    frame.loc[control, "label_p_after"] = frame.loc[audio, "label_p_after"].to_numpy() - 0.1
+    table = BackPatch(frame.sample(frac=1, random_state=1))
+    rows = table.summary("label_probability", "early+object", n_resamples=50).set_index(["place", "picked_on"])
+    names = [f"label_p_minus_control{end}" for end in ("", "_low", "_high")]
+    assert rows.loc[("audio", "held_out"), names].tolist() == pytest.approx([0.1] * 3)
+
+
+def test_a_choice_is_applied_to_its_own_model_alone(random_pair, asked, samples, tiny_lalm, tmp_path):
+    model, run = random_pair[1], asked[1]
+    how = {"sources": (7,), "targets": (2,), "windows": (1,), "places": ["audio"], "n_choosing": 0}
+    table = back_patch(model, samples[:2], **how, **QUIET)
+    path = table.chosen("same").save(tmp_path / "choice.json")
+    choice = BackPatchChoice.load(path)
+    assert len(choice.hooks(model, run)) == 1
+    with pytest.raises(InputError, match=r"chosen on .* and tiny_lalm has other weights"):
+        choice.hooks(tiny_lalm, run)
+    shallow = replace(choice, n_layers=32)
+    with pytest.raises(InputError, match=r"chosen of the 32 layers of .*, and .* has 8"):
+        shallow.generate(model, run, 2)
+
+
+def test_a_fingerprint_tells_weights_apart_and_not_how_they_are_held(random_pair):
+    model = random_pair[1]
+    first = weights_fingerprint(model)
+    assert weights_fingerprint(deepcopy(model).to(torch.bfloat16)) == first
+    moved = deepcopy(model)
+    with torch.no_grad():
+        moved.blocks[7].attn.W_O[:] *= 1.5
+    assert weights_fingerprint(moved) != first
 
 
 def test_before_and_after_on_test_clips():
@@ -320,7 +447,8 @@ def test_a_table_is_printed_saved_and_loaded(asked, samples, tmp_path):
     model: HookedLALM = asked[0].model
     table = back_patch(model, samples[:2], sources=(7,), targets=(0, 1), windows=(1,), n_choosing=0, **QUIET)
     assert (
-        repr(table) == "BackPatch(8 runs, clips: 2 of emotion; 2 pairs of layers at audio, 2 pairs of layers at text)"
+        repr(table)
+        == "BackPatch(8 runs, clips: 2 of emotion; 2 pairs of layers at audio, 2 pairs of layers at control)"
     )
     path: Path = table.save(tmp_path / "pairs.parquet")
     pd.testing.assert_frame_equal(BackPatch.load(path).to_frame(), table.to_frame())
@@ -329,7 +457,7 @@ def test_a_table_is_printed_saved_and_loaded(asked, samples, tmp_path):
     assert effects.n.tolist() == [2] * 4
     with pytest.raises(DataError, match="All clips are test clips"):
         table.chosen()
-    with pytest.raises(DataError, match="no place 'late', only audio, text"):
+    with pytest.raises(DataError, match="no place 'late', only audio, control"):
         table.chosen("same", place="late")
     with pytest.raises(InputError, match="Places are a list of regions"):
         back_patch(model, samples, places="audio", **QUIET)

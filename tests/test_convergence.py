@@ -1,5 +1,7 @@
 """Convergence of twins: planted content, cosines by scikit-learn, states by a cache, and a model with a known layer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -90,6 +92,19 @@ def test_where_one_modality_has_one_state_nothing_is_aligned():
         compared(noise(0), noise(1), ["a"] * N)
 
 
+def test_where_one_text_alone_differs_there_is_no_cka():
+    """Of 4 clips of one label and 1 of another, texts are two points, and one has a single item."""
+    labels = ["a"] * 4 + ["b"]
+    text = noise(1)[[0, 0, 0, 0, 1]]
+    rows = compared(noise(0)[:5], text, labels, n_permutations=9)
+    assert rows[["cka", "cka_p", "cka_null_95"]].isna().all(axis=None)
+    assert rows[["cosine", "centred_cosine", "centred_mismatched", "gap"]].notna().all(axis=None)
+    three = compared(noise(0)[:5], noise(1)[[0, 0, 0, 1, 1]], ["a"] * 3 + ["b"] * 2, n_permutations=9)
+    assert three.notna().all(axis=None)
+    with pytest.raises(InputError, match="or one alone differs"):
+        debiased_cka(noise(0)[:5], text)
+
+
 # --- models -----------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +169,14 @@ def test_the_table_and_its_picture(converged, tmp_path):
         converged.first_layer("gap", place="last")
     with pytest.raises(DataError, match="more than one framing"):
         Convergence(pd.concat([converged.frame, converged.frame.assign(framing="option")])).layers()
+
+
+def test_a_split_of_all_but_one_is_compared_by_cosines_alone(tiny_lalm, samples):
+    male, female = ([its for its in samples if its.label == label] for label in ("male", "female"))
+    some = [*male, replace(male[0], name="again.wav"), female[0]]
+    rows = convergence(tiny_lalm, some, **HOW).layers(n_resamples=20)
+    assert rows.cka.isna().all()
+    assert rows.above.notna().all()
 
 
 def test_too_few_twins_are_refused(tiny_lalm, samples):

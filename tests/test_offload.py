@@ -32,6 +32,7 @@ from lalm_lens.engine.passing import go_through
 from lalm_lens.engine.plan import Plan, run_branches
 from lalm_lens.errors import InputError, LensError
 from lalm_lens.experiments.causal_trace import causal_trace
+from lalm_lens.fingerprints import weights_fingerprint
 from lalm_lens.inputs import Embedded, Inputs
 from lalm_lens.interventions import Add, Knockout, Patch, Scale
 from lalm_lens.loading import from_hf, from_pretrained, skeleton
@@ -126,6 +127,12 @@ def test_a_run_that_fails_leaves_no_weights_behind(checkpoint, inputs):
         with pytest.raises(ZeroDivisionError), torch.no_grad():
             model.run_with_hooks(inputs, fwd_hooks=[(name, fail)])
         assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_fingerprint_is_that_of_the_weights_wherever_they_lie(checkpoint):
+    plain, ours = from_pretrained(checkpoint), from_pretrained(checkpoint, device_map={"": "disk"})
+    assert weights_fingerprint(ours) == weights_fingerprint(plain)
+    assert all(parameter.is_meta for parameter in ours.parameters())
 
 
 def test_a_hook_may_run_the_model_itself(checkpoint, inputs):

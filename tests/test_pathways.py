@@ -270,7 +270,7 @@ def test_a_modality_keeps_its_answer_with_its_own_circuit(planted, samples, path
     found = circuits(
         planted, samples[:1], paths, ks=(0, 10, 40), n_random=1, within="conflict", corruption=Silence(), **HOW
     )
-    rows = found.faithfulness(n_resamples=50).set_index(["task", "circuit", "k"]).faithfulness
+    rows = found.faithfulness("choosing", n_resamples=50).set_index(["task", "circuit", "k"]).faithfulness
     for task in ("text", "audio"):
         for circuit in ("text", "audio", "random"):
             assert rows[task, circuit, 0] == pytest.approx(0, abs=0.02)
@@ -284,11 +284,36 @@ def test_a_modality_keeps_its_answer_with_its_own_circuit(planted, samples, path
     assert frame.is_chosen_by.all()
     path = found.save(tmp_path / "circuits.parquet")
     pd.testing.assert_frame_equal(Circuits.load(path).to_frame(), found.to_frame())
-    left, right = found.plot().axes
+    left, right = found.plot("choosing").axes
     assert left.get_title().startswith("the answer is read (n = 1)")
     assert len(right.lines) == 3 + 2
     with pytest.raises(DataError, match="of the within 'conflict', and circuits are asked for of 'alone'"):
         circuits(planted, samples, paths, **HOW)
+
+
+def test_clips_that_chose_the_circuits_do_not_tell_how_good_they_are():
+    rows = [
+        {"sample": sample, "modality": task, "circuit": "text", "k": k, "m_circuit": k * good, "is_chosen_by": chosen}
+        for task in ("text", "audio")
+        for sample, chosen, good in (("a", True, 1.0), ("b", True, 0.9), ("c", False, 0.2), ("d", False, 0.4))
+        for k in (0, 1)
+    ]
+    about = dict.fromkeys(["model", "attribute", "form", "within", "framing", "answer", "rival", "corrupted_by"], "m")
+    frame = pd.DataFrame(rows).assign(**about, label_space=True, status="kept", n_nodes=1, m_clean=1.0, m_corrupted=0.0)
+    found = Circuits.concat([frame])
+    for on, share in (("held_out", 0.3), ("choosing", 0.95)):
+        its = found.faithfulness(on, n_resamples=50)
+        assert its[its.k == 1].faithfulness.tolist() == pytest.approx([share] * 2)
+        assert set(its.clips) == {on}
+        assert set(its.n) == {2}
+    pd.testing.assert_frame_equal(found.faithfulness(), found.faithfulness("held_out"))
+    each = found.faithfulness("each", n_resamples=50).set_index(["clips", "task", "k"]).faithfulness
+    assert each["held_out", "text", 1] == pytest.approx(0.3)
+    assert each["choosing", "audio", 1] == pytest.approx(0.95)
+    assert "2 clips that did not choose the circuits" in repr(found)
+    with pytest.raises(DataError, match="No clip of the table did not choose the circuits"):
+        Circuits(found.frame[found.frame.is_chosen_by]).faithfulness()
+    assert "2 clips that chose the circuits" in repr(Circuits(found.frame[found.frame.is_chosen_by]))
 
 
 def test_the_table_and_its_pictures(paths, tmp_path):

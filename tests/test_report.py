@@ -252,7 +252,7 @@ def test_twenty_long_clips_stay_under_three_megabytes(folder, tmp_path):
     words_of_page, sounds = Words(), Sounds()
     study = Study("m", "gender", "P3", layers)
     card = card_of(Shown(study, "a.wav", layers, said), Noisy({}), sounds, words_of_page)
-    level = compression(20 * 2 * 30)  # all clips of a page share what there is
+    level = compression(20 * 2 * 30.0)  # all clips of a page share what there is
     n_sound = sum(len(text(opus(samples, level))) for samples in sounds.waveforms)
     n_bytes = 20 * (len(json.dumps(card, separators=(",", ":"))) + n_sound)
     assert len(sounds.waveforms) == 2

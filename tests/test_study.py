@@ -19,17 +19,22 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 
 from lalm_lens import cli, runner
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
+from lalm_lens.conflict import Conflict, make_conflict
 from lalm_lens.corrupt import OtherClip, Silence
 from lalm_lens.datasets import read_folder
 from lalm_lens.discovery import Experiment, experiment_named, experiments, value_of
 from lalm_lens.errors import DataError, InputError, LensError, PromptError
+from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.causal_trace import causal_trace
+from lalm_lens.experiments.suppression import suppression
+from lalm_lens.experiments.text_dominance import text_dominance
 from lalm_lens.results import CausalTrace
-from lalm_lens.runner import Models, run_local, table_of, unfinished, uninterrupted, write_list
+from lalm_lens.runner import Models, run_local, table_of, unfinished, write_list
 from lalm_lens.study import Planned, Study, planned
 from lalm_lens.study_results import compare_models, load_results
 from lalm_lens.units import Opened, Unit, claimed, fingerprint
@@ -246,19 +251,6 @@ def test_the_command_goes_on_where_it_was_interrupted(study, plan, undisturbed, 
     assert_same(out, undisturbed)
 
 
-def test_an_interrupt_waits_until_clips_are_read():
-    steps = []
-
-    def read() -> None:
-        with uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
-            steps.append("read to the end")
-
-    with pytest.raises(KeyboardInterrupt):
-        read()
-    assert steps == ["read to the end"]
-
-
 def test_rows_are_those_of_the_function_on_the_same_clips(plan, undisturbed, study, tiny_lalm):
     samples = read_folder(study.parent / "clips")
     how = {"attribute": "gender", "form": "P3", "kinds": ("layer",), "progress": False}
@@ -326,9 +318,9 @@ def test_a_clip_that_an_experiment_refuses_is_left_out_of_its_unit(plan, tiny_la
         return causal_trace(model, samples, **how)
 
     changed = type(unit)(**{**vars_of(unit), "experiment": Experiment("causal_trace", refuses, CausalTrace)})
-    frame, excluded = table_of(changed, tiny_lalm)
+    table, excluded = table_of(changed, tiny_lalm)
     assert excluded == {first: f"{first} is not finite."}
-    assert list(frame["sample"].unique()) == [unit.clips[1].clip.name]
+    assert list(table.frame["sample"].unique()) == [unit.clips[1].clip.name]
 
 
 def vars_of(unit) -> dict:
@@ -395,6 +387,10 @@ def test_a_dry_run_counts_and_measures(study, undisturbed, plan, tmp_path, monke
         ("prompts", "prompts =", InputError, "cannot be read as a study"),
         ("shard = 2", 'models = ["other"]', InputError, "No .*model.* has the path 'other'"),
         ("shard = 2", 'form = "P3"', InputError, "no setting 'form'"),
+        ("shard = 1", "conflict = true", InputError, "write what make_conflict takes"),
+        ("shard = 1", 'conflict = { framing = "none" }', InputError, "no framing 'none'"),
+        ("shard = 1", 'conflict = { orders = "none" }', InputError, "Did you mean order"),
+        ("shard = 2", "conflict = {}", InputError, "not by other clips"),
     ],
 )
 def test_a_study_that_cannot_be_run_says_why(study, old, new, error, words):
@@ -459,6 +455,104 @@ def test_what_a_column_tells_apart_may_be_mixed(study, undisturbed, tmp_path):
     assert scores.groupby("knockout")["sample"].nunique().tolist() == [6, 6]
 
 
+OF_A_CONFLICT = """
+[[experiment]]
+name = "text_dominance"
+conflict.framing = ["statement", "A friend says: {label}."]
+conflict.order = ["audio_first", "text_first"]
+conflict.strength = "adversarial"
+
+[[experiment]]
+name = "logit_lens"
+shard = 2
+conflict = { conditions = ["conflict"], seed = 3 }
+
+[[experiment]]
+name = "suppression"
+order = "text_first"
+
+[[experiment]]
+name = "convergence"
+n_permutations = 10
+
+[[experiment]]
+name = "back_patch"
+conflict = { conditions = ["audio_only", "conflict"] }
+sources = [4]
+targets = [2]
+windows = [1]
+
+[[experiment]]
+name = "probe"
+conflict = { conditions = ["aligned", "conflict"] }
+stacks = ["decoder"]
+n_folds = 2
+n_controls = 1
+max_iter = 10
+
+[[experiment]]
+name = "activations"
+names = ["blocks.2.hook_resid_post"]
+place = "audio"
+shard = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def conflicts(study) -> tuple[Planned, Path]:
+    path = study.parent / "conflicts.toml"
+    path.write_text(STUDY[: STUDY.index("[[experiment]]")].replace('"P2", ', "") + OF_A_CONFLICT)
+    plan = planned(Study.read(path))
+    write_list(plan, path.parent / "conflicts")
+    assert not [its.failure for its in run_local(plan.units, path.parent / "conflicts") if its.failure]
+    return plan, path.parent / "conflicts"
+
+
+def test_clips_of_a_study_are_made_conflicts(conflicts, study, tiny_lalm):
+    samples, results = read_folder(study.parent / "clips"), load_results(conflicts[1])
+    how: dict = {"framing": ("statement", "A friend says: {label}."), "order": ("audio_first", "text_first")}
+    items = make_conflict(samples, "gender", strength="adversarial", **how)
+    expected = text_dominance(tiny_lalm, items, progress=False).frame
+    found = results.table("text_dominance", conflict=Conflict(strength="adversarial", **how))
+    pd.testing.assert_frame_equal(found.frame, expected, check_exact=True)
+    assert found.frame.order.nunique() == 2
+    items = make_conflict(samples, "gender", conditions=["conflict"], seed=3)
+    read = results.table("logit_lens").frame
+    assert read["sample"].unique().tolist() == [item.name for item in items]  # of three units, as of all clips at once
+    expected = suppression(tiny_lalm, samples, attribute="gender", order="text_first", progress=False).frame
+    pd.testing.assert_frame_equal(results.table("suppression").frame, expected, check_exact=True)
+    assert {"convergence", "back_patch", "probe"} < set(results.experiments)
+    assert results.n_unfinished == 0
+
+
+def test_a_unit_of_a_conflict_is_known_by_what_is_stated(conflicts, study):
+    def lens(old: str, new: str) -> list[str]:
+        text = (study.parent / "conflicts.toml").read_text()
+        (study.parent / "other.toml").write_text(text.replace(old, new))
+        units = planned(Study.read(study.parent / "other.toml")).units
+        return [unit.hash for unit in units if unit.experiment.name == "logit_lens"]
+
+    whole = lens("", "")
+    assert not set(lens("seed = 3", "seed = 4")) & set(whole)
+    assert not set(lens(", seed = 3", ', seed = 3, order = "text_first"')) & set(whole)
+
+
+def test_activations_are_units(conflicts, study, tiny_lalm):
+    plan, out = conflicts
+    paths = [unit.path(out) for unit in plan.units if unit.experiment.name == "activations"]
+    assert len(paths) == 2
+    states = torch.cat([load_file(path.with_suffix(".safetensors"))["blocks.2.hook_resid_post"] for path in paths])
+    rows = load_results(out).table("activations").frame
+    assert len(rows) == len(states)
+    question = Question.about(tiny_lalm, samples := read_folder(study.parent / "clips"), "gender", "P3", True)
+    for sample in samples[::5]:
+        run = question.run(sample)
+        _, cache = tiny_lalm.run_with_cache(run.inputs, names_filter="blocks.2.hook_resid_post")
+        its = rows[rows["sample"] == sample.name]
+        torch.testing.assert_close(states[its.index], cache["blocks.2.hook_resid_post"][0, its.position.to_list()])
+    assert set(rows.region) == {"audio"}
+
+
 def test_models_are_compared_on_the_clips_that_both_have():
     rng = np.random.default_rng(0)
     rows = [
@@ -476,6 +570,33 @@ def test_models_are_compared_on_the_clips_that_both_have():
     assert np.isclose(row["high"] - row["low"], 2 * 1.96 * error, rtol=0.2)
     with pytest.raises(DataError, match="nothing to compare"):
         compare_models(frame[frame.model == "a"], "score")
+
+
+def test_a_model_that_cannot_be_opened_stops_no_other(study, undisturbed, tmp_path, monkeypatch, capsys):
+    for name in ("torn", "bare"):
+        shutil.copytree(TINY_LALM, study.parent / name, dirs_exist_ok=True)
+    (study.parent / "bare" / "config.json").write_text('{"model_type": "unheard_of"}')
+    whole = bytearray((study.parent / "torn" / "model.safetensors").read_bytes())
+    (study.parent / "torn" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    models = "".join(f'[[model]]\npath = "{name}"\n\n' for name in ("torn", "gone", "bare"))
+    (study.parent / "models.toml").write_text(STUDY.replace("[[model]]", f"{models}[[model]]"))
+    monkeypatch.setattr(sys, "argv", ["lalm-lens", "run", str(study.parent / "models.toml"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "Left out, the model gone: There is no model at gone" in said
+    assert "Left out, the model bare: " in said
+    assert "Failed, 12 units" in said
+    assert "torn cannot be opened: " in said
+    assert "12 of 24 units are finished" in said
+    results = load_results(tmp_path)
+    assert list(results.failed) == ["gone", "bare"]
+    expected = load_results(undisturbed).table("causal_trace").frame
+    pd.testing.assert_frame_equal(results.table("causal_trace").frame, expected, check_exact=True)
+    (study.parent / "models.toml").write_text(STUDY.replace(str(TINY_LALM), "gone"))
+    with pytest.raises(InputError, match=r"No model of .* can be opened\. There is no model at gone"):
+        planned(Study.read(study.parent / "models.toml"))
 
 
 def test_a_model_is_opened_once(plan):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from reference import hf_cut, recorded
+from statsmodels.stats.proportion import proportion_confint
 
 from lalm_lens import cli
 from lalm_lens.assets import TINY_LALM, TINY_LALM_ERASE, TINY_LALM_SUPPRESS
@@ -70,8 +71,9 @@ def test_every_row_is_plain_hf_with_the_text_in_and_out_of_sight(random_pair, fo
         assert not torch.allclose(ends["conflict"], ends["cut"], atol=1e-3)  # what is out of sight was looked at
 
 
-def table(rights: dict[str, np.ndarray]) -> Suppression:
-    """Clips whose audio's label the last of two layers says, or the text's."""
+def table(rights: dict[str, np.ndarray], n_labels: int = 4, most: int = 1) -> Suppression:
+    """Clips whose audio's label the last of two layers says, or the text's. Labels come equally often, or one of them
+    `most` times as often as the others."""
     rows = [
         {"run": run, "sample": f"{n}", "layer": layer, "place": "last", "says": "audio" if right else "text"}
         for run, its in rights.items()
@@ -80,6 +82,9 @@ def table(rights: dict[str, np.ndarray]) -> Suppression:
     ]
     frame = pd.DataFrame(rows).assign(model="m", attribute="a", form="P3", label_space=True, framing="statement")
     frame["clip"] = frame["sample"]
+    labels = [*range(n_labels), *[0] * (most - 1)]
+    frame["audio_label"] = [f"label {labels[int(name) % len(labels)]}" for name in frame["sample"]]
+    frame["n_labels"] = n_labels
     frame.loc[frame.layer == 0, "says"] = "other"
     frame = frame.assign(strength="baseline", order="audio_first", cut_layers="all", log_p_audio=0.0, log_p_text=0.0)
     return Suppression.concat([frame])
@@ -112,6 +117,28 @@ def test_the_verdict_is_that_of_the_counts(n_right, verdict):
     assert its["back_low"] <= its["back"] <= its["back_high"]
     if alone - conflict > 0.05:
         assert its["returned"] == pytest.approx((cut - conflict) / (alone - conflict))
+
+
+@pytest.mark.parametrize(
+    ("n_right", "n_labels", "most", "verdict"),
+    [
+        ((38, 2, 20, 38), 2, 1, "erasure"),  # a coin brings half back
+        ((38, 2, 20, 38), 4, 1, "in part"),
+        ((38, 2, 27, 38), 2, 1, "in part"),  # above chance, and not enough
+        ((38, 2, 27, 38), 8, 1, "in part"),
+        ((38, 2, 38, 38), 2, 1, "suppression"),
+        ((30, 0, 30, 30), 4, 9, "undecided"),  # nine in twelve clips have one label, which is always said
+        ((40, 2, 24, 40), 4, 9, "erasure"),
+        ((23, 2, 23, 23), 2, 1, "undecided"),
+        ((23, 2, 23, 23), 4, 1, "suppression"),
+    ],
+)
+def test_chance_returns_nothing(n_right, n_labels, most, verdict):
+    its = table(dict(zip(RUNS, map(hits, n_right), strict=True)), n_labels, most).verdict(n_resamples=500)
+    assert its["verdict"] == verdict
+    share = np.mean([n % (n_labels + most - 1) in (0, *range(n_labels, n_labels + most - 1)) for n in range(40)])
+    assert its["chance"] == pytest.approx(share)
+    assert its["cut_low"] == pytest.approx(proportion_confint(n_right[2], 40, method="wilson")[0])
 
 
 def test_a_few_clips_decide_nothing():

@@ -15,7 +15,7 @@ import torch
 from reference import chirps
 from sklearn.metrics import accuracy_score
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint, proportion_effectsize
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint, proportion_effectsize
 from transformers import Qwen2AudioForConditionalGeneration
 
 from lalm_lens.alme import read_alme
@@ -30,7 +30,7 @@ from lalm_lens.experiments.audio_sensitivity import HEARD, AudioSensitivity, aud
 from lalm_lens.experiments.lens import Words
 from lalm_lens.experiments.text_dominance import TextDominance, answer_of, compare_dominance, text_dominance
 from lalm_lens.interventions import Knockout
-from lalm_lens.proportions import McNemar, cohens_h, wilson
+from lalm_lens.proportions import McNemar, change_interval, cohens_h, wilson
 
 QUIET = {"progress": False}
 ORDERS = ("audio_first", "text_first")
@@ -125,7 +125,7 @@ def test_knockouts_are_those_of_attention_knockout(tiny_lalm, items, answered):
         without.frame.knockout == "-1 without audio, layers 0 to 7"
     ).all()
     first = [TextDominance(its.frame[its.frame.order == "audio_first"]) for its in (answered, without)]
-    change = compare_dominance(*first, outcome="right", n_resamples=100)
+    change = compare_dominance(*first, outcome="right")
     right = [its.frame[its.frame.condition == "conflict"].right.mean() for its in first]
     assert [change.before, change.after] == right
     assert change.n == 2
@@ -255,7 +255,7 @@ def test_before_and_after_are_compared_pair_by_pair(outcome):
         TextDominance(its.frame[(its.frame.framing == framing) & (its.frame.order == "audio_first")])
         for its, framing in ((table_of(60, 3), "statement"), (table_of(60, 4), "option"))
     )
-    found = compare_dominance(before, after, outcome=outcome, n_resamples=4000)
+    found = compare_dominance(before, after, outcome=outcome)
     rows = [its.frame[its.frame.condition == "conflict"].sort_values("clip") for its in (before, after)]
     hits = np.array([its.follows == "text" if outcome == "text" else its.right for its in rows])
     clear = np.array([its.follows.isin(["text", "audio"]) if outcome == "text" else its.right >= 0 for its in rows])
@@ -271,14 +271,51 @@ def test_before_and_after_are_compared_pair_by_pair(outcome):
     drawn = np.random.default_rng(9).integers(0, 60, (4000, 60))
     resampled = hits[:, drawn].sum(-1) / clear[:, drawn].sum(-1)
     theirs = np.percentile(resampled[1] - resampled[0], [2.5, 97.5])
-    np.testing.assert_allclose((found.low, found.high), theirs, atol=0.02)
+    np.testing.assert_allclose((found.low, found.high), theirs, atol=0.03)
+    assert (found.n_clear_before, found.n_clear_after) == tuple(clear.sum(1))
     assert ("TDR" if outcome == "text" else "accuracy") in repr(found)
+
+
+def pairs_of(**counts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which clips follow the text, and which are clear: t, a and o for text, audio and other, before and after."""
+    said = np.array([list(its) for its, n in counts.items() for _ in range(n)])
+    return said == "t", said != "o"
+
+
+def test_an_interval_of_few_clear_answers_is_newcombes():
+    """That of shares without a common clip by statsmodels, that of pairs as Newcombe writes it, with phi."""
+    low, high = change_interval(*pairs_of(to=2, ao=1, ot=1, oa=4, oo=9))
+    assert (-high, -low) == pytest.approx(confint_proportions_2indep(2, 3, 1, 5, method="newcomb"))
+    e, f, g, h = 9, 1, 5, 4  # text in both, before alone, after alone, neither
+    low, high = change_interval(*pairs_of(tt=e, ta=f, at=g, aa=h, oo=3))
+    (l1, u1), (l2, u2) = (proportion_confint(k, 19, method="wilson") for k in (e + f, e + g))
+    p, q = (e + f) / 19, (e + g) / 19
+    phi = (e * h - f * g) / ((e + f) * (g + h) * (e + g) * (f + h)) ** 0.5
+    below = ((q - l2) ** 2 - 2 * phi * (q - l2) * (u1 - p) + (u1 - p) ** 2) ** 0.5
+    above = ((u2 - q) ** 2 - 2 * phi * (u2 - q) * (p - l1) + (p - l1) ** 2) ** 0.5
+    assert (low, high) == pytest.approx((q - p - below, q - p + above))
+    low, high = change_interval(*pairs_of(ta=3, oo=20))
+    assert -1 <= low < -0.5 < high < 0
+
+
+def test_few_clear_answers_have_an_interval_and_none_has_not():
+    table = table_of(12, seed=1)
+    rows = table.frame[(table.frame.framing == "option") & (table.frame.order == "text_first")]
+    rows = rows[rows.condition == "conflict"].reset_index(drop=True)
+    one, none = (TextDominance(rows.assign(follows=["text"] * n + ["other"] * (12 - n))) for n in (1, 0))
+    few = compare_dominance(TextDominance(rows.assign(follows=["audio"] + ["other"] * 11)), one)
+    assert (few.difference, few.n_clear_before, few.n_clear_after) == (1, 1, 1)
+    assert -1 < few.low < few.difference <= few.high
+    lost = compare_dominance(one, none)
+    assert (lost.n_clear_before, lost.n_clear_after) == (1, 0)
+    assert np.isnan([lost.after, lost.difference, lost.low, lost.high, lost.h]).all()
+    assert "1 and 0 answers" in repr(lost)
 
 
 def test_what_is_not_paired_is_not_compared():
     table = table_of(6, seed=1)
     one = TextDominance(table.frame[(table.frame.framing == "option") & (table.frame.order == "text_first")])
-    assert compare_dominance(one, one, n_resamples=100).difference == 0
+    assert compare_dominance(one, one).difference == 0
     with pytest.raises(DataError, match="The table after has 24 items in the condition conflict, 18 of them twice"):
         compare_dominance(one, table)
     with pytest.raises(

@@ -12,6 +12,7 @@ import typer
 from lalm_lens.commands.base import app
 from lalm_lens.commands.opening import conversion_named
 from lalm_lens.commands.options import Device
+from lalm_lens.errors import LensError
 
 if TYPE_CHECKING:
     from lalm_lens.runner import Outcome
@@ -52,7 +53,7 @@ def run_command(
     show_counts(plan, missing)
     if dry_run:
         show_cost(missing, out, plan, device)
-        return
+        raise typer.Exit(1 if plan.failed else 0)
     write_list(plan, out)
     done: list[Outcome] = []
     try:
@@ -63,7 +64,7 @@ def run_command(
         print(f"Interrupted; {left} of {len(plan.units)} units are left. The same command goes on.", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     show_summary(plan, done)
-    raise typer.Exit(1 if any(outcome.failure for outcome in done) else 0)
+    raise typer.Exit(1 if plan.failed or any(outcome.failure for outcome in done) else 0)
 
 
 def outcomes(units: "Sequence[Unit]", out: Path, engine: str, device: str, workers: int | None) -> "Iterator[Outcome]":
@@ -112,6 +113,8 @@ def show_counts(plan: "Planned", missing: "Sequence[Unit]") -> None:
 
 
 def show_excluded(plan: "Planned") -> None:
+    for path, why in plan.failed.items():
+        print(f"Left out, the model {path}: {why}")
     for row in plan.excluded.drop_duplicates(["dataset", "attribute", "sample", "reason"]).to_dict("records"):
         print(f"Left out of {row['dataset']}, {row['attribute']}: {row['sample']}: {row['reason']}")
 
@@ -123,8 +126,13 @@ def show_cost(missing: "Sequence[Unit]", out: Path, plan: "Planned", device: str
     models, total_s, unknown = Models(device), 0.0, 0
     for kind, units in by_kind(missing).items():
         n_clips = sum(len(unit.clips) for unit in units)
-        clip_s = measured(units[0], [unit for unit in plan.units if kind_of(unit) == kind], out, models)
         shown = ", ".join([*filter(None, kind[:3]), *changed(units[0])])
+        try:
+            clip_s = measured(units[0], [unit for unit in plan.units if kind_of(unit) == kind], out, models)
+        except LensError as error:
+            unknown += n_clips
+            print(f"{shown}: {n_clips} clips, not measured: {error}")
+            continue
         if clip_s is None:
             unknown += n_clips
             print(f"{shown}: {n_clips} clips, which need each other: not measured")
@@ -135,14 +143,13 @@ def show_cost(missing: "Sequence[Unit]", out: Path, plan: "Planned", device: str
 
 
 def kind_of(unit: "Unit") -> tuple:
-    settings = tuple(f"{name}={value!r}" for name, value in sorted(unit.settings.items()))
-    return unit.model_name, unit.experiment.name, unit.form, unit.model.dtype, settings
+    return unit.model_name, unit.experiment.name, unit.form, unit.model.dtype, tuple(unit.told.items())
 
 
 def changed(unit: "Unit") -> list[str]:
     """The settings that are not those by default."""
-    default = unit.experiment.settings({})
-    return [f"{name}={value!r}" for name, value in unit.settings.items() if value != default[name]]
+    default = {name: repr(value) for name, value in unit.experiment.settings({}).items()}
+    return [f"{name}={value}" for name, value in unit.told.items() if value != default.get(name)]
 
 
 def by_kind(units: "Sequence[Unit]") -> "dict[tuple, list[Unit]]":

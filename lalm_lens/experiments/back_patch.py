@@ -34,7 +34,8 @@ from lalm_lens.experiments.asked import Question, Told
 from lalm_lens.experiments.changed import ANSWER_COLUMNS, Changed, How, Variant, answers, frame_of
 from lalm_lens.experiments.cuts import place_name, positions
 from lalm_lens.experiments.enrich import split
-from lalm_lens.experiments.text_dominance import SIDES, WHEN, Comparison, comparison
+from lalm_lens.experiments.text_dominance import SIDES, WHEN, Comparison, Outcome, comparison
+from lalm_lens.fingerprints import weights_fingerprint
 from lalm_lens.generation import Generated
 from lalm_lens.interventions import NamedHook, Patch, hook_name
 from lalm_lens.metrics import Predict
@@ -53,8 +54,10 @@ By = Literal["accuracy", "label_probability", "tdr"]
 States = Mapping[int, Float[Tensor, "at d_model"]]  # behind some blocks, at the positions that are patched
 
 N_LAYERS = 8  # of a grid, where no layers are asked for
+CONTROL, MATCHED = "control", "audio_matched"
 CELL = ("place", "source", "target", "window", "later", "max_loops")
 ONE_WAY = ("model", "attribute", "form", "label_space", "predict", "order", "framing", "strength", "later", "max_loops")
+ONE_WAY += ("fingerprint", "seed")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def back_patch(
     sources: Sequence[int] | None = None,
     targets: Sequence[int] | None = None,
     windows: Sequence[int] = (1, 3, 5),
-    places: Sequence[Regions] = ("audio", "text"),
+    places: Sequence[Regions] = ("audio", CONTROL),
     later: Later = "recomputed",
     max_loops: int = 1,
     n_choosing: int | None = None,
@@ -104,10 +107,13 @@ def back_patch(
 
     A grid over all pairs is dear (in 32 layers and 3 windows about 1,000 forwards a clip), so by default sources and
     targets are 8 layers, evenly spread; `range(n_layers)` is all. Each of the `places`, a region of the prompt or
-    several as in `attention_knockout`, is patched by itself: `text` is the control of `audio`. Behind the target all is
-    computed again, or with `later="pinned"` the states of the place are those of run 1 in all later blocks, so that
-    others have one look at what was patched for each block of the window. With `max_loops` above 1, a patched run is
-    the source of the next one, until the answer stays the same; these run with hooks, one by one.
+    several as in `attention_knockout`, is patched by itself: `control` is the control of `audio`, text without what is
+    stated of the clip, without the last position, and without the words that the answer is forced to begin with.
+    `audio_matched` is as many positions of the audio as `control` has, drawn by `seed`, the same of all prompts of one
+    length; where the audio has no more of them, all. Behind the target all is computed again, or with `later="pinned"`
+    the states of the place are those of run 1 in all later blocks, so that others have one look at what was patched for
+    each block of the window. With `max_loops` above 1, a patched run is the source of the next one, until the answer
+    stays the same; these run with hooks, one by one.
 
     `n_choosing` of the clips, by default half of them, in the proportions of their labels, are there for the choice of
     a pair alone, in all conditions of a conflict; `seed` says which. `engine` and `token_budget` are those of `Plan`;
@@ -120,7 +126,7 @@ def back_patch(
         raise InputError(f"max_loops is 1 or more; got {max_loops}.")
     if isinstance(places, str) or not places:
         raise InputError(f'Places are a list of regions, one or more, as ["audio"]; got {places!r}.')
-    spots = [Spot(place, pair, later) for place, pair in product(places, pairs)]
+    spots = [Spot(place, pair, later, seed) for place, pair in product(places, pairs)]
     n_choosing = len(set(map(clip_of, samples))) // 2 if n_choosing is None else n_choosing
     held_out = names(samples, n_choosing, seed) if n_choosing else set()
     how = How(predict, engine, token_budget, n_together, progress)
@@ -134,7 +140,8 @@ def back_patch(
         frames = looped(question, samples, spots, max_loops, how)
     table = pd.concat(list(frames), ignore_index=True)
     side = np.where(table["sample"].isin(held_out), "choosing", "test")
-    return BackPatch.concat([table.assign(split=side, max_loops=max_loops)])
+    weights = {"n_layers": model.decoder_cfg.n_layers, "fingerprint": weights_fingerprint(model)}
+    return BackPatch.concat([table.assign(split=side, max_loops=max_loops, seed=seed, **weights)])
 
 
 def grid(
@@ -163,6 +170,15 @@ def clip_of(sample: Sample) -> str:
     return sample.columns.get("clip") or sample.name
 
 
+def where(run: Run, place: Regions, seed: int) -> tuple[int, ...]:
+    """The positions of a place, `audio_matched` among the places."""
+    if place != MATCHED:
+        return positions(run, place)
+    audio, n_control = positions(run, "audio"), len(positions(run, CONTROL))
+    drawn = np.random.default_rng(seed).choice(audio, min(n_control, len(audio)), replace=False)
+    return tuple(sorted(drawn.tolist()))
+
+
 @dataclass(frozen=True)
 class Spot:
     """One back-patched run of a clip."""
@@ -170,26 +186,27 @@ class Spot:
     place: Regions
     pair: Pair
     later: Later
+    seed: int = 0
 
     def columns(self) -> dict[str, Any]:
         return {"place": place_name(self.place), **asdict(self.pair), "later": self.later, "loops": 1}
 
     def variant(self, model: HookedLALM, run: Run) -> Variant:
-        where, put = positions(run, self.place), self.pair.put(model.decoder_cfg.n_layers, self.later)
-        changes = tuple(Patch("resid_post", to, where, Source(run, layer=source)) for to, source in put.items())
-        return Variant({**self.columns(), "n_positions": len(where)}, changes)
+        at, put = where(run, self.place, self.seed), self.pair.put(model.decoder_cfg.n_layers, self.later)
+        changes = tuple(Patch("resid_post", to, at, Source(run, layer=source)) for to, source in put.items())
+        return Variant({**self.columns(), "n_positions": len(at)}, changes)
 
 
 @torch.no_grad()
-def states_of(model: HookedLALM, run: Run, layers: Sequence[int], where: tuple[int, ...]) -> dict[int, Tensor]:
+def states_of(model: HookedLALM, run: Run, layers: Sequence[int], at: tuple[int, ...]) -> dict[int, Tensor]:
     """Of the unchanged run."""
     by_name = {hook_name("resid_post", layer): layer for layer in layers}
     _, cache = model.run_with_cache(run.inputs.to(model.device), names_filter=list(by_name), logits_at=-1)
-    return {layer: cache[name][0, list(where)] for name, layer in by_name.items()}
+    return {layer: cache[name][0, list(at)] for name, layer in by_name.items()}
 
 
-def hooks_of(put: Mapping[int, int], states: States, where: tuple[int, ...]) -> list[NamedHook]:
-    return [Patch("resid_post", to, where, states[source]).hook() for to, source in put.items()]
+def hooks_of(put: Mapping[int, int], states: States, at: tuple[int, ...]) -> list[NamedHook]:
+    return [Patch("resid_post", to, at, states[source]).hook() for to, source in put.items()]
 
 
 # --- loops ----------------------------------------------------------------------------------------------------------
@@ -221,25 +238,25 @@ def last_loop(
 ) -> tuple[Float[Tensor, "at twice"], int]:
     """What the last loop says, and which one it is. `value` is what the unchanged run says."""
     model, readout, loop = question.model, Told.readout(question.tokens), 0
-    put, where = spot.pair.put(model.decoder_cfg.n_layers, spot.later), positions(run, spot.place)
+    put, at = spot.pair.put(model.decoder_cfg.n_layers, spot.later), where(run, spot.place, spot.seed)
     patched = set(spot.pair.put(model.decoder_cfg.n_layers, "recomputed"))
-    first = states_of(model, run, sorted(set(put.values())), where)
+    first = states_of(model, run, sorted(set(put.values())), at)
     own, before = dict(first), None
     while loop < max_loops and said(value) != before:
         loop, before = loop + 1, said(value)
         states = {to: own[source] if to in patched else first[source] for to, source in put.items()}
-        patches = [Patch("resid_post", to, where, state).hook() for to, state in states.items()]
-        takes = [(hook_name("resid_post", put[to]), taking(own, put[to], where)) for to in patched]
+        patches = [Patch("resid_post", to, at, state).hook() for to, state in states.items()]
+        takes = [(hook_name("resid_post", put[to]), taking(own, put[to], at)) for to in patched]
         logits = model.run_with_hooks(run.inputs.to(model.device), fwd_hooks=[*patches, *takes], logits_at=-1)
         value = readout(logits)[0]
     return value, loop
 
 
-def taking(states: dict[int, Tensor], layer: int, where: tuple[int, ...]) -> Any:
+def taking(states: dict[int, Tensor], layer: int, at: tuple[int, ...]) -> Any:
     """A hook that keeps what the run has there."""
 
     def take(state: Float[Tensor, "batch pos d_model"], hook: HookPoint) -> None:
-        states[layer] = state[0, list(where)].clone()
+        states[layer] = state[0, list(at)].clone()
 
     return take
 
@@ -253,9 +270,11 @@ def said(value: Float[Tensor, "at twice"]) -> int:
 
 @dataclass(frozen=True)
 class BackPatchChoice:
-    """A pair of layers that was chosen, to be applied to other runs; `save` writes it as JSON."""
+    """A pair of layers that was chosen, to be applied to other runs of the same weights; `save` writes it as JSON."""
 
     model: str
+    n_layers: int
+    fingerprint: str  # of the model's weights: `weights_fingerprint`
     attribute: str
     place: Regions
     source: int
@@ -264,6 +283,7 @@ class BackPatchChoice:
     later: Later
     picked_on: On
     picked_by: By
+    seed: int  # of the positions of `audio_matched`
     n_clips: int = field(compare=False)
 
     @property
@@ -272,9 +292,25 @@ class BackPatchChoice:
 
     def hooks(self, model: HookedLALM, run: Run) -> list[NamedHook]:
         """For `model.run_with_hooks` and `model.generate`; run 1 runs here. Positions of the prompt alone are patched,
-        in the step that computes them; what is generated looks at them."""
-        where, put = positions(run, self.place), self.pair.put(model.decoder_cfg.n_layers, self.later)
-        return hooks_of(put, states_of(model, run, sorted(set(put.values())), where), where)
+        in the step that computes them; what is generated looks at them. Raises `InputError` for another model than the
+        one that the pair was chosen on."""
+        self.check(model)
+        at, put = where(run, self.place, self.seed), self.pair.put(self.n_layers, self.later)
+        return hooks_of(put, states_of(model, run, sorted(set(put.values())), at), at)
+
+    def check(self, model: HookedLALM) -> None:
+        """Raise `InputError` for a model of another number of layers, or with other weights."""
+        n_layers, advice = model.decoder_cfg.n_layers, "Choose a pair on this model: back_patch(...).chosen()."
+        if n_layers != self.n_layers:
+            raise InputError(
+                f"This pair was chosen of the {self.n_layers} layers of {self.model}, and {model.cfg.model_name} has "
+                f"{n_layers}. {advice}"
+            )
+        if weights_fingerprint(model) != self.fingerprint:
+            raise InputError(
+                f"This pair was chosen on {self.model}, and {model.cfg.model_name} has other weights, or the same "
+                f"rounded otherwise than to bfloat16. {advice}"
+            )
 
     def generate(self, model: HookedLALM, run: Run, max_new_tokens: int = 50, **how: Any) -> Generated:
         """`model.generate` with these hooks, which takes all other arguments."""
@@ -320,6 +356,9 @@ class BackPatch(Changed):
         "window": "int64",  # how many blocks, some of which there may not be
         "later": "str",  # recomputed, or pinned
         "max_loops": "int64",
+        "seed": "int64",  # of the split, and of the positions of audio_matched
+        "n_layers": "int64",  # of the decoder
+        "fingerprint": "str",  # of the weights
         "loops": "int64",  # after how many the answer stayed as it was
         "n_positions": "int64",
         **ANSWER_COLUMNS,
@@ -340,27 +379,39 @@ class BackPatch(Changed):
         BackPatch(rows).refuse_mixed(ONE_WAY)
         return rows
 
-    def scores(self, on: On = "held_out", by: By = "accuracy") -> pd.DataFrame:
+    def scores(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> pd.DataFrame:
         """The pairs of each place, best first, over the clips that a pair is chosen on: accuracy, probability of the
-        true label among the labels, and text dominance ratio (the lower the better; NaN where no text disagrees). Of
-        pairs that are equally good the one under which the true label is likelier comes first, and then that with the
-        earlier layers."""
-        scores = pair_scores(self.clips(on), ["place", "source", "target", "window"])
+        true label among the labels, and text dominance ratio (the lower the better) of the `n_clear` answers that
+        follow text or audio, NaN where there is none. Of pairs that are equally good the one under which the true label
+        is likelier comes first, and then that with the earlier layers.
+
+        A ratio of hardly any answers says nothing: by "tdr", pairs that leave fewer clear answers than `min_clear`
+        times those of the unchanged runs, or none, are left out. Raises `DataError` where a place has no other.
+        """
+        if not 0 <= min_clear <= 1:
+            raise InputError(f"min_clear is a share of the clear answers before, from 0 to 1; got {min_clear}.")
+        rows = self.clips(on)
+        scores = pair_scores(rows, ["place", "source", "target", "window"])
         order = list(dict.fromkeys(("place", by, "label_probability", "source", "target", "window")))
         scores = scores.assign(place=pd.Categorical(scores.place, self.places))
         rising = [name not in ("accuracy", "label_probability") for name in order]
-        return scores.sort_values(order, ascending=rising, ignore_index=True).astype({"place": "str"})
+        scores = scores.sort_values(order, ascending=rising, ignore_index=True).astype({"place": "str"})
+        return clear_enough(scores, rows, min_clear) if by == "tdr" else scores
 
-    def chosen(self, on: On = "held_out", by: By = "accuracy", place: str | None = None) -> BackPatchChoice:
+    def chosen(
+        self, on: On = "held_out", by: By = "accuracy", place: str | None = None, min_clear: float | int = 0.5
+    ) -> BackPatchChoice:
         """The best pair of a place, by default of the first: chosen on clips that nothing else is said of, or, as
-        published, on the same clips that it is measured on."""
+        published, on the same clips that it is measured on. `min_clear` is that of `scores`."""
         if (place := self.places[0] if place is None else place) not in self.places:
             raise DataError(f"The table has no place {place!r}, only {', '.join(self.places)}.")
-        scores = self.scores(on, by)
+        scores = self.scores(on, by, min_clear)
         best, first = scores[scores.place == place].iloc[0], self.frame.iloc[0]
         regions = tuple(place.split("+"))
         return BackPatchChoice(
             model=first.model,
+            n_layers=int(first.n_layers),
+            fingerprint=first.fingerprint,
             attribute=first.attribute,
             place=place if len(regions) == 1 else regions,
             source=int(best.source),
@@ -369,6 +420,7 @@ class BackPatch(Changed):
             later=first.later,
             picked_on=on,
             picked_by=by,
+            seed=int(first.seed),
             n_clips=int(best.n),
         )
 
@@ -377,38 +429,65 @@ class BackPatch(Changed):
         its = {"split": "test", "place": place_name(choice.place), **asdict(choice.pair)}
         return self.frame[np.logical_and.reduce([self.frame[name] == value for name, value in its.items()])]
 
-    def summary(self, by: By = "accuracy", n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    def summary(
+        self,
+        by: By = "accuracy",
+        control: str | None = None,
+        min_clear: float | int = 0.5,
+        n_resamples: int = 1000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
         """What the best pair of each place does to the test clips, chosen on others (`held_out`) and, as published, on
         the same, which is too good by as much as the best of many pairs is by chance. One row for each condition, where
         there are some.
 
-        Before, after, and the change with its 95 % interval over clips, each of which is drawn with both its runs;
+        Before, after, and the change with its 95 % interval over clips, each of which counts with both its runs;
         `won` and `lost` are clips that became right and wrong, `p` is that of McNemar's exact test, `h` Cohen's. Text
-        dominance (`tdr`) is that of `text_dominance`, of answers among the labels: there, `won` are clips that followed
-        the audio before and follow the text after.
+        dominance (`tdr`) is that of `text_dominance`, of answers among the labels, of which `n_clear_before` and
+        `n_clear_after` follow text or audio: there, `won` are clips that followed the audio before and follow the text
+        after. `minus_control` is a place's number after, minus that of the same clips under the best pair of `control`
+        (the place of that name, where the table has it), with its 95 % interval. Intervals of shares are those of
+        `change_interval`, those of label probabilities bootstraps.
         """
         on_what: list[On] = ["held_out", "same"] if (self.frame.split == "choosing").any() else ["same"]
+        control = CONTROL if control is None and CONTROL in self.places else control
         found = []
         for place, on in product(self.places, on_what):
-            choice = self.chosen(on, by, place)
+            choice = self.chosen(on, by, place, min_clear)
+            others = None if control in (None, place) else self.tested(self.chosen(on, by, control, min_clear))
             for condition, rows in self.tested(choice).groupby("condition", sort=False, dropna=False):
                 about = {"place": place, "picked_on": on, **asdict(choice.pair), "condition": condition, "n": len(rows)}
-                found.append({**about, **before_and_after(rows, n_resamples, seed)})
+                its = before_and_after(rows, n_resamples, seed)
+                its |= {} if others is None else minus_control(rows, others, n_resamples, seed)
+                found.append(about | its)
         return pd.DataFrame(found).dropna(axis="columns", how="all")
 
     @typed
-    def plot(self, on: On = "held_out", by: By = "accuracy") -> "Figure":
+    def plot(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> "Figure":
         """How accuracy, label probability or text dominance change by source and target, over the clips that a pair is
         chosen on: a panel for each place and window, and a frame around the best pair of each place."""
         before = pair_scores(self.clips(on).drop_duplicates("sample"), ["attribute"], "before")[by].iloc[0]
-        best = {place: asdict(self.chosen(on, by, place).pair) for place in self.places}
-        return plots_module("pair_plots").pair_maps(self.frame, self.scores(on, by), float(before), by, best)
+        best = {place: asdict(self.chosen(on, by, place, min_clear).pair) for place in self.places}
+        scores = self.scores(on, by, min_clear)
+        return plots_module("pair_plots").pair_maps(self.frame, scores, float(before), by, best)
 
     def about(self) -> str:
         n_pairs = (
             self.frame.drop_duplicates(["place", "source", "target", "window"]).groupby("place", sort=False).size()
         )
         return ", ".join(f"{n} pairs of layers at {place}" for place, n in n_pairs.items())
+
+
+def clear_enough(scores: pd.DataFrame, rows: pd.DataFrame, min_clear: float | int) -> pd.DataFrame:
+    """The pairs that leave enough answers that follow text or audio, of as many as there are before."""
+    n_before = int(followed(rows.drop_duplicates("sample"), "before").isin(SIDES).sum())
+    left = scores[(scores.n_clear >= min_clear * n_before) & (scores.n_clear > 0)]
+    if missing := [place for place in scores.place.unique() if place not in set(left.place)]:
+        raise DataError(
+            f"No pair at {missing[0]} leaves {min_clear:g} of the {n_before} answers that follow text or audio, so "
+            "none is chosen by tdr. Lower min_clear, choose by accuracy, or give more clips that a text contradicts."
+        )
+    return left.reset_index(drop=True)
 
 
 def pair_scores(rows: pd.DataFrame, cell: Sequence[str], when: str = "after") -> pd.DataFrame:
@@ -418,7 +497,8 @@ def pair_scores(rows: pd.DataFrame, cell: Sequence[str], when: str = "after") ->
     counted |= {side: follows == side for side in SIDES}
     sums = rows[list(cell)].assign(**counted).groupby(list(cell), sort=False).sum()
     means = {"accuracy": sums.right / sums.n, "label_probability": sums.label_p / sums.n}
-    return pd.DataFrame({"n": sums.n, **means, "tdr": sums.text / (sums.text + sums.audio)}).reset_index()
+    n_clear = sums.text + sums.audio
+    return pd.DataFrame({"n": sums.n, **means, "tdr": sums.text / n_clear, "n_clear": n_clear}).reset_index()
 
 
 def followed(rows: pd.DataFrame, when: str) -> pd.Series:
@@ -431,18 +511,41 @@ def followed(rows: pd.DataFrame, when: str) -> pd.Series:
 
 
 def before_and_after(rows: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, float | int]:
-    follows, how = [followed(rows, when) for when in WHEN], (n_resamples, seed)
-    every = [pd.Series(True, rows.index)] * 2
-    right = comparison("right", [rows[f"right_{when}"] for when in WHEN], every, *how)
-    text = comparison("text", [its == "text" for its in follows], [its.isin(SIDES) for its in follows], *how)
+    sides = [(rows, when) for when in WHEN]
+    right, text = (compared(outcome, *sides) for outcome in ("right", "text"))
     change = rows.label_p_after - rows.label_p_before
-    low, high = interval(change.to_numpy(), *how)
+    low, high = interval(change.to_numpy(), n_resamples, seed)
     label_p = {"before": rows.label_p_before.mean(), "after": rows.label_p_after.mean(), "change": change.mean()}
+    n_clear = {"tdr_n_clear_before": text.n_clear_before, "tdr_n_clear_after": text.n_clear_after}
     return {
         **columns("accuracy", right),
         **{f"label_p_{name}": its for name, its in {**label_p, "low": low, "high": high}.items()},
-        **(columns("tdr", text) if any(its.isin(SIDES).any() for its in follows) else {}),
+        **({**columns("tdr", text), **n_clear} if any(n_clear.values()) else {}),
     }
+
+
+def minus_control(rows: pd.DataFrame, control: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, float | int]:
+    """Of the same clips, after the one minus after the other."""
+    control = control.set_index("sample").loc[rows["sample"]].set_index(rows.index)
+    sides = [(control, "after"), (rows, "after")]
+    right, text = (compared(outcome, *sides) for outcome in ("right", "text"))
+    change = rows.label_p_after - control.label_p_after
+    found = {
+        "accuracy": (right.difference, right.low, right.high),
+        "label_p": (change.mean(), *interval(change.to_numpy(), n_resamples, seed)),
+        "tdr": (text.difference, text.low, text.high),
+    }
+    ends = ("", "_low", "_high")
+    return {f"{name}_minus_control{end}": x for name, its in found.items() for end, x in zip(ends, its, strict=True)}
+
+
+def compared(outcome: Outcome, *sides: tuple[pd.DataFrame, str]) -> Comparison:
+    """Two runs of the same clips, each a table's rows before or after."""
+    if outcome == "right":
+        every = [pd.Series(True, its.index) for its, _ in sides]
+        return comparison(outcome, [its[f"right_{when}"] for its, when in sides], every)
+    follows = [followed(its, when) for its, when in sides]
+    return comparison(outcome, [its == "text" for its in follows], [its.isin(SIDES) for its in follows])
 
 
 def columns(name: str, its: Comparison) -> dict[str, float | int]:

@@ -8,7 +8,7 @@ corrupted run (arXiv 2403.17806); what enters the first block is the clean run's
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,10 @@ from lalm_lens.tables import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Clips = Literal["held_out", "choosing", "each"]
+
 RANDOM = "random"
+TOLD = {"held_out": "did not choose", "choosing": "chose"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,32 +61,52 @@ class Circuits(Table):
         """The tasks alone whose answer is that of their modality in the clean run, and not in the corrupted one."""
         return Circuits(self.frame[self.frame.status == "kept"])
 
-    def faithfulness(self, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    def clips(self, on: Clips) -> pd.DataFrame:
+        """The rows of clips that did not choose the circuits, of those that did, or of each, with `clips` saying which.
+        Raises `DataError` if there are none."""
+        self.refuse_mixed(tuple(SETTINGS))
+        rows = self.frame.assign(clips=np.where(self.frame.is_chosen_by, "choosing", "held_out"))
+        rows = rows if on == "each" else rows[rows.clips == on]
+        if not len(rows):
+            other = "choosing" if on == "held_out" else "held_out"
+            raise DataError(f"No clip of the table {TOLD[on]} the circuits: give such clips, or ask for on={other!r}.")
+        return rows
+
+    @typed
+    def faithfulness(self, on: Clips = "held_out", n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """One row per task, circuit and size: mean of m_circuit - m_corrupted over mean of m_clean - m_corrupted, with
         its 95 % bootstrap interval over clips; random circuits are averaged first. In the rows whose circuit is that of
-        the other modality the two are swapped."""
-        self.refuse_mixed(tuple(SETTINGS))
-        rows = self.frame.assign(change=self.frame.m_circuit - self.frame.m_corrupted)
+        the other modality the two are swapped.
+
+        By default of clips that did not choose the circuits: on those that did, the circuits are too good. `on="each"`
+        has both, apart. Raises `DataError` if there are none.
+        """
+        rows = self.clips(on).assign(change=lambda its: its.m_circuit - its.m_corrupted)
         found = []
-        for (modality, circuit), its in rows.groupby(["modality", "circuit"], sort=False):
+        for (clips, modality, circuit), its in rows.groupby(["clips", "modality", "circuit"], sort=False):
             changes = its.pivot_table(index="sample", columns="k", values="change")
             gaps = its.drop_duplicates("sample").set_index("sample")
             values = np.column_stack([changes, (gaps.m_clean - gaps.m_corrupted)[changes.index]])
             low, high = intervals(values, rate, n_resamples, seed)
-            about = {"task": modality, "circuit": circuit, "k": changes.columns, "n": len(changes)}
+            about = {"clips": clips, "task": modality, "circuit": circuit, "k": changes.columns, "n": len(changes)}
             found.append(pd.DataFrame({**about, "faithfulness": rate(values.mean(0)), "low": low, "high": high}))
         return pd.concat(found, ignore_index=True)
 
-    def plot(self) -> "Figure":
+    @typed
+    def plot(self, on: Literal["held_out", "choosing"] = "held_out") -> "Figure":
         """Faithfulness by size of the circuit, for both tasks: the task's own, that of the other modality, random."""
         one = self.frame.iloc[0]
-        about = f"{one.model}: {one.attribute}, {one.form}"
-        return plots_module("pathway_plots").faithfulness_curves(self.faithfulness(), about)
+        about = f"{one.model}: {one.attribute}, {one.form}, clips that {TOLD[on]} the circuits"
+        return plots_module("pathway_plots").faithfulness_curves(self.faithfulness(on), about)
 
     def __repr__(self) -> str:
-        table = self.faithfulness(n_resamples=100).pivot(index="k", columns=["task", "circuit"], values="faithfulness")
-        n = self.frame["sample"].nunique()
-        return f"Circuits({self.frame.model.iloc[0]}, {n} clips; faithfulness)\n{table.round(3).to_string()}"
+        """Of held-out clips, where there are some."""
+        on = "choosing" if self.frame.is_chosen_by.all() else "held_out"
+        rows = self.faithfulness(on, n_resamples=100)
+        table = rows.pivot(index="k", columns=["task", "circuit"], values="faithfulness")
+        n = self.clips(on)["sample"].nunique()
+        about = f"{n} clips that {TOLD[on]} the circuits; faithfulness"
+        return f"Circuits({self.frame.model.iloc[0]}, {about})\n{table.round(3).to_string()}"
 
 
 @typed

@@ -26,7 +26,7 @@ from lalm_lens.experiments.features import Features, Spot, features
 from lalm_lens.model import HookedLALM
 from lalm_lens.results import plots_module
 from lalm_lens.shapes import typed
-from lalm_lens.similarity import AT_LEAST, Tested, cka_test, cosines, modality_gap, varies
+from lalm_lens.similarity import AT_LEAST, Tested, cka_test, cosines, has_shape, modality_gap, varies
 from lalm_lens.tables import Table
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Convergence(Table):
         "mismatched": "float64",  # the mean with texts that state other labels
         "centred_cosine": "float64",  # the same without the mean state of each modality
         "centred_mismatched": "float64",
-        "cka": "float64",  # debiased, of all items together, and so on; NaN where a modality has one state for all
+        "cka": "float64",  # debiased, of all items together, and so on; NaN where states of a modality have no shape
         "cka_p": "float64",
         "cka_null_95": "float64",
         "gap": "float64",  # between the means of the modalities
@@ -194,13 +194,14 @@ def compared(
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Twins' states at one layer: a row per item, with what is of all items together in each of them."""
+    """Twins' states at one layer: a row per item, with what is of all items together in each of them. CKA is NaN where
+    the states of a modality have no shape (`has_shape`), as texts of one label for all clips but one."""
     audio, text = audio.astype(np.float64), text.astype(np.float64)
     other = np.array(labels)[:, None] != np.array(labels)
     if not other.any(1).all():
         raise InputError("Every item needs one of another label beside it: mismatched pairs are of different labels.")
-    both_vary = varies(audio) and varies(text)
-    test = cka_test(audio, text, n_permutations=n_permutations, seed=seed) if both_vary else NO_TEST
+    both_vary, both_have_shape = (all(map(its, (audio, text))) for its in (varies, has_shape))
+    test = cka_test(audio, text, n_permutations=n_permutations, seed=seed) if both_have_shape else NO_TEST
     gap = modality_gap(audio, text)
     whole = {"cka": test.value, "cka_p": test.p, "cka_null_95": test.null_95, "gap": gap.gap, "spread": gap.spread}
     plain = paired(audio, text, other)

@@ -19,7 +19,9 @@ Heads = Literal["all", "each"] | tuple[int, ...]
 
 PERCEIVED = ("audio", "transcript", "image", "video")
 AUDIO_SIDE = ("audio", "transcript")  # a transcript says what was heard
-NAMED = ("audio_side", "text", "penultimate", "generated")  # beside the regions of a prompt
+TAGS = ("audio_tag", "image_tag", "video_tag")
+ANSWER = ("late", "attribute", "last", "answer")  # how it is forced to begin, and what follows
+NAMED = ("audio_side", "text", "control", "penultimate", "generated")  # beside the regions of a prompt
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ def positions(run: Run, place: Place, n_new: int = 0) -> tuple[int, ...]:
     """Absolute positions of a place in a run of one prompt. Of several regions, those that the prompt has.
 
     Beside the regions: `audio_side` is the audio, with its transcript where the prompt has one, `text` all that is
-    neither heard nor seen, `penultimate` the position before the last, `generated` the last position and the `n_new`
-    that come behind it. Raises `InputError` for what there is not.
+    neither heard nor seen, `control` those of it that are neither tags of what is heard or seen, nor a statement, nor
+    the answer's own words, the last position among them; `penultimate` is the position before the last, `generated` the
+    last position and the `n_new` that come behind it. Raises `InputError` for what there is not.
     """
     names = (place,) if isinstance(place, str) else tuple(place)
     if not any(isinstance(name, str) for name in names):
@@ -122,6 +125,8 @@ def named(run: Run, name: str, n_new: int) -> Iterator[int]:
 def is_in(region: str, name: str) -> bool:
     if name == "text":
         return region not in (*PERCEIVED, "answer")
+    if name == "control":
+        return region not in (*PERCEIVED, *TAGS, "statement", *ANSWER)
     return region in AUDIO_SIDE if name == "audio_side" else region == name
 
 

@@ -81,7 +81,7 @@ class Enrichment(Table):
         accuracy = chosen.groupby(["split", "factor"]).is_right.mean()
         return pd.DataFrame(
             {
-                "attribute": chosen.attribute.iloc[0],
+                **{name: chosen[name].iloc[0] for name in ("attribute", "form", "label_space")},
                 "layer": chosen.layer.iloc[0],
                 "gap": chosen.gap.iloc[0],
                 "picked_on": split,

@@ -162,7 +162,12 @@ def point(rows: pd.DataFrame, alpha: float, layer_base: int, n_resamples: int, s
     (layer, accuracy), (low, high) = of(means)[0], intervals(rights, of, n_resamples, seed)
     defined = int(np.isfinite(critical_layer(means, n_labels, alpha=alpha)).sum())
     numbers = (layer, low[0], high[0], accuracy, low[1], high[1])
-    return {"n": len(rights), "n_defined": defined, **dict(zip(POINT, map(float, numbers), strict=True))}
+    return {
+        "layer_base": layer_base,
+        "n": len(rights),
+        "n_defined": defined,
+        **dict(zip(POINT, map(float, numbers), strict=True)),
+    }
 
 
 @typed

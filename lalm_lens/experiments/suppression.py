@@ -32,6 +32,7 @@ from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, told
 from lalm_lens.interventions import Knockout
 from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Prompt
+from lalm_lens.proportions import wilson
 from lalm_lens.results import QUESTION_COLUMNS, plots_module
 from lalm_lens.shapes import typed
 from lalm_lens.tables import Table
@@ -57,7 +58,8 @@ class Suppression(Table):
     NAME: ClassVar[str] = "a table of suppression"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
-        **CONFLICT_COLUMNS,  # of the conflict, in all three runs
+        **CONFLICT_COLUMNS,  # of the conflict, in all four runs
+        "n_labels": "int64",
         "run": "str",  # audio_only, conflict, cut, hidden
         "cut_layers": "str",  # in which the text is out of sight, in the runs `cut` and `hidden`
         "place": "str",  # last, or object: the tokens of the options, whose log-probabilities are averaged
@@ -90,34 +92,42 @@ class Suppression(Table):
 
         `audio_only`, `conflict`, `cut` and `hidden` are the shares of clips for which the last layer says the audio's
         label at the last position; `taken` is audio_only - conflict and `back` is cut - conflict, with their intervals;
-        `bite` is by how much the cut changes the text's log-probability among the labels, on average. The `verdict` is
+        `bite` is by how much the cut changes the text's log-probability among the labels, on average.
 
-        - "suppression" where at least `level` of what is taken is back by the whole interval of back - level * taken,
-          and `cut` is within `tolerance` of `audio_only` or not told from it;
-        - "erasure" where less than that is back by the whole interval, `cut` is within `tolerance` of `conflict` or not
-          told from it, and the same would be back if the text were hidden from all: by the interval of
-          hidden - conflict - level * taken;
+        Who no longer hears is still right by `chance`: 1 / labels, on average over clips, or the share of the label
+        that most clips have, if that is more. What returns is counted from the `floor` on, chance or `conflict`,
+        whichever is more: enough is back where `cut` is at least floor + level * (audio_only - floor). The `verdict` is
+
+        - "suppression" where enough is back by its whole interval, `cut` is above chance (its Wilson interval, from
+          `cut_low` on, is), and within `tolerance` of `audio_only` or not told from it;
+        - "erasure" where less than that is back by its whole interval, `cut` is within `tolerance` of `conflict`, not
+          told from it, or not above chance, and enough would be back if the text were hidden from all;
         - "no dominance" where the text takes no more than `tolerance`;
         - "in part" where it is none of these, and "undecided" where intervals tell too little, as of fewer than 10
-          clips, or of a text that takes something without being told from `tolerance`.
+          clips, of clips whose answer is not above chance without the text either, or of a text that takes something
+          without being told from `tolerance`.
         """
         self.refuse_mixed(SETTINGS)
         ends = self.frame[(self.frame.place == "last") & (self.frame.layer == self.frame.layer.max())]
         hits = ends.assign(hit=ends.says == "audio").pivot(index="clip", columns="run", values="hit")
-        rights = hits[list(RUNS)].to_numpy(float)
+        rights, chance = hits[list(RUNS)].to_numpy(float), chance_of(ends[ends.run == "conflict"])
 
         def of(means: Float[np.ndarray, "resample 4"]) -> Float[np.ndarray, "resample 5"]:
             alone, conflict, cut, hidden = means.T
-            taken, back = alone - conflict, cut - conflict
-            asked = level * taken
-            return np.stack([taken, back, alone - cut, back - asked, hidden - conflict - asked], axis=-1)
+            floor = np.maximum(conflict, chance)
+            enough = floor + level * (alone - floor)
+            return np.stack([alone - conflict, cut - conflict, alone - cut, cut - enough, hidden - enough], axis=-1)
 
         means = rights.mean(0)[None]
         (low, high), (taken, back, *_) = intervals(rights, of, n_resamples, seed), of(means)[0]
+        shares = dict(zip(RUNS, map(float, means[0]), strict=True))
+        above = {run: wilson(int(hits[run].sum()), len(hits))[0] > chance for run in ("audio_only", "cut")}
         text = ends.pivot(index="clip", columns="run", values="log_p_text")
         found = {
             "n": len(rights),
-            **dict(zip(RUNS, map(float, means[0]), strict=True)),
+            **shares,
+            "cut_low": wilson(int(hits["cut"].sum()), len(hits))[0],
+            "chance": chance,
             "taken": float(taken),
             "taken_low": float(low[0]),
             "taken_high": float(high[0]),
@@ -127,7 +137,7 @@ class Suppression(Table):
             "returned": float(back / taken) if taken > tolerance else float("nan"),
             "bite": float((text["cut"] - text["conflict"]).abs().mean()),
         }
-        return {**found, "verdict": judged(len(rights), float(taken), low, high, tolerance)}
+        return {**found, "verdict": judged(len(rights), float(taken), low, high, tolerance, **above)}
 
     def plot(self, probes: "dict[str, Probe] | None" = None) -> "Figure":
         """By layer, how often each place says the audio's label and the text's, in each of the runs. `probes` of the
@@ -152,15 +162,32 @@ class Suppression(Table):
         )
 
 
-def judged(n: int, taken: float, low: Float[np.ndarray, " 5"], high: Float[np.ndarray, " 5"], tolerance: float) -> str:
-    """By intervals of: taken, back, audio_only - cut, back - level * taken, and that of the text hidden from all."""
+def chance_of(conflicts: pd.DataFrame) -> float:
+    """How often an answer is right that does not listen: one of the labels by chance, or always the same."""
+    most = conflicts.audio_label.value_counts(normalize=True).max()
+    return float(max((1 / conflicts.n_labels).mean(), most))
+
+
+def judged(
+    n: int,
+    taken: float,
+    low: Float[np.ndarray, " 5"],
+    high: Float[np.ndarray, " 5"],
+    tolerance: float,
+    audio_only: bool,
+    cut: bool,
+) -> str:
+    """By intervals of: taken, back, audio_only - cut, cut - enough and hidden - enough; `audio_only` and `cut` say
+    whether these are above chance."""
     if n < MIN_CLIPS:
         return "undecided"
     if not low[0] > tolerance:
         return "no dominance" if taken <= tolerance else "undecided"
-    if low[3] >= 0:
+    if not audio_only:
+        return "undecided"
+    if low[3] >= 0 and cut:
         return "suppression" if low[2] <= tolerance else "in part"
-    if high[3] < 0 and low[1] <= tolerance:
+    if high[3] < 0 and (low[1] <= tolerance or not cut):
         return "erasure" if low[4] >= 0 else "in part"
     return "in part"
 
@@ -209,7 +236,7 @@ def suppression(
             asked = [Asked.of(processor, item, question.attribute, form, *where) for item in clips]
             read = read_all(model, processor, asked, Reading(tuple(question.tokens)), knockouts, token_budget, bar)
             for item, one, words in zip(items, asked, read, strict=True):
-                about = {"run": run, **question.columns(item)}
+                about = {"run": run, "n_labels": len(question.labels), **question.columns(item)}
                 frames += [frame.assign(**about) for frame in rows(question, item, one, words, places)]
     return Suppression.concat([frame.assign(cut_layers=told([cut])) for frame in frames])
 

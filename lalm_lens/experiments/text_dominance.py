@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from tqdm import tqdm
 
-from lalm_lens.aggregates import intervals
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS, Condition, ConflictItem, make_conflict
 from lalm_lens.datasets import Sample
@@ -27,7 +25,7 @@ from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, told
 from lalm_lens.interventions import Knockout
 from lalm_lens.metrics import Predict
 from lalm_lens.model import HookedLALM
-from lalm_lens.proportions import McNemar, cohens_h, share
+from lalm_lens.proportions import McNemar, change_interval, cohens_h, share
 from lalm_lens.results import QUESTION_COLUMNS, plots_module
 from lalm_lens.shapes import typed
 from lalm_lens.tables import Table
@@ -168,9 +166,10 @@ def dominance(rows: pd.DataFrame) -> dict[str, int | float]:
 class Comparison:
     """The same clips before and after something was changed.
 
-    `before` and `after` are shares: of text among answers that follow text or audio (`outcome` "text"), or of right
-    answers. `difference` is after - before, `low` and `high` its 95 % bootstrap interval over pairs. `mcnemar` is of
-    the `n` pairs that are clear on both sides; `n_unclear` follow neither text nor audio on one.
+    `before` and `after` are shares: of text among the `n_clear_before` and `n_clear_after` answers that follow text or
+    audio (`outcome` "text"), or of right answers, all of which are clear. `difference` is after - before, `low` and
+    `high` its 95 % interval (`lalm_lens.proportions.change_interval`); they are NaN where no answer is clear on one
+    side. `mcnemar` is of the `n` pairs that are clear on both sides; `n_unclear` follow neither text nor audio on one.
     """
 
     outcome: Outcome
@@ -183,13 +182,16 @@ class Comparison:
     mcnemar: McNemar
     n: int
     n_unclear: int
+    n_clear_before: int
+    n_clear_after: int
 
     def __repr__(self) -> str:
         what = "TDR" if self.outcome == "text" else "accuracy"
         return (
             f"{what} {self.before:.3f} -> {self.after:.3f} ({self.difference:+.3f}, 95 % {self.low:+.3f} to "
             f"{self.high:+.3f}), Cohen's h {self.h:+.2f}, McNemar p = {self.mcnemar.exact:.2g} exact "
-            f"({self.mcnemar.lost} lost, {self.mcnemar.won} won of {self.n} pairs; {self.n_unclear} unclear)"
+            f"({self.mcnemar.lost} lost, {self.mcnemar.won} won of {self.n} pairs; {self.n_unclear} unclear; "
+            f"{self.n_clear_before} and {self.n_clear_after} answers)"
         )
 
 
@@ -200,8 +202,6 @@ def compare_dominance(
     *,
     condition: Condition = "conflict",
     outcome: Outcome = "text",
-    n_resamples: int = 10_000,
-    seed: int = 0,
 ) -> Comparison:
     """The same clips with the same texts in two tables: of two framings, orders or models, or under a knockout.
 
@@ -215,37 +215,27 @@ def compare_dominance(
     else:
         hits = [pairs[f"right_{when}"] for when in WHEN]
         clear = [pd.Series(True, pairs.index)] * 2
-    return comparison(outcome, hits, clear, n_resamples, seed)
+    return comparison(outcome, hits, clear)
 
 
-def comparison(
-    outcome: Outcome, hits: Sequence[pd.Series], clear: Sequence[pd.Series], n_resamples: int, seed: int
-) -> Comparison:
+def comparison(outcome: Outcome, hits: Sequence[pd.Series], clear: Sequence[pd.Series]) -> Comparison:
     """Of the same clips before and after: which are hits, and which are clear, the only ones that are counted."""
     both = clear[0] & clear[1]
-    counted = np.stack([*hits, *clear], axis=-1).astype(float)
-
-    def shares(means: Float[np.ndarray, "resample 4"]) -> Float[np.ndarray, "resample 2"]:
-        with np.errstate(invalid="ignore"):
-            return means[:, :2] / means[:, 2:]
-
-    def difference(means: Float[np.ndarray, "resample 4"]) -> Float[np.ndarray, " resample"]:
-        return np.diff(shares(means))[:, 0]
-
-    means = counted.mean(0)[None]
-    first, then = map(float, shares(means)[0])
-    low, high = intervals(counted, difference, n_resamples, seed)
+    n_clear = [int(its.sum()) for its in clear]
+    before, after = (int(hit.sum()) / n if n else float("nan") for hit, n in zip(hits, n_clear, strict=True))
+    low, high = change_interval(*(np.stack(its, axis=-1).astype(bool) for its in (hits, clear)))
     return Comparison(
         outcome,
-        first,
-        then,
-        then - first,
-        float(low),
-        float(high),
-        cohens_h(first, then) if np.isfinite([first, then]).all() else float("nan"),
+        before,
+        after,
+        after - before,
+        low,
+        high,
+        cohens_h(before, after) if all(n_clear) else float("nan"),
         McNemar(int((both & hits[0] & ~hits[1]).sum()), int((both & ~hits[0] & hits[1]).sum())),
         int(both.sum()),
         int((~both).sum()),
+        *n_clear,
     )
 
 

@@ -7,7 +7,8 @@ const KINDS = {
   audio_window: "windows of audio positions", encoder_window: "windows of the audio encoder's states",
   moment: "windows that the search for the moment tried", lens: "audio positions, the lens alone", token: "text positions",
 };
-const MARGIN = { l: 76, r: 84, t: 8, b: 40 }; // the same for all figures of a clip, so that their seconds stand in line
+const IS_NARROW = matchMedia("(max-width: 40rem)").matches;
+const MARGIN = IS_NARROW ? { l: 58, r: 74, t: 8, b: 40 } : { l: 76, r: 92, t: 8, b: 40 }; // of all figures of a clip, so that their seconds stand in line
 const CONFIG = { displayModeBar: false, responsive: true };
 const DRAG = matchMedia("(hover: hover)").matches ? "zoom" : false; // where fingers scroll, they do not zoom
 let context = null, playing = null;
@@ -27,6 +28,11 @@ function layout(more) {
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("soft"), font: { color: colour("ink") }, align: "left" },
     dragmode: DRAG, xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
   };
+}
+
+function plot(place, traces, { height, ...rest }) { // the element has the height: plotly forgets its own when a window changes
+  place.style.height = `${height}px`;
+  Plotly.react(place, traces, layout(rest), CONFIG);
 }
 
 function layerTicks(layers) {
@@ -55,14 +61,16 @@ function drawCurve(place) {
   });
   const shapes = (its.chance === undefined ? [0, 1] : [its.chance]).map((y) => (
     { type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: colour("soft"), width: 1, dash: "dot" } }));
+  const below = 56 + 24 * Math.ceil((its.lines.length * 150) / place.clientWidth); // its axis, and rows of its legend
   const read = its.chance === undefined ? `noise floor ${its.noise.toExponential(0)}` : "dotted: chance";
-  Plotly.react(place, traces, layout({
-    title: { text: `${escaped(its.title)}<br>n = ${its.n}`, font: { size: 12 } }, height: 330, shapes,
-    margin: { l: 55, r: 10, t: 46, b: 80 }, legend: { orientation: "h", y: -0.32, font: { size: 11 } },
+  plot(place, traces, {
+    title: { text: `${escaped(its.title)}<br>n = ${its.n}`, font: { size: 12 } }, height: 246 + below, shapes,
+    margin: { l: 55, r: 10, t: 46, b: below },
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } },
     xaxis: { ...layerTicks([...new Set(its.lines.flatMap((line) => line.layers))].sort((a, b) => a - b)),
-      title: { text: `layer (${read})` } },
+      title: { text: `layer (${read})`, standoff: 8 } },
     yaxis: { title: { text: its.y }, ...(its.chance === undefined ? {} : { range: [-0.03, 1.03] }) },
-  }), CONFIG);
+  });
 }
 
 function wordsOf(map, row, column) {
@@ -151,30 +159,32 @@ function xaxisOf(map, card) {
 function drawMap(place, card, map) {
   const isText = map.axis === "tokens", { z, said, ...paint } = scale(map), { x, at } = edges(map), text = hover(map);
   const cells = (grid, none) => grid.map((row) => at.map((n) => (n === null ? none : row[n])));
-  const height = Math.max(isText ? 240 : 130, 13 * map.layers.length + 70) + (isText ? 70 : 0);
-  const margin = isText ? { ...MARGIN, t: 30, b: 104 } : MARGIN;
+  const longest = Math.max(...map.columns.map((column) => (column.token || column.region || "").length));
+  const below = isText ? 44 + 6 * longest : MARGIN.b; // its tokens stand upright
+  const height = Math.max(90, 13 * map.layers.length + 30) + below + (isText ? 22 : 0);
+  const margin = isText ? { ...MARGIN, t: 30, b: below } : MARGIN;
   const rows = map.layers.map((_, n) => n), ticks = layerTicks(map.layers);
-  Plotly.react(place, [{
+  plot(place, [{
     type: "heatmap", x, y: rows, z: cells(z, null), text: cells(text, ""), hovertemplate: "%{text}<extra></extra>",
     ...paint, xgap: isText ? 1 : 0, ygap: 1, hoverongaps: true,
-    colorbar: { title: { text: said, font: { size: 11 } }, thickness: 10, x: 1.01, xpad: 0, tickfont: { size: 10 } },
-  }], layout({
+    colorbar: { title: { text: said, side: "right", font: { size: 11 } }, thickness: 10, x: 1.01, xpad: 0, tickfont: { size: 10 } },
+  }], {
     height, margin, ...(isText ? bands(map) : {}), xaxis: xaxisOf(map, card),
     yaxis: { title: { text: map.kind === "encoder_window" ? "encoder block" : "layer" }, showgrid: false,
       tickvals: ticks.tickvals.map((layer) => map.layers.indexOf(layer)), ticktext: ticks.ticktext },
-  }), CONFIG);
+  });
   return at;
 }
 
 function drawSpectrogram(place, card) {
   const [n_bins, n_frames] = card.mel.shape.split(",").map(Number), each = card.duration_s / n_frames;
-  Plotly.react(place, [{
+  plot(place, [{
     type: "heatmap", z: card.mel, x0: each / 2, dx: each, y0: 0, dy: 1, colorscale: "Viridis", showscale: false,
     hovertemplate: "%{x:.2f} s<extra></extra>",
-  }], layout({
+  }], {
     height: 130, margin: { ...MARGIN, b: 22 }, xaxis: { range: [0, card.duration_s], showgrid: false },
-    yaxis: { title: { text: "log-mel" }, showticklabels: false, showgrid: false, range: [-0.5, n_bins - 0.5] },
-  }), CONFIG);
+    yaxis: { title: { text: "log-mel" }, showticklabels: false, ticks: "", showgrid: false, range: [-0.5, n_bins - 0.5] },
+  });
 }
 
 async function soundOf(index) {
@@ -212,6 +222,8 @@ async function clicked(article, card, axis, its) {
   const which = article.querySelector("select"), index = which ? Number(which.value) : card.clean;
   const name = which ? which.selectedOptions[0].textContent : "clean";
   marked(article, start, end);
+  document.querySelectorAll("audio").forEach((player) => player.pause());
+  article.querySelector(`audio[data-sound="${index}"]`).currentTime = start; // to go on from there
   await play(index, start, end);
   told.textContent = `Played ${span(start, end)} of the ${name} clip.`;
 }
