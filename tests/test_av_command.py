@@ -28,8 +28,8 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def clips(folder: Path, n: int, **seen: object) -> Path:
-    """Clips, an image or two frames for each, and a list."""
+def clips(folder: Path, n: int, is_film: bool = False, is_false: bool = False) -> Path:
+    """Clips, an image or two frames for each, and a list. Half of the pictures may be false."""
     folder.mkdir()
     rows = []
     for index, clip in enumerate(chirps([0.5] * n)):
@@ -37,8 +37,9 @@ def clips(folder: Path, n: int, **seen: object) -> Path:
         for frame, photo in enumerate(photos((24, 24), (24, 24))):
             PIL.Image.blend(photo, PIL.Image.new("RGB", (24, 24)), index / n).save(folder / f"{index}_{frame}.png")
         files = [f"{index}_{frame}.png" for frame in range(2)]
-        its = {"image": files[0]} if "fps" not in seen else {"frames": files}
-        rows.append({"file_name": f"{index}.wav", "label": LABELS[index % 2], **its, **seen})
+        its = {"frames": files, "fps": 2} if is_film else {"image": files[0]}
+        its |= {"seen_label": LABELS[index < n // 2]} if is_false else {}
+        rows.append({"file_name": f"{index}.wav", "label": LABELS[index % 2], **its})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -51,12 +52,12 @@ def av(monkeypatch, *args: object) -> int:
 
 
 def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
-    """Counterfactuals are made where none are listed; a judge of one's own says how true a text is."""
+    """A judge of one's own says how true a text is."""
     (tmp_path / "my_judge.py").write_text("def judge(text, sample):\n    return 0.25, len(text) % 2\n")
     monkeypatch.chdir(tmp_path)
-    data, out = clips(tmp_path / "data", 4), tmp_path / "out"
-    how = ("--attribute", "animal", "--max-new-tokens", 2, "--judge", "my_judge:judge", "--out", out)
-    assert av(monkeypatch, checkpoint, data, *how) == 0
+    data, out = clips(tmp_path / "data", 4, is_false=True), tmp_path / "out"
+    how = ("--attribute", "animal", "--max-new-tokens", 2, "--judge", "my_judge:judge", "--n-controls", 0)
+    assert av(monkeypatch, checkpoint, data, *how, "--out", out) == 0
     page = (out / "av.md").read_text(encoding="utf-8")
     figures = {path.name for path in (out / "animal").glob("*.png")}
     names = {"latent_heard", "latent_seen", "probe_heard", "probe_seen", "pairs", "token_shift"}
@@ -71,7 +72,7 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
     assert {path.stem for path in tables.glob("*.parquet")} == {path.stem for path in tables.glob("*.md")} == stems
     found = CaptionFidelity.load(out / "animal" / "knockout.parquet").frame
     assert (found.audio_before == 0.25).all()
-    assert found.groupby(found.label != found.seen_label)["sample"].nunique().to_dict() == {False: 4, True: 4}
+    assert found.groupby(found.label != found.seen_label)["sample"].nunique().to_dict() == {False: 2, True: 2}
     said = pd.read_csv(tables / "said_counterfactual.csv")
     assert said["cut in all layers"].unique().tolist() == [
         "nothing",
@@ -83,14 +84,15 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
     assert "Where the model looks while it writes" in printed
 
 
-def test_videos_that_are_heard_and_listed_counterfactuals(monkeypatch, checkpoint, tmp_path, capsys):
-    data, out = clips(tmp_path / "data", 2, fps=2, seen_label="hen"), tmp_path / "out"
-    how = ("--attribute", "animal", "--only", "shares,latent", "--max-new-tokens", 1, "--out", out)
+def test_counterfactuals_of_heard_videos_are_made_where_none_are_listed(monkeypatch, checkpoint, tmp_path, capsys):
+    data, out = clips(tmp_path / "data", 2, is_film=True), tmp_path / "out"
+    how = ("--attribute", "animal", "--only", "shares,probes", "--max-new-tokens", 1, "--out", out)
     assert av(monkeypatch, checkpoint, data, *how) == 1
-    assert "Left out: latent of animal: All clips are of one label" in capsys.readouterr().out
+    assert "Left out: probes of animal: " in capsys.readouterr().out
     shares = pd.read_parquet(out / "animal" / "tables" / "shares.parquet")
     assert set(shares.region) == {"text", "video", "audio", "generated"}
-    assert set(shares.n) == {2}
+    assert set(shares.n) == {4}
+    assert not (out / "animal" / "probe_heard.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ class Asked:
     exclude_sink: int
     top_k: int
     rule: Any
+    n_controls: int
     judge: Any  # as that of `caption_fidelity`
     seed: int
     token_budget: int | None
@@ -118,6 +119,7 @@ def probes(asked: Asked) -> Shown:
     for name, samples, groups in (("heard", asked.samples, clips), ("seen", asked.seen, sights)):
         once = Counter(dict(zip(groups, [sample.label for sample in samples], strict=True)).values())
         folds: dict = {"groups": groups, "n_folds": max(2, min(5, *once.values())), "seed": asked.seed}
+        folds["n_controls"] = asked.n_controls
         found = probe(asked.model, samples, places=["audio", *asked.eyes, "last"], **stacks, **folds, **asked.how)
         found.save(asked.out / f"probe_{name}.parquet")
         tables[f"probe_{name}"] = found.layers(seed=asked.seed)
@@ -238,6 +240,7 @@ def av_command(
     base: Annotated[
         str | None, typer.Option(help="A base with the same tokens, which hears nothing; else the model itself.")
     ] = None,
+    n_controls: Annotated[int, typer.Option(min=0, help="Draws of shuffled labels for probes.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the counterfactuals, folds and bootstraps.")] = 0,
     device: Device = "cpu",
     device_map: DeviceMap = None,
@@ -273,6 +276,7 @@ def av_command(
         exclude_sink=exclude_sink,
         top_k=top_k,
         rule=ExactWord() if rule == "exact" else FirstToken(),
+        n_controls=n_controls,
         judge=judging,
         seed=seed,
         token_budget=token_budget,
