@@ -56,7 +56,7 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
     (tmp_path / "my_judge.py").write_text("def judge(text, sample):\n    return 0.25, len(text) % 2\n")
     monkeypatch.chdir(tmp_path)
     data, out = clips(tmp_path / "data", 4, is_false=True), tmp_path / "out"
-    how = ("--attribute", "animal", "--max-new-tokens", 2, "--judge", "my_judge:judge", "--n-controls", 0)
+    how = ("--attribute", "animal", "--max-new-tokens", 1, "--judge", "my_judge:judge", "--n-controls", 0)
     assert av(monkeypatch, checkpoint, data, *how, "--out", out) == 0
     page = (out / "av.md").read_text(encoding="utf-8")
     figures = {path.name for path in (out / "animal").glob("*.png")}
