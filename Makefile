@@ -47,3 +47,4 @@ tiny: setup
 	$(BIN)/python -m lalm_lens.assets.train tiny_lalm_relay
 	$(BIN)/python -m lalm_lens.assets.train tiny_lalm_suppress
 	$(BIN)/python -m lalm_lens.assets.train tiny_lalm_erase
+	$(BIN)/python -m lalm_lens.assets.audio_visual.train

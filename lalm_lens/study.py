@@ -44,7 +44,8 @@ class ModelTable:
 class DatasetTable:
     """[[dataset]]: labelled clips of some attributes. One of `folder`, `hub` and `sakura` says where they are; a
     "{attribute}" in the first two is the attribute's name. `n_clips` takes so many, in the proportions of the labels;
-    `cut` cuts those that are longer than a model hears."""
+    `cut` cuts those that are longer than a model hears; `made` is how many clips the command makes, such as the tiny
+    models hear, in a folder that is not there yet."""
 
     attributes: tuple[str, ...]
     name: str | None = None
@@ -57,10 +58,13 @@ class DatasetTable:
     n_clips: int | None = None
     seed: int = 0
     cut: bool = False
+    made: int = 0
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.folder, self.hub, self.sakura))) != 1:
             raise InputError("A dataset is one of a folder, a dataset of the hub, or sakura: give that one.")
+        if self.made and "{attribute}" not in (self.folder or ""):
+            raise InputError('Clips are made in a folder for each attribute, as folder = "clips/{attribute}".')
         if not self.attributes:
             raise InputError("A dataset needs attributes: what is asked about its clips.")
 
@@ -68,12 +72,15 @@ class DatasetTable:
     def called(self) -> str:
         return self.name or self.folder or self.hub or "SAKURA"
 
+    def at(self, base: Path, attribute: str) -> Path:
+        return base / str(self.folder).format(attribute=attribute)
+
     def list(self, attribute: Attribute, base: Path) -> list[Clip]:
         """Raises `DataError` for a list that cannot be read."""
         if self.sakura:
             clips = sakura(attribute, None if self.sakura is True else base / str(self.sakura))
         elif self.folder:
-            clips = list_folder(base / self.folder.format(attribute=attribute.name))
+            clips = list_folder(self.at(base, attribute.name))
         else:
             where = str(self.hub).format(attribute=attribute.name)
             clips = list_hub(where, split=self.split, config=self.config, **self.columns)

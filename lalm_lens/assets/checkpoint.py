@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import (
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
@@ -47,15 +48,16 @@ def chat(
     return str(processor.apply_chat_template(turns, continue_final_message=True))
 
 
-def label_tokens(processor: Qwen2AudioProcessor, labels: Sequence[str]) -> list[int]:
+def label_tokens(processor: ProcessorMixin, labels: Sequence[str]) -> list[int]:
     """The one token of " label" for each label."""
     tokens = [processor.tokenizer(f" {label}").input_ids for label in labels]
     assert all(len(token) == 1 for token in tokens), "the tokenizer's corpus holds every label"
     return [token for (token,) in tokens]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE on the prompts themselves, split as Qwen's is; every label with its space is one token."""
+def build_tokenizer(specials: Sequence[str] = SPECIALS, **named: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on the prompts themselves, split as Qwen's is; every label with its space is one token. `named`
+    are those of the special tokens that a processor asks for by a name."""
     tokenizer = Tokenizer(models.BPE())
     qwen_split = Regex(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -66,18 +68,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=640, special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False
+        vocab_size=640, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIALS[1:]),
+        additional_special_tokens=list(specials[1:]),
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=512,
         model_input_names=["input_ids", "attention_mask"],
+        **named,
     )
 
 

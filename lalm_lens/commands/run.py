@@ -15,15 +15,16 @@ from lalm_lens.commands.options import Device
 from lalm_lens.errors import LensError
 
 if TYPE_CHECKING:
+    from lalm_lens.datasets import Clip
     from lalm_lens.runner import Outcome
-    from lalm_lens.study import Planned
+    from lalm_lens.study import Planned, Study
     from lalm_lens.units import Unit
 
 EXAMPLES = """[bold]Examples[/bold]
 
 lalm-lens run study.toml --dry-run
 
-lalm-lens run study.toml --device cuda
+lalm-lens run study.toml --device cuda --report
 
 lalm-lens run study.toml --engine ray
 """
@@ -42,12 +43,19 @@ def run_command(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Of Ray; else one for each GPU, or one where there is none.")
     ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html into the folder at the end.")] = False,
 ) -> None:
     """Run a whole study, or go on with it: what is finished is not run again."""
     from lalm_lens.runner import unfinished, write_list
     from lalm_lens.study import Study, planned
 
-    plan = planned(Study.read(config, out), conversion_named)
+    study = Study.read(config, out)
+    if report:
+        from lalm_lens.report.page import plotly_js
+
+        plotly_js()  # before the work, where it is missing
+    make_clips(study)
+    plan = planned(study, conversion_named)
     out = plan.study.out
     missing = unfinished(plan.units, out)
     show_counts(plan, missing)
@@ -64,7 +72,34 @@ def run_command(
         print(f"Interrupted; {left} of {len(plan.units)} units are left. The same command goes on.", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     show_summary(plan, done)
+    if report:
+        write_page(plan)
     raise typer.Exit(1 if plan.failed or any(outcome.failure for outcome in done) else 0)
+
+
+def make_clips(study: "Study") -> None:
+    """What a dataset asks for and is not there yet."""
+    from lalm_lens.assets.clips import write_clips
+    from lalm_lens.datasets.folder import LISTS
+
+    for dataset in study.datasets:
+        for name in dataset.attributes if dataset.made else ():
+            folder = dataset.at(study.path.parent, name)
+            if not any((folder / each).is_file() for each in LISTS):
+                write_clips(folder, name, dataset.made, dataset.seed)
+
+
+def write_page(plan: "Planned") -> None:
+    """The report, with the clips of the whole study."""
+    from lalm_lens.report import write_report
+    from lalm_lens.report.sounds import Clips
+
+    listed: dict[str, dict[tuple[str, str], Clip]] = {}
+    for unit in plan.units:
+        of_attribute = listed.setdefault(unit.attribute.name, {})
+        of_attribute |= {(its.clip.name, its.clip.label): its.clip for its in unit.clips}
+    clips = Clips({name: list(its.values()) for name, its in listed.items()})
+    print(write_report(plan.study.out, clips=clips))
 
 
 def outcomes(units: "Sequence[Unit]", out: Path, engine: str, device: str, workers: int | None) -> "Iterator[Outcome]":

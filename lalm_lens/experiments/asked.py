@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
+from lalm_lens.conflict import ConflictItem
 from lalm_lens.corrupt import Corrupted
 from lalm_lens.datasets import Sample, heard, refuse_repeated, seen
 from lalm_lens.errors import HookError, InputError, PromptError
@@ -66,6 +67,38 @@ class Question:
         """What says all of this in a table."""
         asked = question_columns(self.model, sample, self.attribute, self.form, self.label_space)
         return {**asked, **sample.columns}
+
+
+def questions(
+    model: HookedLALM, samples: Sequence[Sample], attribute: str | Attribute | None, form: Form, label_space: bool
+) -> list[tuple[Question, list[Sample]]]:
+    """What is asked about which samples: of all the `attribute`, or without one, of each item of a conflict its own
+    (`make_conflict`, `read_alme`). Raises `InputError` for samples that have none, else as `Question.about`."""
+    if attribute is not None:
+        return [(Question.about(model, samples, attribute, form, label_space), list(samples))]
+    refuse_repeated(samples)
+    groups = by_attribute(own_items(samples))
+    return [(Question.about(model, its, about, form, label_space), [*its]) for about, its in groups.items()]
+
+
+def own_items(samples: Sequence[Sample]) -> list[ConflictItem]:
+    """Items alone, which know what is asked about them."""
+    items = [sample for sample in samples if isinstance(sample, ConflictItem)]
+    if len(items) != len(samples) or not items:
+        raise InputError("What is asked about these clips? Name an attribute, or give items of make_conflict.")
+    return items
+
+
+def by_attribute(items: Sequence[ConflictItem]) -> dict[Attribute, list[ConflictItem]]:
+    found: dict[Attribute, list[ConflictItem]] = {}
+    for item in items:
+        found.setdefault(item.attribute, []).append(item)
+    return found
+
+
+def names_of(asked: Sequence[tuple[Question, Sequence[Sample]]]) -> str:
+    """The attributes, for what is of all of them together."""
+    return ", ".join(dict.fromkeys(question.attribute.name for question, _ in asked))
 
 
 def check_asked(

@@ -30,7 +30,7 @@ from lalm_lens.datasets import Sample
 from lalm_lens.engine.branches import check
 from lalm_lens.engine.plan import Engine
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.asked import Question, Told
+from lalm_lens.experiments.asked import Question, Told, questions
 from lalm_lens.experiments.changed import ANSWER_COLUMNS, Changed, How, Variant, answers, frame_of
 from lalm_lens.experiments.cuts import place_name, positions
 from lalm_lens.experiments.enrich import split
@@ -86,7 +86,7 @@ def back_patch(
     model: HookedLALM,
     samples: Sequence[Sample],
     *,
-    attribute: str | Attribute,
+    attribute: str | Attribute | None = None,
     sources: Sequence[int] | None = None,
     targets: Sequence[int] | None = None,
     windows: Sequence[int] = (1, 3, 5),
@@ -115,12 +115,14 @@ def back_patch(
     each block of the window. With `max_loops` above 1, a patched run is the source of the next one, until the answer
     stays the same; these run with hooks, one by one.
 
-    `n_choosing` of the clips, by default half of them, in the proportions of their labels, are there for the choice of
-    a pair alone, in all conditions of a conflict; `seed` says which. `engine` and `token_budget` are those of `Plan`;
+    `samples` are clips, or items of `make_conflict`; without an `attribute` each item is asked its own question, as
+    those of `read_alme` are. `n_choosing` of the clips, by default half of them, in the proportions of their labels,
+    are there for the choice of a pair alone, in all conditions of a conflict; `seed` says which. `engine` and
+    `token_budget` are those of `Plan`;
     `n_together` clips share a sweep. Raises what `attention_knockout` raises, and `InputError` for layers without a
     pair.
     """
-    question = Question.about(model, samples, attribute, form, label_space)
+    asked = questions(model, samples, attribute, form, label_space)
     pairs = grid(model.decoder_cfg.n_layers, sources, targets, windows)
     if max_loops < 1:
         raise InputError(f"max_loops is 1 or more; got {max_loops}.")
@@ -129,19 +131,27 @@ def back_patch(
     spots = [Spot(place, pair, later, seed) for place, pair in product(places, pairs)]
     n_choosing = len(set(map(clip_of, samples))) // 2 if n_choosing is None else n_choosing
     held_out = names(samples, n_choosing, seed) if n_choosing else set()
-    how = How(predict, engine, token_budget, n_together, progress)
-    if max_loops == 1:
-
-        def variants(sample: Sample, run: Run) -> list[Variant]:
-            return [spot.variant(model, run) for spot in spots]
-
-        frames = answers(question, samples, variants, how, "back-patching")
-    else:
-        frames = looped(question, samples, spots, max_loops, how)
-    table = pd.concat(list(frames), ignore_index=True)
+    how = How(predict, engine, token_budget, n_together, progress and len(asked) == 1)
+    frames = []
+    for question, its in tqdm(asked, "back-patching", unit="question", disable=not progress or len(asked) == 1):
+        frames += frames_of(question, its, spots, max_loops, how)
+    table = pd.concat(frames, ignore_index=True)
     side = np.where(table["sample"].isin(held_out), "choosing", "test")
     weights = {"n_layers": model.decoder_cfg.n_layers, "fingerprint": weights_fingerprint(model)}
     return BackPatch.concat([table.assign(split=side, max_loops=max_loops, seed=seed, **weights)])
+
+
+def frames_of(
+    question: Question, samples: Sequence[Sample], spots: Sequence["Spot"], max_loops: int, how: How
+) -> Iterator[pd.DataFrame]:
+    """One table for each clip."""
+    if max_loops > 1:
+        return looped(question, samples, spots, max_loops, how)
+
+    def variants(sample: Sample, run: Run) -> list[Variant]:
+        return [spot.variant(question.model, run) for spot in spots]
+
+    return answers(question, samples, variants, how, "back-patching")
 
 
 def grid(

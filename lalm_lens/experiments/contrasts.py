@@ -91,6 +91,11 @@ class Contrasts:
 
     def items(self, samples: Sequence[Sample]) -> dict[tuple[str, Modality], ConflictItem]:
         """What is asked in the clean run of each clip and modality."""
+        if items := [sample.name for sample in samples if isinstance(sample, ConflictItem)]:
+            raise DataError(
+                f"{items[0]} has a text of its own, and pathways need texts that state each label in the same words: "
+                "give plain clips and an attribute. Stimuli of read_alme have no pathways."
+            )
         conditions: tuple[Condition, Condition] = ("text_only", "audio_only")
         if self.within == "conflict":
             conditions = ("conflict", "conflict")

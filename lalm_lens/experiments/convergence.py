@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float
 from tqdm import tqdm
 
 from lalm_lens.aggregates import intervals
-from lalm_lens.attributes import Attribute, Form, attribute_named
+from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import ConflictItem, Framing, TextOnly, make_conflict
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.asked import Question
+from lalm_lens.experiments.asked import names_of, own_items, questions
 from lalm_lens.experiments.cuts import Place
 from lalm_lens.experiments.features import Features, Spot, features
 from lalm_lens.model import HookedLALM
@@ -134,7 +134,7 @@ def convergence(
     model: HookedLALM,
     samples: Sequence[Sample],
     *,
-    attribute: str | Attribute,
+    attribute: str | Attribute | None = None,
     form: Form = "P3",
     framing: str | Framing = "statement",
     text_only: TextOnly = "no_audio",
@@ -145,40 +145,57 @@ def convergence(
 ) -> Convergence:
     """Compare the states of prompts with a clip with those of prompts with a text that states the clip's label.
 
-    The twins are `audio_only` and `text_only` of `make_conflict`, which takes `framing` and `text_only`. At each of the
-    `places`, which both prompts have, states are the mean over positions. Texts of one label are the same, so that
-    mismatched pairs are of other labels, and CKA is of as many different texts as there are labels. Two forwards per
-    clip.
+    The twins are `audio_only` and `text_only` of `make_conflict`, which takes `framing` and `text_only`. Without an
+    `attribute`, `samples` are items of `read_alme` (or of `make_conflict`, whose text alone states what the clip is),
+    each with its own question, and those two of each clip are taken. At each of the `places`, which both prompts have,
+    states are the mean over positions. Texts of one label are the same, so that mismatched pairs are of other labels,
+    and CKA is of as many different texts as there are labels. Two forwards per clip.
 
-    Raises `DataError` for fewer than 4 clips or for one label alone; and what `make_conflict` and `causal_trace` raise.
+    Raises `DataError` for fewer than 4 clips, for one label alone, and for items that are no twins; and what
+    `make_conflict` and `causal_trace` raise.
     """
-    attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
-    twins = make_twins(samples, attribute, framing, text_only)
-    question = Question.about(model, [item for both in twins for item in both], attribute, form, label_space=True)
+    twins = twins_of(own_items(samples)) if attribute is None else make_twins(samples, attribute, framing, text_only)
+    if len(twins) < AT_LEAST or len({audio.label for audio, _ in twins}) < 2:
+        raise DataError(f"Twins are compared among {AT_LEAST} clips or more, of two labels or more.")
+    asked = questions(model, [item for both in twins for item in both], attribute, form, label_space=True)
+    run_of = {its.name: question.run for question, some in asked for its in some}
     heard, read = [], []
     for audio, text in tqdm(twins, "reading twins", unit="clip", disable=not progress):
-        heard.append(features(model, question.run(audio), ["decoder"], places))
-        read.append(features(model, question.run(text), ["decoder"], places))
+        heard.append(features(model, run_of[audio.name](audio), ["decoder"], places))
+        read.append(features(model, run_of[text.name](text), ["decoder"], places))
     items = pd.DataFrame({"sample": [its.source.name for its, _ in twins], "label": [its.label for its, _ in twins]})
     frames = []
     for spot in tqdm(heard[0], desc="comparing", unit="layer", disable=not progress):
         audio, text = stacked(heard, spot), stacked(read, spot)
         frame = compared(audio, text, items.label.tolist(), n_permutations=n_permutations, seed=seed)
         frames.append(pd.concat([items, frame], axis="columns").assign(layer=spot.layer, place=spot.place))
-    about = {"model": model.cfg.model_name, "attribute": attribute.name, "form": form, "text_only": text_only}
-    return Convergence.concat([frame.assign(**about, framing=twins[0][1].framing) for frame in frames])
+    text = twins[0][1]
+    beside = {"framing": text.framing, "text_only": "silence" if text.is_heard else "no_audio"}
+    about = {"model": model.cfg.model_name, "attribute": names_of(asked), "form": form, **beside}
+    return Convergence.concat([frame.assign(**about) for frame in frames])
 
 
 def make_twins(
-    samples: Sequence[Sample], attribute: Attribute, framing: str | Framing, text_only: TextOnly
+    samples: Sequence[Sample], attribute: str | Attribute, framing: str | Framing, text_only: TextOnly
 ) -> list[tuple[ConflictItem, ConflictItem]]:
     """Of each clip, the item that has it, and the one that states its label."""
     how = {"framing": framing, "text_only": text_only, "text_only_states": "audio"}
-    items = make_conflict(samples, attribute, conditions=("audio_only", "text_only"), **how)
-    if len(samples) < AT_LEAST or len({sample.label for sample in samples}) < 2:
-        raise DataError(f"Twins are compared among {AT_LEAST} clips or more, of two labels or more.")
-    by_condition = {(item.source.name, item.condition): item for item in items}
-    return [(by_condition[its.name, "audio_only"], by_condition[its.name, "text_only"]) for its in samples]
+    return twins_of(make_conflict(samples, attribute, conditions=("audio_only", "text_only"), **how))
+
+
+def twins_of(items: Sequence[ConflictItem]) -> list[tuple[ConflictItem, ConflictItem]]:
+    """The same of items that are there, of which others are left out."""
+    audio, text = (
+        [item for item in items if item.condition == condition and item.label == item.source.label]
+        for condition in ("audio_only", "text_only")
+    )
+    read = {item.source.name: item for item in text}
+    if {item.source.name for item in audio} != set(read) or not len(audio) == len(read) == len(text):
+        raise DataError(
+            "Twins are one item audio_only and one text_only of each clip, which states what the clip is: make them of "
+            'one framing, with read_alme(...) or make_conflict(..., text_only_states="audio").'
+        )
+    return [(item, read[item.source.name]) for item in audio]
 
 
 def stacked(read: Sequence[Features], spot: Spot) -> States:

@@ -25,7 +25,7 @@ from lalm_lens.aggregates import intervals
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.asked import Question
+from lalm_lens.experiments.asked import names_of, questions
 from lalm_lens.experiments.cuts import Place
 from lalm_lens.experiments.features import Spot, Stack, features
 from lalm_lens.model import HookedLALM
@@ -269,7 +269,7 @@ def probe(
     model: HookedLALM,
     samples: Sequence[Sample],
     *,
-    attribute: str | Attribute,
+    attribute: str | Attribute | None = None,
     form: Form = "P3",
     stacks: Sequence[Stack] = ("audio_encoder", "adapter", "decoder"),
     places: Sequence[Place] = ("last",),
@@ -282,7 +282,8 @@ def probe(
     seed: int = 0,
     progress: bool = True,
 ) -> Probe:
-    """Probe every layer for the clips' labels, or for `targets`, one for each clip, while `attribute` is asked.
+    """Probe every layer for the clips' labels, or for `targets`, one for each clip, while `attribute` is asked, or
+    without one the question of each item of a conflict (`make_conflict`, `read_alme`).
 
     In the decoder, states are the mean over each of the `places` (as in `attention_knockout`: "last", "audio",
     positions); in an encoder over the states that belong to the clip, or to the pictures, and behind an adapter over
@@ -294,7 +295,7 @@ def probe(
     Raises `DataError` for one class alone, for a class of fewer clips (or groups) than folds, for targets or groups
     that are not as many as clips; `InputError` for states that are not finite; and what `causal_trace` raises.
     """
-    question = Question.about(model, samples, attribute, form, label_space=True)
+    asked = questions(model, samples, attribute, form, label_space=True)
     if targets is not None and len(targets) != len(samples):
         raise DataError(f"{len(samples)} clips need as many targets; got {len(targets)}.")
     labels = [sample.label for sample in samples] if targets is None else list(targets)
@@ -304,12 +305,14 @@ def probe(
     if not stacks or ("decoder" in stacks and not places):
         raise InputError("Nothing is probed: name one stack or more, and of the decoder a place.")
     shown = {"unit": "clip", "disable": not progress}
-    read = [features(model, question.run(its), stacks, places) for its in tqdm(samples, "reading states", **shown)]
+    question_of = {its.name: question for question, some in asked for its in some}
+    runs = (question_of[its.name].run(its) for its in tqdm(samples, "reading states", **shown))
+    read = [features(model, run, stacks, places) for run in runs]
     frames = []
     for spot in tqdm(read[0], desc="probing", unit="layer", disable=not progress):
         frame = probing.of(np.stack([states[spot] for states in read]), labels)
         frames.append(frame.assign(**spot._asdict()))
     frame = pd.concat(frames)
     clips = pd.DataFrame({"sample": [sample.name for sample in samples], "group": groups})
-    about = {"model": model.cfg.model_name, "attribute": question.attribute.name, "form": form, "C": float(C)}
+    about = {"model": model.cfg.model_name, "attribute": names_of(asked), "form": form, "C": float(C)}
     return Probe.concat([frame.merge(clips, left_on="clip", right_index=True).assign(**about)])

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from lalm_lens.aggregates import intervals
 from lalm_lens.attributes import Attribute, Form
-from lalm_lens.conflict import CONFLICT_COLUMNS, ConflictItem, Framing, Order, make_conflict
+from lalm_lens.conflict import CONFLICT_COLUMNS, ConflictItem, Framing, Order, audio_only, make_conflict
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import DataError
-from lalm_lens.experiments.asked import Question, processor_of
+from lalm_lens.experiments.asked import Question, own_items, processor_of, questions
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, told
 from lalm_lens.interventions import Knockout
 from lalm_lens.model import HookedLALM
@@ -197,7 +197,7 @@ def suppression(
     model: HookedLALM,
     samples: Sequence[Sample],
     *,
-    attribute: str | Attribute,
+    attribute: str | Attribute | None = None,
     framing: str | Framing = "statement",
     order: Order = "audio_first",
     layers: Sequence[int] | None = None,
@@ -210,35 +210,58 @@ def suppression(
 ) -> Suppression:
     """Read what every layer says of clips with which a text disagrees, with and without the text in sight.
 
-    `samples` are plain clips, of which `make_conflict` makes the conflicts with `framing`, `order` and `seed`. In the
-    run `cut`, the last position cannot look at the text in any of `layers`, by default all, in `hidden` no position of
-    another region can. At `object`, the labels' log-probabilities are averaged over the options' tokens. Raises as
-    `make_conflict` and `causal_trace` do.
+    `samples` are plain clips and an `attribute`, of which `make_conflict` makes the conflicts with `framing`, `order`
+    and `seed`; or items of `make_conflict` or `read_alme`, each with its own text and question, of which those in
+    conflict are taken. In the run `cut`, the last position cannot look at the text in any of `layers`, by default all,
+    in `hidden` no position of another region can. At `object`, the labels' log-probabilities are averaged over the
+    options' tokens. Raises as `make_conflict` and `causal_trace` do, and `DataError` for items without a conflict.
     """
-    how: dict = {"framing": framing, "order": order, "seed": seed}
-    alone, items = (make_conflict(samples, attribute, conditions=[its], **how) for its in ("audio_only", "conflict"))
-    question = Question.about(model, items, attribute, form, label_space)
+    items = conflicts_of(samples, attribute, {"framing": framing, "order": order, "seed": seed})
+    asked = questions(model, items, attribute, form, label_space)
     cut_layers = tuple(range(model.decoder_cfg.n_layers)) if layers is None else tuple(layers)
+    frames = []
+    with tqdm(total=len(RUNS) * len(items), desc="suppressed or erased", unit="run", disable=not progress) as bar:
+        for question, its in asked:
+            frames += frames_of(question, own_items(its), cut_layers, places, token_budget, bar)
+    return Suppression.concat(frames)
+
+
+def conflicts_of(samples: Sequence[Sample], attribute: str | Attribute | None, how: dict) -> list[ConflictItem]:
+    if attribute is not None and not any(isinstance(sample, ConflictItem) for sample in samples):
+        return make_conflict(samples, attribute, conditions=["conflict"], **how)
+    items = [item for item in own_items(samples) if item.condition == "conflict"]
+    if not items:
+        raise DataError("No item is in conflict, so that no text suppresses anything: make_conflict makes them.")
+    return items
+
+
+def frames_of(
+    question: Question,
+    items: Sequence[ConflictItem],
+    layers: tuple[int, ...],
+    places: Sequence[Place],
+    token_budget: int | None,
+    bar: tqdm,
+) -> Iterator[pd.DataFrame]:
+    """A table for each item of one question, run and place."""
     text = text_region(question, items)
     others = sorted({position.region for position in prompt_of_run(question, items[0]).positions} - {text})
-    cut = Knockout(cut_layers, (-1,), text)
-    runs: dict[Kind, tuple[list[ConflictItem], list[Knockout]]] = {
-        "audio_only": (alone, []),
+    cut = Knockout(layers, (-1,), text)
+    runs: dict[Kind, tuple[Sequence[ConflictItem], list[Knockout]]] = {
+        "audio_only": ([audio_only(item.source, item.attribute) for item in items], []),
         "conflict": (items, []),
         "cut": (items, [cut]),
-        "hidden": (items, [Knockout(cut_layers, region, text) for region in others]),
+        "hidden": (items, [Knockout(layers, region, text) for region in others]),
     }
     where = ["object" if place == "object" else (-1,) for place in places]
-    frames = []
-    with tqdm(total=len(RUNS) * len(samples), desc="suppressed or erased", unit="run", disable=not progress) as bar:
-        for run, (clips, knockouts) in runs.items():
-            processor = processor_of(model)
-            asked = [Asked.of(processor, item, question.attribute, form, *where) for item in clips]
-            read = read_all(model, processor, asked, Reading(tuple(question.tokens)), knockouts, token_budget, bar)
-            for item, one, words in zip(items, asked, read, strict=True):
-                about = {"run": run, "n_labels": len(question.labels), **question.columns(item)}
-                frames += [frame.assign(**about) for frame in rows(question, item, one, words, places)]
-    return Suppression.concat([frame.assign(cut_layers=told([cut])) for frame in frames])
+    model, processor = question.model, processor_of(question.model)
+    for run, (clips, knockouts) in runs.items():
+        asked = [Asked.of(processor, item, question.attribute, question.form, *where) for item in clips]
+        read = read_all(model, processor, asked, Reading(tuple(question.tokens)), knockouts, token_budget, bar)
+        for item, one, words in zip(items, asked, read, strict=True):
+            about = {"run": run, "n_labels": len(question.labels), **question.columns(item)}
+            for frame in rows(question, item, one, words, places):
+                yield frame.assign(**about, cut_layers=told([cut]))
 
 
 def prompt_of_run(question: Question, item: ConflictItem) -> Prompt:

@@ -20,7 +20,7 @@ from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS, Condition, ConflictItem, make_conflict
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.asked import Question, processor_of
+from lalm_lens.experiments.asked import Question, by_attribute, own_items, processor_of
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, told
 from lalm_lens.interventions import Knockout
 from lalm_lens.metrics import Predict
@@ -302,22 +302,13 @@ def text_dominance(
 
 
 def items_of(samples: Sequence[Sample], attribute: str | Attribute | None) -> list[ConflictItem]:
-    items = [sample for sample in samples if isinstance(sample, ConflictItem)]
-    if not items and attribute is not None:
+    if attribute is not None and not any(isinstance(sample, ConflictItem) for sample in samples):
         return make_conflict(samples, attribute)
-    if len(items) != len(samples) or not items:
-        raise InputError("What is asked about these clips? Name an attribute, or give items of make_conflict.")
+    items = own_items(samples)
     name = attribute.name if isinstance(attribute, Attribute) else attribute
     if name is not None and (others := {item.attribute.name for item in items} - {name}):
         raise InputError(f"The items ask for {', '.join(sorted(others))}, not for {name}. Leave the attribute out.")
     return items
-
-
-def by_attribute(items: Sequence[ConflictItem]) -> dict[Attribute, list[ConflictItem]]:
-    found: dict[Attribute, list[ConflictItem]] = {}
-    for item in items:
-        found.setdefault(item.attribute, []).append(item)
-    return found
 
 
 def chunks(groups: Sequence[Group]) -> Iterator[list[Group]]:

@@ -31,19 +31,24 @@ class Shown(NamedTuple):
 
 @typed
 def write_report(
-    folder: str | Path, *, clips: Sequence[str | Path] = (), n_samples: int = 20, out: str | Path | None = None
+    folder: str | Path,
+    *,
+    clips: Sequence[str | Path] | Clips = (),
+    n_samples: int = 20,
+    out: str | Path | None = None,
 ) -> Path:
     """Write one HTML file about the traces, information scores and logit lenses in `folder`, by default into it as
     `report.html`: an overview, curves by layer, and for `n_samples` clips their maps. `clips` are the folders with the
-    sound files and their metadata.jsonl: with them there are spectrograms and players. Clips that are kept come first,
-    as many of every study.
+    sound files and their metadata.jsonl, or `Clips`: with them there are spectrograms and players. Clips that are kept
+    come first, as many of every study.
 
     Raises `DataError` for a folder without a table to show, and without plotly, an extra.
     """
     if n_samples < 0:
         raise InputError(f"n_samples is how many clips are shown, 0 or more; got {n_samples}.")
     plotly = plotly_js()
-    found, heard = find(Path(folder)), Clips.of([Path(each) for each in clips])
+    found = find(Path(folder))
+    heard = clips if isinstance(clips, Clips) else Clips.of([Path(each) for each in clips])
     studies = list(found.studies())
     sounds, words = Sounds(), Words()
     cards = [card(shown, heard, sounds, words) for shown in chosen(studies, found, n_samples)]
@@ -59,7 +64,7 @@ def write_report(
             tables=tables(studies, found),
             curves=[*traced, *scores],
             cards=cards,
-            has_clips=bool(clips),
+            has_clips=bool(heard.listed),
             data={"curves": [*traced, *scores], "cards": cards, "sounds": sounds.uris(), "words": list(words.places)},
         )
     )

@@ -1,0 +1,1 @@
+"""The tiny model that hears and sees: its pictures, its clips with pictures, and how it was trained."""
