@@ -13,6 +13,8 @@ from reference import chirps
 from test_omni import photos
 
 from lalm_lens import cli
+from lalm_lens.assets import TINY_LALM_AV
+from lalm_lens.assets.audio_visual.clips import write_av_clips
 from lalm_lens.experiments.caption_fidelity import CaptionFidelity
 
 pytestmark = pytest.mark.numbers
@@ -78,7 +80,7 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
         "nothing",
         "audio -> generated",
         "image -> generated",
-        "text -> generated",
+        "query -> generated",
     ]
     printed = capsys.readouterr().out
     assert "Where the model looks while it writes" in printed
@@ -90,7 +92,7 @@ def test_counterfactuals_of_heard_videos_are_made_where_none_are_listed(monkeypa
     assert av(monkeypatch, checkpoint, data, *how) == 1
     assert "Left out: probes of animal: " in capsys.readouterr().out
     shares = pd.read_parquet(out / "animal" / "tables" / "shares.parquet")
-    assert set(shares.region) == {"text", "video", "audio", "generated"}
+    assert set(shares.region) == {"query", "video", "audio", "generated"}
     assert set(shares.n) == {4}
     assert not (out / "animal" / "probe_heard.png").exists()
 
@@ -107,3 +109,14 @@ def test_a_wrong_command_line_ends_in_one_line(monkeypatch, checkpoint, tmp_path
     data = clips(tmp_path / "data", 2)
     assert av(monkeypatch, checkpoint, data, "--out", tmp_path / "out", *args) == 2
     assert says in capfd.readouterr().err
+
+
+def test_the_planted_picture_is_what_keeps_the_sound_from_being_said(monkeypatch, tmp_path):
+    """In the tiny trained model pictures win over sounds, by way of the last position."""
+    data, out = write_av_clips(tmp_path / "data", 6, seed=3), tmp_path / "out"
+    how = ("--attribute", "animal", "--only", "knockout", "--max-new-tokens", 1, "--window", 1)
+    assert av(monkeypatch, TINY_LALM_AV, data, *how, "--out", out) == 0
+    said = pd.read_csv(out / "animal" / "tables" / "said_counterfactual.csv")
+    rate = said.set_index(["cut in all layers", "side"]).rate
+    assert (rate["nothing", "audio"], rate["nothing", "video"]) == (0, 1)
+    assert (rate["image -> generated", "audio"], rate["image -> generated", "video"]) == (1, 0)

@@ -138,7 +138,7 @@ def knockout(asked: Asked) -> Shown:
     """What is said where the model cannot look at the sound, the picture or the words."""
     from lalm_lens.experiments.caption_fidelity import CaptionFidelity, caption_fidelity
 
-    chains = [(place, "generated") for place in ("audio", *asked.eyes, "text")]
+    chains = [(place, "generated") for place in ("audio", *asked.eyes, "query")]
     how: dict = {"chains": chains, "layers": [asked.window, "up_to", "from", "all"], **asked.how}
     found = caption_fidelity(asked.model, asked.samples, judge=asked.judge, max_new_tokens=asked.max_new_tokens, **how)
     found.save(asked.out / "knockout.parquet")
@@ -164,14 +164,22 @@ def said(effects: Any) -> Any:
 
 
 def pairs(asked: Asked) -> Shown:
-    """What a text loses where any of the modalities cannot look at any other."""
+    """What a text loses where any of the modalities cannot look at any other; no number where one would see nothing."""
     from itertools import product
 
+    from lalm_lens.experiments.asked import Question
+    from lalm_lens.experiments.cuts import cuts, leaves_blind
     from lalm_lens.experiments.knockout_generation import knockout_generation
     from lalm_lens.results import plots_module
 
-    places = ["audio", *asked.eyes, "text", "generated"]
-    chains = [pair for pair in product(places, places) if pair != ("text", "text")]  # the first word sees itself alone
+    places = ["audio", *asked.eyes, "query", "generated"]
+    asking = Question(asked.model, asked.attribute, asked.form, label_space=True)
+    runs, n_new = [asking.run(sample) for sample in asked.samples], asked.max_new_tokens - 1
+    chains = [
+        pair
+        for pair in product(places, places)
+        if not any(leaves_blind(asked.model, cuts(asked.model, run, [pair], ["all"], "all", n_new)[0]) for run in runs)
+    ]
     found = knockout_generation(
         asked.model, asked.samples, chains=chains, max_new_tokens=asked.max_new_tokens, **asked.how
     )
