@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lalm_lens.alme import read_alme
     from lalm_lens.attributes import ATTRIBUTES, Attribute
     from lalm_lens.audio import read_audio
+    from lalm_lens.audio_visual import read_audio_visual
     from lalm_lens.conflict import Conflict, ConflictItem, Framing, make_conflict
     from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise, silence
     from lalm_lens.counterfactual import Swapped, swap_audio
@@ -199,6 +200,7 @@ _HOME = {
     "prompt_contrast": "experiments.steer",
     "read_alme": "alme",
     "read_audio": "audio",
+    "read_audio_visual": "audio_visual",
     "read_clips": "datasets",
     "read_folder": "datasets",
     "read_sample": "datasets",
@@ -336,6 +338,7 @@ __all__ = [
     "prompt_contrast",
     "read_alme",
     "read_audio",
+    "read_audio_visual",
     "read_clips",
     "read_folder",
     "read_sample",

@@ -4,11 +4,11 @@ import sys
 
 from typer.exceptions import TyperException
 
-from lalm_lens.commands import audiolens, check, conflict, report, reproduce, run, spec, trace
+from lalm_lens.commands import audiolens, av, check, conflict, report, reproduce, run, spec, trace
 from lalm_lens.commands.base import app
 from lalm_lens.errors import LensError
 
-COMMANDS = trace, audiolens, conflict, run, reproduce, spec, report, check  # in the order of the help
+COMMANDS = trace, audiolens, conflict, av, run, reproduce, spec, report, check  # in the order of the help
 
 
 def main() -> None:

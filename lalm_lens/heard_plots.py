@@ -2,6 +2,7 @@
 
 from textwrap import fill
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -91,12 +92,12 @@ def fidelity(effects: pd.DataFrame, frame: pd.DataFrame, what: str) -> Figure:
     """How true texts are to what is heard and seen, before a change and after it: by layer, and beside the layers what
     has none; a panel per change."""
     edges = list(effects.edge.unique())
-    figure = Figure(figsize=(max(6.5, 3.3 * len(edges) + 2), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(6.5, 3.3 * len(edges) + 2), 4.6), layout="constrained")
     axes = figure.subplots(1, len(edges), sharey=True, squeeze=False)[0]
     for ax, edge in zip(axes, edges, strict=True):
         rows = effects[effects.edge == edge]
-        for side, (label, colour) in SIDES.items():
-            changed(ax, rows[rows.side == side], label, colour)
+        for (side, (label, colour)), off in zip(SIDES.items(), (-0.08, 0.08), strict=True):
+            changed(ax, rows[rows.side == side], label, colour, off)
         ax.set_title(f"{edge} (n = {rows.n.max()})", fontsize=10)
     axes[0].set_ylim(-0.03, 1.03)
     axes[0].set_ylabel(f"{what}\n(bars, band: 95 % bootstrap of the change)")
@@ -107,7 +108,7 @@ def fidelity(effects: pd.DataFrame, frame: pd.DataFrame, what: str) -> Figure:
     return figure
 
 
-def changed(ax: Axes, rows: pd.DataFrame, label: str, colour: str) -> None:
+def changed(ax: Axes, rows: pd.DataFrame, label: str, colour: str, off: float) -> None:
     """One side of a panel. What a change has no layer of its own for stands to the right."""
     ax.axhline(rows.before.iloc[0], color=colour, lw=1, ls=":", label=f"{label}, before")
     layered, whole = rows[rows.layer.notna()], rows[rows.layer.isna()]
@@ -118,11 +119,34 @@ def changed(ax: Axes, rows: pd.DataFrame, label: str, colour: str) -> None:
     ticks = {n: str(n) for n in layered.layer.dropna().astype(int).unique()}
     begin = max(ticks, default=-1) + 1
     for at, (_, its) in enumerate(whole.iterrows(), start=begin):
-        ticks[at] = {"all": "all", "chosen": f"layers {its['layers']}"}.get(its.kind, its.edge)
-        ax.vlines(at, its.before + its.low, its.before + its.high, color=colour, alpha=0.5, lw=1.5)
-        ax.plot(at, its.after, marker="s", ms=6, color=colour, ls="", mfc="none", label=f"{label}, layers together")
+        ticks[at] = f"layers {its['layers']}" if its.kind == "chosen" else "all" if its.kind == "all" else f"{its.edge}"
+        ax.vlines(at + off, its.before + its.low, its.before + its.high, color=colour, alpha=0.5, lw=1.5)
+        together = f"{label}, layers together"
+        ax.plot(at + off, its.after, marker="s", ms=6, color=colour, ls="", mfc="none", label=together)
     step = -(-len(ticks) // 12)
     shown = {at: tick for n, (at, tick) in enumerate(ticks.items()) if n % step == 0 or at >= begin}
     ax.set_xticks(list(shown), list(shown.values()))
     ax.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
     ax.set_xlabel("layer in which attention is cut" if len(layered) else "layers")
+
+
+def pair_map(effects: pd.DataFrame, places: list[str], frame: pd.DataFrame) -> Figure:
+    """What texts lose in log-probability where one place cannot look at another, keys x queries."""
+    change = effects.set_index("edge").change.to_dict()
+    grid = np.array([[change.get(f"{keys} -> {queries}", np.nan) for queries in places] for keys in places])
+    most = max(0.01, float(np.nanmax(np.abs(grid))))
+    figure = Figure(figsize=(1.15 * len(places) + 2.6, 0.8 * len(places) + 2), layout="constrained")
+    ax = figure.subplots()
+    image = ax.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most)
+    for (row, column), value in np.ndenumerate(grid):
+        shown = "-" if np.isnan(value) else f"{value:.2f}"
+        ax.text(column, row, shown, ha="center", va="center", color="w" if abs(value) > 0.6 * most else "k", fontsize=9)
+    ax.set_xticks(range(len(places)), places)
+    ax.set_yticks(range(len(places)), places)
+    ax.set_xlabel("queries, which look")
+    ax.set_ylabel("keys, which are not seen")
+    figure.colorbar(image, ax=ax, pad=0.02).set_label("change of the log-probability\nof what was written before")
+    one, n = frame.iloc[0], frame["sample"].nunique()
+    about = f"attention cut in layers {one['layers']}, mean over {n} clips"
+    figure.suptitle(f"{one.model}: {one.attribute}, {one.form}\n{about}", fontsize=10)
+    return figure

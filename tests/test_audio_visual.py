@@ -111,7 +111,7 @@ def test_probes_read_each_modality(seeing, samples):  # noqa: F811
     ]
     clips = [replace(clip, name=f"{clip.name} {clip.label}") for clip in clips]
     stacks = ("audio_encoder", "adapter", "vision_encoder", "vision_adapter", "decoder")
-    probed = probe(ours, clips, places=("image", "audio"), stacks=stacks, n_folds=2, n_controls=1, **HOW)
+    probed = probe(ours, clips, places=("image", "audio"), stacks=stacks, n_folds=2, n_controls=0, **HOW)
     layers = probed.layers().set_index(["stack", "place", "layer"]).accuracy
     n_layers = ours.vision.n_layers
     assert layers["vision_encoder", "pictures"].to_dict() == dict.fromkeys(range(-1, n_layers), 1.0)

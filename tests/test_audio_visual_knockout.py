@@ -28,8 +28,8 @@ from lalm_lens.readouts import Logits
 from lalm_lens.runs import Run
 
 N_LAYERS, N_HEADS, N_NEW, WINDOW = 3, 4, 3, 30
-PLACES = ("audio", "image", "video", "text", "generated")
-PAIRS = [pair for pair in product(PLACES, PLACES) if pair != ("text", "text")]  # the first word sees itself alone
+PLACES = ("audio", "image", "video", "query", "generated")
+PAIRS = [pair for pair in product(PLACES, PLACES) if pair != ("query", "query")]  # the first word sees itself alone
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def asked(seeing, samples):  # noqa: F811
     region = np.array([position.region for position in run.prompt.positions])
     where = {name: np.flatnonzero(region == name).tolist() for name in ("audio", "image", "video")}
     where["text"] = np.flatnonzero(~np.isin(region, ["audio", "image", "video"])).tolist()
+    where["query"] = where["text"][:-1]
     where["generated"] = list(range(run.n_pos - 1, run.n_pos + N_NEW - 1))
     return hf, model, run, where
 
@@ -64,6 +65,7 @@ def hf_log_p(hf, run: Run, new: list[int], pairs: list[tuple[list[int], list[int
 def test_every_pair_is_cut_at_the_prompt_and_at_each_token_as_in_hf(asked, source):
     """What is written with attention cut, and its log-probabilities; without the cut they are others."""
     hf, model, run, where = asked
+    uncut = cache(lambda *new: hf_log_p(hf, run, [*new], []))
     for keys, queries in (pair for pair in PAIRS if pair[0] == source):
         (cut,) = cuts(model, run, [(keys, queries)], ["all"], "all", n_new=N_NEW - 1)
         ours, new, moved = write(model, run, cut, N_NEW), [], []
@@ -71,7 +73,7 @@ def test_every_pair_is_cut_at_the_prompt_and_at_each_token_as_in_hf(asked, sourc
             theirs = hf_log_p(hf, run, new, [(where[keys], where[queries])])
             assert (int(theirs.argmax()), keys, queries) == (token, keys, queries)
             assert_close(log_p, theirs.max(), rtol=1e-4, atol=1e-5)
-            moved.append(float((theirs - hf_log_p(hf, run, new, [])).abs().max()))
+            moved.append(float((theirs - uncut(*new)).abs().max()))
             new.append(token)
         if min(where[keys]) > max(where[queries]):
             assert max(moved) == 0, f"{queries} cannot see {keys} anyway"
@@ -97,7 +99,7 @@ def test_shares_of_every_pair_are_those_of_hfs_patterns(asked, samples, queries)
 
     merged = attention_share(model, samples[2:], attribute="gender", regions="merged", progress=False, **how).frame
     rows = torch.stack([patterns[layer][head, where[queries]] for layer in range(N_LAYERS) for head in range(N_HEADS)])
-    names = [name if name in ("audio", "image", "video", "generated") else "text" for name in region]
+    names = [name if name in ("audio", "image", "video", "generated") else "query" for name in region]
     names[run.n_pos - 1] = "generated"  # where the first token is decided
     for name, its in merged.groupby("region", sort=False):
         keys = np.flatnonzero(np.array(names) == name)
@@ -106,7 +108,7 @@ def test_shares_of_every_pair_are_those_of_hfs_patterns(asked, samples, queries)
         assert_close(torch.tensor(its.share.to_numpy()), share.mean(-1).flatten(), rtol=1e-4, atol=1e-6)
         per_token = (share / n_seen)[:, n_seen > 0].mean(-1)
         assert_close(torch.tensor(its.per_token.to_numpy()), per_token, rtol=1e-4, atol=1e-6, equal_nan=True)
-    assert set(merged.region) == {"audio", "image", "video", "text", "generated"}
+    assert set(merged.region) == {"audio", "image", "video", "query", "generated"}
 
 
 # --- every way to attend ------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_effects_are_means_over_clips(judged, tmp_path):
 
 
 def test_the_picture_shows_before_and_after(judged):
-    effects, figure = judged.effects(), judged.plot()
+    effects, figure = judged.effects(n_resamples=9), judged.plot()
     assert [ax.get_title() for ax in figure.axes] == [f"{edge} (n = 2)" for edge in effects.edge.unique()]
     (rows,) = [its for key, its in effects.groupby(["edge", "side"]) if key == ("audio -> generated", "audio")]
     lines = {line.get_label(): line for line in figure.axes[0].lines}

@@ -3,7 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lalm_lens.errors import InputError
 
@@ -39,12 +39,17 @@ def conversion_named(named: str | None) -> "Conversion | None":
         return None
     from lalm_lens.weights import Conversion
 
-    module, _, name = named.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"--conversion {named} cannot be imported ({error}). Give it as module:NAME.") from error
+    found = imported("conversion", named)
     if not isinstance(found, Conversion):
         raise InputError(f"--conversion names a Conversion as module:NAME, as my_model:MINE; {named} is none.")
     return found
+
+
+def imported(option: str, named: str) -> Any:
+    """What module:NAME stands for; None for a name that the module does not have."""
+    module, _, name = named.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"--{option} {named} cannot be imported ({error}). Give it as module:NAME.") from error

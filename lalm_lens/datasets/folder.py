@@ -33,7 +33,13 @@ def list_folder(folder: str | Path) -> list[Clip]:
 
     Raises `DataError` for a row that is not that or a clip that is listed twice.
     """
-    folder = Path(folder)
+    clips = [clip_of(Path(folder), where, row) for where, row in list_rows(Path(folder))]
+    refuse_repeated(clips)
+    return clips
+
+
+def list_rows(folder: Path) -> list[tuple[str, dict]]:
+    """What a folder says of each clip, and where it says so."""
     if not is_listed(folder):
         raise DataError(
             f"{folder} has no metadata.jsonl, and no metadata.csv. Write one JSON object a line: "
@@ -44,10 +50,7 @@ def list_folder(folder: str | Path) -> list[Clip]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
-    rows = json_rows if path.suffix == ".jsonl" else csv_rows
-    clips = [clip_of(folder, where, row) for where, row in rows(path, text)]
-    refuse_repeated(clips)
-    return clips
+    return list(json_rows(path, text) if path.suffix == ".jsonl" else csv_rows(path, text))
 
 
 def json_rows(path: Path, text: str) -> Iterator[tuple[str, dict]]:

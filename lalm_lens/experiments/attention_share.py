@@ -35,8 +35,8 @@ Regions = Literal["each", "merged"]
 
 
 def merged(region: str) -> str:
-    """What is heard, seen or written, or else text."""
-    return GENERATED if region in ("last", GENERATED) else "text" if is_in(region, "text") else region
+    """What is heard, seen or written, or else of the query."""
+    return GENERATED if region in ("last", GENERATED) else "query" if is_in(region, "query") else region
 
 
 REGIONS: dict[Regions, Callable[[str], str]] = {"each": str, "merged": merged}
@@ -62,8 +62,8 @@ def attention_share(
     is a region of its own as keys. `exclude_sink` leaves out that many first positions as keys, where attention rests
     that has nothing to look for, and what is left is scaled to sum to 1 for each query; a query that sees nothing else
     has no share, NaN. `regions` are those of the prompt, or `merged` into what is heard, what is seen, `generated`,
-    which begins with the last position of the prompt, and `text`, which is all else. Each layer's pattern is reduced as
-    soon as it is made: none is kept.
+    which begins with the last position of the prompt, and `query`, which is all else. Each layer's pattern is reduced
+    as soon as it is made: none is kept.
 
     Raises as `attention_knockout` does, and `InputError` if `queries` are chosen where a model writes.
     """

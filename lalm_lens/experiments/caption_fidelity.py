@@ -166,9 +166,10 @@ class CaptionFidelity(Table):
         return pd.DataFrame(found).astype({name: self.frame[name].dtype for name in by})
 
     @typed
-    def plot(self) -> "Figure":
-        """Fidelity to what is heard and to what is seen before a change, and after it by layer; a panel per change."""
-        return plots_module("heard_plots").fidelity(self.effects(), self.frame, "fidelity of the text")
+    def plot(self, what: str = "fidelity of the text") -> "Figure":
+        """Fidelity to what is heard and to what is seen before a change, and after it by layer; a panel per change.
+        `what` is what the judge says, in words."""
+        return plots_module("heard_plots").fidelity(self.effects(), self.frame, what)
 
     def __repr__(self) -> str:
         one, clips = self.frame.iloc[0], self.frame["sample"].nunique()

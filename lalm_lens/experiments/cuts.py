@@ -21,7 +21,7 @@ PERCEIVED = ("audio", "transcript", "image", "video")
 AUDIO_SIDE = ("audio", "transcript")  # a transcript says what was heard
 TAGS = ("audio_tag", "image_tag", "video_tag")
 ANSWER = ("late", "attribute", "last", "answer")  # how it is forced to begin, and what follows
-NAMED = ("audio_side", "text", "control", "penultimate", "generated")  # beside the regions of a prompt
+NAMED = ("audio_side", "text", "query", "control", "penultimate", "generated")  # beside the regions of a prompt
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def positions(run: Run, place: Place, n_new: int = 0) -> tuple[int, ...]:
     Beside the regions: `audio_side` is the audio, with its transcript where the prompt has one, `text` all that is
     neither heard nor seen, `control` those of it that are neither tags of what is heard or seen, nor a statement, nor
     the answer's own words, the last position among them; `penultimate` is the position before the last, `generated` the
-    last position and the `n_new` that come behind it. Raises `InputError` for what there is not.
+    last position and the `n_new` that come behind it, `query` the text without the last position. Raises `InputError`
+    for what there is not.
     """
     names = (place,) if isinstance(place, str) else tuple(place)
     if not any(isinstance(name, str) for name in names):
@@ -125,9 +126,22 @@ def named(run: Run, name: str, n_new: int) -> Iterator[int]:
 def is_in(region: str, name: str) -> bool:
     if name == "text":
         return region not in (*PERCEIVED, "answer")
+    if name == "query":
+        return region not in (*PERCEIVED, "last", "answer")
     if name == "control":
         return region not in (*PERCEIVED, *TAGS, "statement", *ANSWER)
     return region in AUDIO_SIDE if name == "audio_side" else region == name
+
+
+def leaves_blind(model: HookedLALM, cut: Cut) -> bool:
+    """Whether a query would have no key left, which is no knockout: where a window is of one position, say."""
+    windows = {model.decoder_cfg.windows[layer] for layer in cut.layers}
+    return any(
+        set(knockout.keys_at).issuperset(range(0 if window is None else max(0, query - window + 1), query + 1))
+        for knockout in cut.knockouts
+        for query in knockout.queries_at
+        for window in windows
+    )
 
 
 def layer_sets(choice: LayerSets, n_layers: int) -> list[tuple[str, int | None, tuple[int, ...]]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -120,6 +121,23 @@ class Processor:
                 "of arrays [height, width, 3] from 0 to 255."
             ) from error
         return Images(batch["pixel_values"], batch["image_grid_thw"])
+
+    def watch(self, frames: Sequence[Any], fps: float | int) -> Videos:
+        """One silent video from its frames, so many in a second, each resized as an image is. As HF's video processor
+        makes it, the last frame is repeated where the last patch in time is not full; its limits of size are others."""
+        if not fps > 0 or not frames:
+            raise InputError(f"A video has frames, and some of them in a second; got {len(frames)} and {fps}.")
+        seen = self.see(frames)
+        if (seen.grid != seen.grid[0]).any():
+            raise InputError("The frames of a video are of one size; these are of several.")
+        assert self.cfg.vision is not None, "it sees"
+        n_together, channels = self.cfg.vision.n_frames, self.cfg.vision.n_channels
+        sizes = {"frame": len(frames), "channel": channels, "t": n_together}
+        stills = rearrange(seen.patches, "(frame patch) (channel t pixel) -> t frame patch channel pixel", **sizes)[0]
+        stills = torch.cat([stills, stills[-1:].expand(-len(frames) % n_together, -1, -1, -1)])
+        moving = rearrange(stills, "(n t) patch channel pixel -> (n patch) (channel t pixel)", t=n_together)
+        grid = torch.tensor([[len(stills) // n_together, *seen.grid[0, 1:].tolist()]])
+        return Videos(moving, grid, torch.tensor([n_together / fps], dtype=torch.float64))
 
     def expand(
         self,

@@ -1,0 +1,305 @@
+"""`lalm-lens av`."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lalm_lens.attributes import Attribute
+from lalm_lens.commands.base import app, ready
+from lalm_lens.commands.clips import asked_about
+from lalm_lens.commands.opening import imported, opened
+from lalm_lens.commands.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Labels,
+    Model,
+    Own,
+    Part,
+    Prefix,
+    Question,
+    TokenBudget,
+    choice,
+    one_of,
+)
+from lalm_lens.commands.steps import Shown, Steps, run_steps, steps_named
+from lalm_lens.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from lalm_lens.counterfactual import Swapped
+    from lalm_lens.model import HookedLALM
+
+EXAMPLES = """[bold]Examples[/bold]
+
+lalm-lens av Qwen/Qwen2.5-Omni-3B ./videos --attribute animal --out av --device cuda --dtype bfloat16
+
+lalm-lens av ./checkpoint ./videos --attribute animal --only shares,knockout --window 9 --out av
+
+lalm-lens av ./checkpoint ./videos --attribute animal --judge my_judge:judge --out av
+"""
+
+EYES = ("image", "video")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all steps are about."""
+
+    model: "HookedLALM"
+    base: "HookedLALM"
+    samples: "list[Swapped]"
+    attribute: Attribute
+    form: Any
+    window: int
+    max_new_tokens: int
+    exclude_sink: int
+    top_k: int
+    rule: Any
+    n_controls: int
+    judge: Any  # as that of `caption_fidelity`
+    seed: int
+    token_budget: int | None
+    out: Path
+
+    @property
+    def how(self) -> dict:
+        return {"attribute": self.attribute, "form": self.form}
+
+    @property
+    def conflicts(self) -> "list[Swapped]":
+        return [sample for sample in self.samples if sample.seen_label != sample.label]
+
+    @property
+    def seen(self) -> "list[Swapped]":
+        """The same with what is seen as label."""
+        return [replace(sample, label=sample.seen_label) for sample in self.samples]
+
+    @property
+    def eyes(self) -> list[str]:
+        """Where something is seen."""
+        return [its for its, name in zip(EYES, ("images", "videos"), strict=True) if getattr(self.samples[0], name)]
+
+
+def shares(asked: Asked) -> Shown:
+    """Where the model looks while it writes."""
+    from lalm_lens.experiments.attention_share import attention_share
+
+    how: dict = {"exclude_sink": asked.exclude_sink, "regions": "merged", **asked.how}
+    found = attention_share(asked.model, asked.samples, max_new_tokens=asked.max_new_tokens, **how)
+    found.save(asked.out / "shares.parquet")
+    return {"shares": found.means()}, {"shares": found.plot(), "shares_per_token": found.plot("per_token")}
+
+
+def latent(asked: Asked) -> Shown:
+    """What states name of what is heard and seen, whether or not it is said."""
+    from lalm_lens.experiments.latent_understanding import latent_understanding
+
+    how: dict = {"rule": asked.rule, "top_k": asked.top_k, "token_budget": asked.token_budget, **asked.how}
+    heard = latent_understanding(asked.model, asked.samples, places=["audio"], **how)
+    seen = latent_understanding(asked.model, asked.seen, places=asked.eyes, **how)
+    tables, figures = {}, {}
+    for name, found in (("heard", heard), ("seen", seen)):
+        found.save(asked.out / f"latent_{name}.parquet")
+        tables |= {f"latent_{name}": found.scores(seed=asked.seed)}
+        tables |= {f"latent_{name}_by_layer": found.by_layer(seed=asked.seed)}
+        figures[f"latent_{name}"] = found.plot()
+    return tables, figures
+
+
+def probes(asked: Asked) -> Shown:
+    """What linear probes read of what is heard and seen, by layer."""
+    from lalm_lens.experiments.probe import probe
+
+    tables, figures = {}, {}
+    stacks: dict = {"stacks": ["audio_encoder", "adapter", "vision_encoder", "vision_adapter", "decoder"]}
+    clips, sights = [sample.heard_clip for sample in asked.samples], [pictures(sample) for sample in asked.samples]
+    for name, samples, groups in (("heard", asked.samples, clips), ("seen", asked.seen, sights)):
+        once = Counter(dict(zip(groups, [sample.label for sample in samples], strict=True)).values())
+        folds: dict = {"groups": groups, "n_folds": max(2, min(5, *once.values())), "seed": asked.seed}
+        folds["n_controls"] = asked.n_controls
+        found = probe(asked.model, samples, places=["audio", *asked.eyes, "last"], **stacks, **folds, **asked.how)
+        found.save(asked.out / f"probe_{name}.parquet")
+        tables[f"probe_{name}"] = found.layers(seed=asked.seed)
+        figures[f"probe_{name}"] = found.plot()
+    return tables, figures
+
+
+def pictures(sample: "Swapped") -> str:
+    """What is seen, by its pixels."""
+    from lalm_lens.datasets.sample import digest
+
+    return digest(*(its.patches.numpy().tobytes() for its in (sample.images, sample.videos) if its is not None))
+
+
+def knockout(asked: Asked) -> Shown:
+    """What is said where the model cannot look at the sound, the picture or the words."""
+    from lalm_lens.experiments.caption_fidelity import CaptionFidelity, caption_fidelity
+
+    chains = [(place, "generated") for place in ("audio", *asked.eyes, "query")]
+    how: dict = {"chains": chains, "layers": [asked.window, "up_to", "from", "all"], **asked.how}
+    found = caption_fidelity(asked.model, asked.samples, judge=asked.judge, max_new_tokens=asked.max_new_tokens, **how)
+    found.save(asked.out / "knockout.parquet")
+    what = "texts that name it" if asked.judge is names else "fidelity of the text"
+    tables, figures = {}, {}
+    for name, is_conflict in (("counterfactual", True), ("factual", False)):
+        its = CaptionFidelity(found.frame[(found.frame.label != found.frame.seen_label) == is_conflict])
+        if len(its.frame):
+            effects = its.effects(seed=asked.seed)
+            tables |= {f"said_{name}": said(effects), f"knockout_{name}": effects}
+            figures[f"knockout_{name}"] = its.plot(what)
+    return tables, figures
+
+
+def said(effects: Any) -> Any:
+    """What is said before anything is cut, and in all layers without one of the places."""
+    import pandas as pd
+
+    whole = effects[effects.kind == "all"]
+    before = whole.drop_duplicates("side").assign(edge="nothing", after=whole.before, change=0.0, low=0.0, high=0.0)
+    table = pd.concat([before, whole])[["edge", "side", "n", "after", "change", "low", "high"]]
+    return table.rename(columns={"edge": "cut in all layers", "after": "rate"}).reset_index(drop=True)
+
+
+def pairs(asked: Asked) -> Shown:
+    """What a text loses where any of the modalities cannot look at any other; no number where one would see nothing."""
+    from itertools import product
+
+    from lalm_lens.experiments.asked import Question
+    from lalm_lens.experiments.cuts import cuts, leaves_blind
+    from lalm_lens.experiments.knockout_generation import knockout_generation
+    from lalm_lens.results import plots_module
+
+    places = ["audio", *asked.eyes, "query", "generated"]
+    asking = Question(asked.model, asked.attribute, asked.form, label_space=True)
+    runs, n_new = [asking.run(sample) for sample in asked.samples], asked.max_new_tokens - 1
+    chains = [
+        pair
+        for pair in product(places, places)
+        if not any(leaves_blind(asked.model, cuts(asked.model, run, [pair], ["all"], "all", n_new)[0]) for run in runs)
+    ]
+    found = knockout_generation(
+        asked.model, asked.samples, chains=chains, max_new_tokens=asked.max_new_tokens, **asked.how
+    )
+    found.save(asked.out / "pairs.parquet")
+    effects = found.effects("log_probability", seed=asked.seed)
+    return {"pairs": effects}, {"pairs": plots_module("heard_plots").pair_map(effects, places, found.frame)}
+
+
+def shift(asked: Asked) -> Shown:
+    """Which tokens of the answers a base that does not hear would have written too."""
+    from lalm_lens.experiments.token_shift import token_shift
+
+    found = token_shift(asked.model, asked.base, asked.samples, max_new_tokens=asked.max_new_tokens, **asked.how)
+    found.save(asked.out / "token_shift.parquet")
+    tables = {"token_shift": found.shares(seed=asked.seed)}
+    tables |= {"token_shift_named": found.named.shares(seed=asked.seed)} if len(found.named.frame) else {}
+    return tables, {"token_shift": found.plot()}
+
+
+STEPS: Steps = {
+    "shares": shares,
+    "latent": latent,
+    "probes": probes,
+    "knockout": knockout,
+    "pairs": pairs,
+    "shift": shift,
+}
+
+
+def names(caption: str, sample: "Swapped") -> tuple[float, float]:
+    """Whether a text names what is heard, and what is seen, as a whole word of any case."""
+    from lalm_lens.experiments.knockout_generation import first_named
+
+    heard, seen = (first_named(caption, [label]) is not None for label in (sample.label, sample.seen_label))
+    return float(heard), float(seen)
+
+
+@app.command("av", epilog=EXAMPLES)
+def av_command(
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder with metadata.jsonl: on each line file_name, label and image, or frames and fps of the "
+            "video whose sound it is; and seen_label, where what is seen is another."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for tables, pictures and av.md.")],
+    attribute: Annotated[str | None, typer.Option(help="What is asked.")] = None,
+    question: Question = None,
+    labels: Labels = None,
+    prefix: Prefix = None,
+    form: Annotated[str, choice("form", "Prompt")] = "P3",
+    only: Annotated[str | None, typer.Option(help=f"Some of {', '.join(STEPS)}, with commas between.")] = None,
+    window: Annotated[int, typer.Option(min=1, help="Layers in which attention is cut together, odd.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are written.")] = 10,
+    exclude_sink: Annotated[int, typer.Option(min=0, help="First positions that attention may rest on.")] = 1,
+    top_k: Annotated[int, typer.Option(min=1, help="Largest tokens of a state that may name a label.")] = 1,
+    rule: Annotated[
+        Literal["exact", "first"], typer.Option(help="What names a label: the whole word as one token, or its first.")
+    ] = "exact",
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Your own judge of texts, as module:NAME; else whether they name what is heard or seen."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="A base with the same tokens, which hears nothing; else the model itself.")
+    ] = None,
+    n_controls: Annotated[int, typer.Option(min=0, help="Draws of shuffled labels for probes.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the counterfactuals, folds and bootstraps.")] = 0,
+    device: Device = "cpu",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "float32",
+    token_budget: TokenBudget = None,
+    part: Part = None,
+    conversion: Own = None,
+) -> None:
+    """Find out whether a model that hears and sees hears: all of arXiv 2604.02605, its figures and tables. Where no row
+    says that something else is seen, every clip is shown with another one's picture as well."""
+    steps = steps_named(only, STEPS)
+    its, one_form = asked_about(attribute, question, labels, prefix), one_of("form", form)
+    if not data.is_dir():
+        raise DataError(f"{data} is no folder. Give one with metadata.jsonl.")
+    judging: Any = names if judge is None else imported("judge", judge)
+    if not callable(judging):
+        raise InputError(f"--judge names a function as module:NAME, as my_judge:judge; {judge} is none.")
+    ready(out)
+    how = {"conversion": conversion, "device": device, "device_map": device_map, "dtype": dtype}
+    lens = opened(model, part=part, **how)
+    other = lens if base is None else opened(base, part=None, **how)
+    samples = read_pairs(lens, data, seed)
+    from lalm_lens.experiments.concepts import ExactWord, FirstToken
+
+    about = Asked(
+        model=lens,
+        base=other,
+        samples=samples,
+        attribute=its,
+        form=one_form,
+        window=window,
+        max_new_tokens=max_new_tokens,
+        exclude_sink=exclude_sink,
+        top_k=top_k,
+        rule=ExactWord() if rule == "exact" else FirstToken(),
+        n_controls=n_controls,
+        judge=judging,
+        seed=seed,
+        token_budget=token_budget,
+        out=out / its.name,
+    )
+    run_steps(steps, [about], f"What {lens.cfg.model_name} hears and sees", out / "av.md")
+
+
+def read_pairs(lens: "HookedLALM", data: Path, seed: int) -> "list[Swapped]":
+    """What is listed, and where nothing of it is a counterfactual, as many of those."""
+    from lalm_lens.audio_visual import read_audio_visual
+    from lalm_lens.counterfactual import swap_audio
+    from lalm_lens.experiments.asked import processor_of
+
+    samples = read_audio_visual(data, processor_of(lens))
+    if any(sample.seen_label != sample.label for sample in samples):
+        return samples
+    return [*samples, *swap_audio(samples, seed=seed)]

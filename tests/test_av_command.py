@@ -1,0 +1,122 @@
+"""`lalm-lens av`: figures and tables of a folder of clips with pictures, on a tiny random model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import PIL.Image
+import pytest
+import soundfile
+from families import FAMILIES
+from reference import chirps
+from test_omni import photos
+
+from lalm_lens import cli
+from lalm_lens.assets import TINY_LALM_AV
+from lalm_lens.assets.audio_visual.clips import write_av_clips
+from lalm_lens.experiments.caption_fidelity import CaptionFidelity
+
+pytestmark = pytest.mark.numbers
+
+PNG = b"\x89PNG"
+LABELS = ("dog", "cat")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("omni")
+    FAMILIES["qwen2_5_omni_thinker"].save(folder)
+    return folder
+
+
+def clips(folder: Path, n: int, is_film: bool = False, is_false: bool = False) -> Path:
+    """Clips, an image or two frames for each, and a list. Half of the pictures may be false."""
+    folder.mkdir()
+    rows = []
+    for index, clip in enumerate(chirps([0.5] * n)):
+        soundfile.write(folder / f"{index}.wav", clip.numpy(), 16_000)
+        for frame, photo in enumerate(photos((24, 24), (24, 24))):
+            PIL.Image.blend(photo, PIL.Image.new("RGB", (24, 24)), index / n).save(folder / f"{index}_{frame}.png")
+        files = [f"{index}_{frame}.png" for frame in range(2)]
+        its = {"frames": files, "fps": 2} if is_film else {"image": files[0]}
+        its |= {"seen_label": LABELS[index < n // 2]} if is_false else {}
+        rows.append({"file_name": f"{index}.wav", "label": LABELS[index % 2], **its})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def av(monkeypatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["lalm-lens", "av", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
+    """A judge of one's own says how true a text is."""
+    (tmp_path / "my_judge.py").write_text("def judge(text, sample):\n    return 0.25, len(text) % 2\n")
+    monkeypatch.chdir(tmp_path)
+    data, out = clips(tmp_path / "data", 4, is_false=True), tmp_path / "out"
+    how = ("--attribute", "animal", "--max-new-tokens", 1, "--judge", "my_judge:judge", "--n-controls", 0)
+    assert av(monkeypatch, checkpoint, data, *how, "--out", out) == 0
+    page = (out / "av.md").read_text(encoding="utf-8")
+    figures = {path.name for path in (out / "animal").glob("*.png")}
+    names = {"latent_heard", "latent_seen", "probe_heard", "probe_seen", "pairs", "token_shift"}
+    names |= {"shares", "shares_per_token", "knockout_counterfactual", "knockout_factual"}
+    assert figures == {f"{name}.png" for name in names}
+    for name in figures:
+        assert (out / "animal" / name).read_bytes().startswith(PNG)
+        assert f"(animal/{name})" in page
+    tables = out / "animal" / "tables"
+    stems = {path.stem for path in tables.glob("*.csv")}
+    assert stems >= {"shares", "latent_heard", "probe_seen", "knockout_factual", "said_factual", "pairs", "token_shift"}
+    assert {path.stem for path in tables.glob("*.parquet")} == {path.stem for path in tables.glob("*.md")} == stems
+    found = CaptionFidelity.load(out / "animal" / "knockout.parquet").frame
+    assert (found.audio_before == 0.25).all()
+    assert found.groupby(found.label != found.seen_label)["sample"].nunique().to_dict() == {False: 2, True: 2}
+    said = pd.read_csv(tables / "said_counterfactual.csv")
+    assert said["cut in all layers"].unique().tolist() == [
+        "nothing",
+        "audio -> generated",
+        "image -> generated",
+        "query -> generated",
+    ]
+    printed = capsys.readouterr().out
+    assert "Where the model looks while it writes" in printed
+
+
+def test_counterfactuals_of_heard_videos_are_made_where_none_are_listed(monkeypatch, checkpoint, tmp_path, capsys):
+    data, out = clips(tmp_path / "data", 2, is_film=True), tmp_path / "out"
+    how = ("--attribute", "animal", "--only", "shares,probes", "--max-new-tokens", 1, "--out", out)
+    assert av(monkeypatch, checkpoint, data, *how) == 1
+    assert "Left out: probes of animal: " in capsys.readouterr().out
+    shares = pd.read_parquet(out / "animal" / "tables" / "shares.parquet")
+    assert set(shares.region) == {"query", "video", "audio", "generated"}
+    assert set(shares.n) == {4}
+    assert not (out / "animal" / "probe_heard.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--attribute", "animal", "--judge", "json:nothing"), "--judge names a function as module:NAME"),
+        (("--attribute", "animal", "--only", "sights"), "--only is 'sights'"),
+        ((), "Say what is asked"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line(monkeypatch, checkpoint, tmp_path, capfd, args, says):
+    data = clips(tmp_path / "data", 2)
+    assert av(monkeypatch, checkpoint, data, "--out", tmp_path / "out", *args) == 2
+    assert says in capfd.readouterr().err
+
+
+def test_the_planted_picture_is_what_keeps_the_sound_from_being_said(monkeypatch, tmp_path):
+    """In the tiny trained model pictures win over sounds, by way of the last position."""
+    data, out = write_av_clips(tmp_path / "data", 6, seed=3), tmp_path / "out"
+    how = ("--attribute", "animal", "--only", "knockout", "--max-new-tokens", 1, "--window", 1)
+    assert av(monkeypatch, TINY_LALM_AV, data, *how, "--out", out) == 0
+    said = pd.read_csv(out / "animal" / "tables" / "said_counterfactual.csv")
+    rate = said.set_index(["cut in all layers", "side"]).rate
+    assert (rate["nothing", "audio"], rate["nothing", "video"]) == (0, 1)
+    assert (rate["image -> generated", "audio"], rate["image -> generated", "video"]) == (1, 0)
