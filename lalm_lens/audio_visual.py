@@ -4,6 +4,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, UnidentifiedImageError
+
 from lalm_lens.counterfactual import Swapped
 from lalm_lens.datasets import Sample, list_folder
 from lalm_lens.datasets.folder import list_rows
@@ -47,11 +49,7 @@ def seen_with(sample: Sample, folder: Path, where: str, row: dict, processor: Pr
     return Swapped(**its, seen_label=label, heard_clip=sample.name)
 
 
-def picture(folder: Path, where: str, file: str) -> Any:
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise DataError("Pictures are read with Pillow, which comes with pip install 'lalm_lens[plots]'.") from None
+def picture(folder: Path, where: str, file: str) -> Image.Image:
     path = Path(file)
     if path.is_absolute() or ".." in path.parts:
         raise DataError(f"{where}: pictures are inside the folder, and {file} is not.")

@@ -35,11 +35,12 @@ from lalm_lens.assets.audio_visual.checkpoint import (
     chat,
     image_processor,
 )
-from lalm_lens.assets.audio_visual.clips import ANIMAL, read_av_clips, sight, write_av_clips
+from lalm_lens.assets.audio_visual.clips import ANIMAL, sight, write_av_clips
 from lalm_lens.assets.audio_visual.pictures import PICTURES, film
 from lalm_lens.assets.audio_visual.recipe import FULL_BLOCK, AVRecipe
 from lalm_lens.assets.audio_visual.train import chat_loss, train, train_chat
 from lalm_lens.assets.training_clips import Clips
+from lalm_lens.audio_visual import read_audio_visual
 from lalm_lens.corrupt import silence
 from lalm_lens.counterfactual import Swapped
 from lalm_lens.datasets import Sample, heard, seen, unheard
@@ -273,7 +274,7 @@ def test_clips_come_with_pictures_half_of_them_of_another_animal(model, tmp_path
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert sorted(row["label"] for row in rows) == sorted(2 * ANIMAL.labels)
     assert [row["seen_label"] == row["label"] for row in rows] == [True, False] * 9
-    items = read_av_clips(folder, model.processor)
+    items = read_audio_visual(folder, model.processor)
     for index, (row, item) in enumerate(zip(rows, items, strict=True)):
         pixels = sight("clips", 5, index, row["seen_label"])
         assert np.array_equal(np.asarray(PIL.Image.open(folder / row["image"])), pixels)

@@ -10,9 +10,6 @@ from jaxtyping import UInt8
 from lalm_lens.assets.audio_visual.pictures import picture
 from lalm_lens.assets.clips import STREAMS, write_clips
 from lalm_lens.attributes import ATTRIBUTES
-from lalm_lens.counterfactual import Swapped
-from lalm_lens.datasets import list_folder, read_clips
-from lalm_lens.prompts import Processor
 
 ANIMAL = ATTRIBUTES["animal"]
 PICTURES = len(ATTRIBUTES)  # in a seed, where sounds have the number of their attribute
@@ -46,19 +43,3 @@ def write_av_clips(folder: Path, n: int = 18, seed: int = 0, duration_s: float =
         PIL.Image.fromarray(sight("clips", seed, index, seen)).save(folder / row["image"])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
-
-
-def read_av_clips(folder: Path, processor: Processor) -> list[Swapped]:
-    """What `write_av_clips` wrote, as a model takes it. Raises what `read_folder` raises."""
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [
-        Swapped(
-            clip.name,
-            clip.label,
-            clip.waveform,
-            images=processor.see([PIL.Image.open(folder / row["image"])]),
-            seen_label=row["seen_label"],
-            heard_clip=clip.name,
-        )
-        for clip, row in zip(read_clips(list_folder(folder)), rows, strict=True)
-    ]
