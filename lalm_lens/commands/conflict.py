@@ -61,6 +61,7 @@ class Asked:
     framings: list[str]
     n_pathways: int
     windows: list[int]
+    n_controls: int
     seed: int
     token_budget: int | None
     out: Path
@@ -157,6 +158,7 @@ def suppressed(asked: Asked) -> Shown:
         for side, labels in targets.items():
             rarest = min(labels.count(label) for label in labels)
             places: dict = {"stacks": ["decoder"], "places": ["last", "object"], "n_folds": max(2, min(5, rarest))}
+            places["n_controls"] = asked.n_controls
             reads[side] = probe(asked.model, items, targets=labels, **places, **asked.how)
             reads[side].save(asked.out / f"probe_{order}_{side}.parquet")
         verdicts.append({"order": order, **found.verdict(seed=asked.seed)})
@@ -230,6 +232,7 @@ def conflict_command(
         int, typer.Option(min=1, help="Clips whose pathways are looked for, which is dear; half at most.")
     ] = 32,
     windows: Annotated[str, typer.Option(help="Layers that are back-patched together, odd, with commas.")] = "1,3,5",
+    n_controls: Annotated[int, typer.Option(min=0, help="Draws of shuffled labels for probes.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the stated labels, splits and bootstraps.")] = 0,
     cut: Cut = False,
     transcript: Transcript = None,
@@ -255,7 +258,7 @@ def conflict_command(
     lens = opened(model, part=part, conversion=conversion, device=device, device_map=device_map, dtype=dtype)
     study = {its: heard(lens, samples, cut, transcript, voice_activity) for its, samples in study.items()}
     about = [
-        Asked(lens, samples, its, framings, n_pathways, sizes, seed, token_budget, out / its.name)
+        Asked(lens, samples, its, framings, n_pathways, sizes, n_controls, seed, token_budget, out / its.name)
         for its, samples in study.items()
     ]
     run_steps(steps, about, f"Text against audio in {lens.cfg.model_name}", out / "conflict.md")

@@ -1,9 +1,11 @@
 """`lalm-lens run`."""
 
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -65,8 +67,10 @@ def run_command(
     write_list(plan, out)
     done: list[Outcome] = []
     try:
-        for outcome in shown(outcomes(missing, out, engine, device, workers), missing):
-            done.append(outcome)
+        with no_interrupt_lost() as heed:
+            for outcome in shown(outcomes(missing, out, engine, device, workers), missing):
+                done.append(outcome)
+                heed()
     except KeyboardInterrupt:
         left = len(unfinished(plan.units, out))
         print(f"Interrupted; {left} of {len(plan.units)} units are left. The same command goes on.", file=sys.stderr)
@@ -100,6 +104,26 @@ def write_page(plan: "Planned") -> None:
         of_attribute |= {(its.clip.name, its.clip.label): its.clip for its in unit.clips}
     clips = Clips({name: list(its.values()) for name, its in listed.items()})
     print(write_report(plan.study.out, clips=clips))
+
+
+@contextmanager
+def no_interrupt_lost() -> Iterator[Callable[[], None]]:
+    """Gives what raises the `KeyboardInterrupt` of a Ctrl-C that has come: Python drops those in a `__del__`."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    def heed() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield heed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def outcomes(units: "Sequence[Unit]", out: Path, engine: str, device: str, workers: int | None) -> "Iterator[Outcome]":
