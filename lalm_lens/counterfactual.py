@@ -25,7 +25,9 @@ class Swapped(Sample):
 
 @typed
 def swap_audio(samples: Sequence[Sample], distance: Distance | None = None, seed: int = 0) -> list[Swapped]:
-    """Every sample with the clip of another one of a different label, each clip once.
+    """What is seen of every sample with the clip of another one in which something else is heard, each clip once.
+
+    What is seen is the `label`, or the `seen_label` where samples have one.
 
     Of all ways to do so, the one with the largest sum of `distance(sample, other)` (Hungarian assignment), say 1 -
     cosine of their captions' embeddings: then they are maximally mismatched. Without it, distances are drawn: they
@@ -49,7 +51,7 @@ def swap_audio(samples: Sequence[Sample], distance: Distance | None = None, seed
 
 def apart(sample: Sample, other: Sample, distance: Distance | None, seed: int) -> float:
     """-infinity for what must not be put together."""
-    if sample.label == other.label:
+    if seen_label(sample) == other.label:
         return -np.inf
     if distance is None:
         return number(seed, sample.name, other.name) / 2**256
@@ -59,6 +61,10 @@ def apart(sample: Sample, other: Sample, distance: Distance | None, seed: int) -
     return found
 
 
+def seen_label(sample: Sample) -> str:
+    return sample.seen_label if isinstance(sample, Swapped) else sample.label
+
+
 def swapped(sample: Sample, other: Sample) -> Swapped:
     n_samples = len(sample.waveform)
     clip = other.waveform[:n_samples]
@@ -66,4 +72,5 @@ def swapped(sample: Sample, other: Sample) -> Swapped:
     its |= {"name": f"{sample.name} | {other.name}", "label": other.label, "speaker": other.speaker}
     its |= {"waveform": pad(clip, (0, n_samples - len(clip)))}
     its |= {"transcript": other.transcript if len(clip) == len(other.waveform) else None}  # a part of a clip says less
-    return Swapped(**its, seen_label=sample.label, heard_clip=other.name)
+    heard_clip = other.heard_clip if isinstance(other, Swapped) else other.name
+    return Swapped(**its, seen_label=seen_label(sample), heard_clip=heard_clip)

@@ -200,6 +200,15 @@ def test_drawn_swaps_give_each_clip_once_and_depend_on_names_alone(samples):
     assert (pair.images, pair.label) == (samples[0].images, "female")
 
 
+def test_what_is_swapped_again_says_what_is_seen_and_heard():
+    once = swap_audio(clips("xxyyz"))
+    again = swap_audio(once, seed=3)
+    heard = {each.heard_clip: each.label for each in once}
+    for before, pair in zip(once, again, strict=True):
+        assert pair.seen_label == before.seen_label != pair.label
+        assert pair.label == heard[pair.heard_clip]
+
+
 def test_what_cannot_be_swapped_is_refused(samples):
     with pytest.raises(DataError, match="more than half are of one"):
         swap_audio(samples)

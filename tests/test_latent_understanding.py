@@ -121,7 +121,7 @@ def test_rules_say_which_tokens_count(tiny_lalm, heard, samples):
 def test_the_table_and_its_picture(heard, tmp_path):
     path = heard.save(tmp_path / "heard.parquet")
     pd.testing.assert_frame_equal(LatentUnderstanding.load(path).to_frame(), heard.to_frame())
-    assert repr(heard).startswith("LatentUnderstanding(tiny_lalm, animal, exact word, top 5)")
+    assert repr(heard).startswith("LatentUnderstanding(tiny_lalm, animal, first token with the space before it, top 5)")
     audio, last = heard.plot().axes
     for ax, place in ((audio, "audio"), (last, "last")):
         curve = heard.by_layer().query("place == @place")

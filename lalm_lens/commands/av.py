@@ -239,8 +239,8 @@ def av_command(
     exclude_sink: Annotated[int, typer.Option(min=0, help="First positions that attention may rest on.")] = 1,
     top_k: Annotated[int, typer.Option(min=1, help="Largest tokens of a state that may name a label.")] = 1,
     rule: Annotated[
-        Literal["exact", "first"], typer.Option(help="What names a label: the whole word as one token, or its first.")
-    ] = "exact",
+        Literal["first", "exact"], typer.Option(help="What names a label: its first token, or the whole word as one.")
+    ] = "first",
     judge: Annotated[
         str | None,
         typer.Option(help="Your own judge of texts, as module:NAME; else whether they name what is heard or seen."),

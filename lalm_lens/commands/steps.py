@@ -47,16 +47,18 @@ def run_steps(steps: Steps, about: Iterable[A], title: str, page: Path) -> None:
     """Take every step about each, write the page, and say what is left out: exit code 1 if anything is."""
     left_out: list[str] = []
     told = [f"# {title}"]
-    for its in about:
-        told.append(f"## {its.attribute.name}")
-        for name, step in steps.items():
-            try:
-                told += written(its, *step(its), f"{step.__doc__}")
-            except LensError as error:
-                left_out.append(f"{name} of {its.attribute.name}: {error}")
-    told += [f"Left out: {line}" for line in left_out]
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n\n".join(told) + "\n", encoding="utf-8")
+    try:
+        for its in about:
+            told.append(f"## {its.attribute.name}")
+            for name, step in steps.items():
+                try:
+                    told += written(its, *step(its), f"{step.__doc__}")
+                except LensError as error:
+                    left_out.append(f"{name} of {its.attribute.name}: {error}")
+    finally:  # what is done has its page, however the rest ends
+        told += [f"Left out: {line}" for line in left_out]
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text("\n\n".join(told) + "\n", encoding="utf-8")
     for line in left_out:
         print(f"Left out: {line}")
     print(page)

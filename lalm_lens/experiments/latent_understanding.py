@@ -21,7 +21,7 @@ from lalm_lens.attributes import Attribute, Form
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question, processor_of
-from lalm_lens.experiments.concepts import ExactWord, Named, Rule
+from lalm_lens.experiments.concepts import FirstToken, Named, Rule
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all
 from lalm_lens.model import HookedLALM
 from lalm_lens.results import QUESTION_COLUMNS, plots_module
@@ -50,7 +50,7 @@ def latent_understanding(
 ) -> "LatentUnderstanding":
     """Count the positions whose `top_k` largest tokens name a label, for every label, layer and place.
 
-    `rule` says which tokens name a label: `ExactWord()` by default, `FirstToken()`, or `AnyOf(words)`. `places` are
+    `rule` says which tokens name a label: `FirstToken()` by default, `ExactWord()`, or `AnyOf(words)`. `places` are
     regions of the prompt: `audio`, `image`, `video`, ... `norm` applies the final norm; the released code of arXiv
     2604.02605 does not. What stands behind the clip changes nothing of what is read there.
 
@@ -62,7 +62,7 @@ def latent_understanding(
         raise InputError(f"top_k is 1 or more; got {top_k}.")
     if len({sample.label for sample in samples}) < 2:
         raise DataError("All clips are of one label, so nothing says what another's would score: give clips of two.")
-    rule = ExactWord() if rule is None else rule
+    rule = FirstToken() if rule is None else rule
     processor = processor_of(model)
     named = rule.tokens(processor, question.labels)
     asked = [Asked.of(processor, sample, question.attribute, form, *places) for sample in samples]
