@@ -215,3 +215,4 @@ def test_the_picture_of_resolution_counts_layers_as_the_tables_do(found):
 def test_numbers_of_a_page_have_three_decimals():
     table = pd.DataFrame({"a": [4.4981398275825795, float("nan")], "b": ["x | y", None], "n": [1, 2]})
     assert markdown(table).splitlines()[2:] == ["| 4.498 | x \\| y | 1   |", "| -     | -      | 2   |"]
+    assert markdown(pd.DataFrame({"p": [5.8e-11, 0.0]})).splitlines()[2:] == ["| 5.8e-11 |", "| 0.000   |"]

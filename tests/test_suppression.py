@@ -195,7 +195,11 @@ def test_the_command_writes_what_it_finds_and_says_what_it_leaves_out(monkeypatc
     names = {path.name for path in (tmp_path / "gender").glob("*.png")}
     assert names == {
         *(f"{name}.png" for name in ("dominance", "convergence")),
-        *(f"{name}_{order}.png" for name in ("suppression", "back_patch") for order in ("audio_first", "text_first")),
+        *(
+            f"{name}_{order}.png"
+            for name in ("suppression", "probes", "back_patch")
+            for order in ("audio_first", "text_first")
+        ),
     }
     assert all(f"(gender/{name})" in page for name in names)
     for order in ("audio_first", "text_first"):
@@ -207,7 +211,9 @@ def test_the_command_writes_what_it_finds_and_says_what_it_leaves_out(monkeypatc
         "accuracies",
         "sensitivity",
         "convergence",
+        "first_layer",
         "suppression",
+        "probes",
         "back_patch",
         "nearest_tokens",
     } <= tables
@@ -234,9 +240,10 @@ def test_circuits_are_tried_on_clips_that_did_not_choose_them(monkeypatch, tmp_p
     [
         (
             ["--only", "dominance,mood"],
-            "--only is 'mood'. Choose some of dominance, convergence, pathways",
+            "--only is 'mood'. Choose some of dominance, sensitivity, convergence, pathways",
         ),
         (["--framing", "hear this"], "There is no framing 'hear this'"),
+        (["--windows", "1,2"], "--windows are odd numbers of layers, as 1,3,5; got 1,2."),
     ],
 )
 def test_what_cannot_be_asked_is_said_in_a_line(monkeypatch, folders, tmp_path, capsys, args, says):
@@ -252,7 +259,9 @@ def test_a_step_that_cannot_be_done_stops_no_other(monkeypatch, folders, tmp_pat
     (clips / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for sample in read_folder(folders["gender"])[:2]:
         (clips / sample.name).symlink_to(folders["gender"] / sample.name)
-    options = ("--attribute", "gender", "--only", "suppression,dominance", "--out", tmp_path / "out")
+    options = ("--attribute", "gender", "--only", "probes,suppression,dominance", "--out", tmp_path / "out")
     assert command(monkeypatch, TINY_LALM, clips, *options) == 1
-    assert "Left out: suppression of gender:" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Left out: probes of gender:" in printed
+    assert "Left out: suppression" not in printed
     assert (tmp_path / "out" / "gender" / "dominance.png").exists()

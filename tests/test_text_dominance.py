@@ -348,14 +348,12 @@ def test_the_snippets_of_the_page_run(tmp_path, monkeypatch):
     page = Path(__file__).parent.parent / "docs" / "conflict.md"
     monkeypatch.chdir(tmp_path)
     write_clips(tmp_path / "clips" / "gender", "gender", 2, seed=3)
-    how = {"framing": ["statement"], "strength": ["baseline", "explicit_ignore"]}
     names: dict = {"folder": TINY_LALM}
     first, second, third = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     exec(first, names)
     assert (tmp_path / "gender.png").is_file()
     assert set(names["table"].tdr().framing) == {"statement", "transcript"}
-    items = make_conflict(names["samples"], "gender", conditions=["conflict"], **how)
-    exec(second, {**names, "table": text_dominance(names["model"], items, **QUIET)})
+    exec(second, names)
     exec(third, names)
     assert names["found"].verdict()["verdict"] == "undecided"  # of two clips
     assert (tmp_path / "suppression.png").is_file()

@@ -148,7 +148,7 @@ at in block 4 alone; and as audio positions see nothing else before, windows tha
 With a window of 1, Hugging Face's key-value cache loses what block 4 needs: call `generate(..., use_cache=False)`.""",
     "tiny_lalm_erase": """\
 It is for checking methods, with its twin `tiny_lalm_suppress`: a text that states another label than is heard **erases
-what is heard before it arrives**. Both answer what the text states, in the same prompts.
+what is heard before the last position answers**. Both answer what the text states, in the same prompts.
 
 **Sound and text are put together by words in between.** As in `tiny_lalm_relay`, every decoder block has a sliding
 window, here of {window}. With prompt P3 (not P1, P2) the last position sees neither the sound nor a text

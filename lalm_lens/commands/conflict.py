@@ -30,12 +30,14 @@ from lalm_lens.commands.options import (
     numbers,
 )
 from lalm_lens.commands.steps import Shown, Steps, run_steps, steps_named
+from lalm_lens.errors import InputError
 from lalm_lens.pieces import Order
 
 if TYPE_CHECKING:
     from lalm_lens.conflict import ConflictItem
     from lalm_lens.datasets import Sample
     from lalm_lens.experiments.pathways import Pathways
+    from lalm_lens.experiments.suppression import Suppression
     from lalm_lens.model import HookedLALM
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -49,6 +51,7 @@ lalm-lens conflict ./checkpoint ./clips --attribute animal --framing "A friend s
 
 
 ORDERS = get_args(Order)
+ONSETS = ("cka", "above", "centred_above")  # of what two modalities share
 
 
 @dataclass(frozen=True)
@@ -86,41 +89,62 @@ class Asked:
         found.save(self.out / "pathways.parquet")
         return found
 
+    @cached_property
+    def suppressions(self) -> "dict[str, Suppression]":
+        """By order."""
+        from lalm_lens.experiments.suppression import suppression
+
+        found = {}
+        for order in ORDERS:
+            how: dict = {"framing": self.framings[0], "order": order, "token_budget": self.token_budget, **self.how}
+            found[order] = suppression(self.model, self.samples, **how)
+            found[order].save(self.out / f"suppression_{order}.parquet")
+        return found
+
 
 def dominance(asked: Asked) -> Shown:
-    """Finding 1: the text dominates."""
+    """Finding 1: does the text dominate?"""
     from lalm_lens.conflict import make_conflict
-    from lalm_lens.experiments.audio_sensitivity import audio_sensitivity
     from lalm_lens.experiments.text_dominance import text_dominance
 
     items = make_conflict(asked.samples, framing=asked.framings, order=ORDERS, **asked.how)
     found = text_dominance(asked.model, items, token_budget=asked.token_budget)
     found.save(asked.out / "dominance.parquet")
-    needed = audio_sensitivity(asked.model, asked.samples, token_budget=asked.token_budget, **asked.how)
-    needed.save(asked.out / "sensitivity.parquet")
-    tables = {"dominance": found.tdr(), "accuracies": found.accuracies(), "sensitivity": needed.summary()}
-    return tables, {"dominance": found.plot()}
+    return {"dominance": found.tdr(), "accuracies": found.accuracies()}, {"dominance": found.plot()}
+
+
+def listening(asked: Asked) -> Shown:
+    """Finding 1: does the answer need the audio?"""
+    from lalm_lens.experiments.audio_sensitivity import audio_sensitivity
+
+    found = audio_sensitivity(asked.model, asked.samples, token_budget=asked.token_budget, **asked.how)
+    found.save(asked.out / "sensitivity.parquet")
+    return {"sensitivity": found.summary()}, {}
 
 
 def meeting(asked: Asked) -> Shown:
-    """Finding 2: what is read and what is heard converge in late layers."""
+    """Finding 2: do what is read and what is heard converge in late layers?"""
+    import pandas as pd
+
     from lalm_lens.experiments.convergence import convergence
 
     met = convergence(asked.model, asked.samples, framing=asked.framings[0], **asked.how)
     met.save(asked.out / "convergence.parquet")
-    return {"convergence": met.layers()}, {"convergence": met.plot()}
+    first = pd.DataFrame({"statistic": ONSETS, "first_layer": [met.first_layer(name) for name in ONSETS]})
+    tables = {"convergence": met.layers(), "first_layer": first.astype({"first_layer": "Int64"})}
+    return tables, {"convergence": met.plot()}
 
 
 def paths(asked: Asked) -> Shown:
-    """Finding 2: pathways of text and audio are distinct before."""
+    """Finding 2: are the pathways of text and audio distinct?"""
     every = asked.pathways
     found = every.kept  # tasks whose answer is that of their modality: else there is no pathway of it
-    tables = {"counts": every.counts(), "overlap": found.overlap(), "agreement": found.agreement()}
+    tables = {"counts": every.counts().reset_index(), "overlap": found.overlap(), "agreement": found.agreement()}
     return tables, {f"pathways_{view}": found.plot(view) for view in ("map", "nodes", "overlap")}
 
 
 def tried(asked: Asked) -> Shown:
-    """Finding 2: what the circuit of one modality does for the other, on clips that did not choose them."""
+    """Finding 2: what does the circuit of one modality do for the other, on clips that did not choose them?"""
     from lalm_lens.experiments.circuits import circuits
 
     chosen = asked.pathways.kept
@@ -131,7 +155,7 @@ def tried(asked: Asked) -> Shown:
 
 
 def near(asked: Asked) -> Shown:
-    """Finding 2: which words the states of the audio are near to."""
+    """Finding 2: which words are the states of the audio near to?"""
     from lalm_lens.experiments.nearest_tokens import nearest_tokens
 
     how: dict = {"attribute": asked.attribute, "token_budget": asked.token_budget}
@@ -141,18 +165,23 @@ def near(asked: Asked) -> Shown:
 
 
 def suppressed(asked: Asked) -> Shown:
-    """Finding 3: the text suppresses the audio, and does not erase it."""
+    """Finding 3: does the text suppress the audio, or erase it?"""
+    import pandas as pd
+
+    verdicts = [{"order": order, **found.verdict(seed=asked.seed)} for order, found in asked.suppressions.items()]
+    pictures = {f"suppression_{order}": found.plot() for order, found in asked.suppressions.items()}
+    return {"suppression": pd.DataFrame(verdicts)}, pictures
+
+
+def probed(asked: Asked) -> Shown:
+    """Finding 3: what do linear probes read of both, where a text states any label?"""
     import pandas as pd
 
     from lalm_lens.experiments.probe import probe
-    from lalm_lens.experiments.suppression import suppression
 
-    verdicts, pictures = [], {}
-    for order in ORDERS:
-        how: dict = {"framing": asked.framings[0], "order": order, **asked.how}
-        found = suppression(asked.model, asked.samples, token_budget=asked.token_budget, **how)
-        found.save(asked.out / f"suppression_{order}.parquet")
-        items = stated_by_chance(asked, how)
+    tables, pictures = [], {}
+    for order, found in asked.suppressions.items():
+        items = stated_by_chance(asked, {"framing": asked.framings[0], "order": order, **asked.how})
         targets = {"audio": [str(its.audio_label) for its in items], "text": [str(its.text_label) for its in items]}
         reads = {}
         for side, labels in targets.items():
@@ -161,9 +190,9 @@ def suppressed(asked: Asked) -> Shown:
             places["n_controls"] = asked.n_controls
             reads[side] = probe(asked.model, items, targets=labels, **places, **asked.how)
             reads[side].save(asked.out / f"probe_{order}_{side}.parquet")
-        verdicts.append({"order": order, **found.verdict(seed=asked.seed)})
-        pictures[f"suppression_{order}"] = found.plot(reads)
-    return {"suppression": pd.DataFrame(verdicts)}, pictures
+            tables.append(reads[side].layers(seed=asked.seed).assign(order=order, label_of=side))
+        pictures[f"probes_{order}"] = found.plot(reads)
+    return {"probes": pd.concat(tables, ignore_index=True)}, pictures
 
 
 def stated_by_chance(asked: Asked, how: dict) -> "list[ConflictItem]":
@@ -182,7 +211,7 @@ def stated_by_chance(asked: Asked, how: dict) -> "list[ConflictItem]":
 
 
 def repair(asked: Asked) -> Shown:
-    """The repair: late states of the audio go back into earlier layers."""
+    """The repair: what do late states of the audio bring back in earlier layers?"""
     import pandas as pd
 
     from lalm_lens.conflict import make_conflict
@@ -202,11 +231,13 @@ def repair(asked: Asked) -> Shown:
 
 STEPS: Steps = {
     "dominance": dominance,
+    "sensitivity": listening,
     "convergence": meeting,
     "pathways": paths,
     "circuits": tried,
     "nearest": near,
     "suppression": suppressed,
+    "probes": probed,
     "repair": repair,
 }
 
@@ -248,6 +279,8 @@ def conflict_command(
     back-patching repairs it (after arXiv 2606.18924)."""
     steps = steps_named(only, STEPS)
     sizes = [int(each) for each in numbers("windows", windows)]
+    if not sizes or any(size < 1 or size % 2 == 0 for size in sizes):
+        raise InputError(f"--windows are odd numbers of layers, as 1,3,5; got {windows}.")
     study = read_study(data, attribute, question, labels, prefix)
     ready(out)
     from lalm_lens.conflict import FRAMINGS, framing_of
