@@ -98,7 +98,7 @@ def write_tables(out: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path]:
     return paths
 
 
-def to_read(value: float) -> str:
+def readable(value: float) -> str:
     """With three decimals; a number that would be 0 then, as a power of ten."""
     return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.3f}"
 
@@ -108,7 +108,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
     def cell(value: object) -> object:
         if isinstance(value, float):
-            return to_read(value)
+            return readable(value)
         return value.replace("|", "\\|") if isinstance(value, str) else value
 
     cells = frame.astype(object).where(frame.notna(), "-")

@@ -67,7 +67,7 @@ def run_steps(steps: Steps, about: Iterable[A], title: str, page: Path) -> None:
 
 def written(its: About, tables: "dict[str, pd.DataFrame]", figures: "dict[str, Figure]", title: str) -> list[str]:
     """Write a step's tables and figures, print the tables, and return what the page says of it."""
-    from lalm_lens.tables import markdown, to_read, write_tables
+    from lalm_lens.tables import markdown, readable, write_tables
 
     write_tables(its.out / "tables", tables)
     told = [f"### {title}"]
@@ -77,7 +77,7 @@ def written(its: About, tables: "dict[str, pd.DataFrame]", figures: "dict[str, F
             told.append(f"{name}: [{len(table)} rows]({its.out.name}/tables/{name}.csv)")
             continue
         told.append(f"{name}:\n\n{markdown(table)}")
-        print(f"{name}\n{table.to_string(index=False, float_format=to_read, na_rep='-')}\n")
+        print(f"{name}\n{table.to_string(index=False, float_format=readable, na_rep='-')}\n")
     for name, figure in figures.items():
         figure.savefig(its.out / f"{name}.png", dpi=150)
         told.append(f"![{name}]({its.out.name}/{name}.png)")
