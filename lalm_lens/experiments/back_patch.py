@@ -54,6 +54,7 @@ By = Literal["accuracy", "label_probability", "tdr"]
 States = Mapping[int, Float[Tensor, "at d_model"]]  # behind some blocks, at the positions that are patched
 
 N_LAYERS = 8  # of a grid, where no layers are asked for
+ROUNDING = 1e-6  # probabilities that are no further apart are the same
 CONTROL, MATCHED = "control", "audio_matched"
 CELL = ("place", "source", "target", "window", "later", "max_loops")
 ONE_WAY = ("model", "attribute", "form", "label_space", "predict", "order", "framing", "strength", "later", "max_loops")
@@ -393,7 +394,7 @@ class BackPatch(Changed):
         """The pairs of each place, best first, over the clips that a pair is chosen on: accuracy, probability of the
         true label among the labels, and text dominance ratio (the lower the better) of the `n_clear` answers that
         follow text or audio, NaN where there is none. Of pairs that are equally good the one under which the true label
-        is likelier comes first, and then that with the earlier layers.
+        is likelier comes first, by more than rounding, and then that with the narrower window, and with earlier layers.
 
         A ratio of hardly any answers says nothing: by "tdr", pairs that leave fewer clear answers than `min_clear`
         times those of the unchanged runs, or none, are left out. Raises `DataError` where a place has no other.
@@ -402,10 +403,10 @@ class BackPatch(Changed):
             raise InputError(f"min_clear is a share of the clear answers before, from 0 to 1; got {min_clear}.")
         rows = self.clips(on)
         scores = pair_scores(rows, ["place", "source", "target", "window"])
-        order = list(dict.fromkeys(("place", by, "label_probability", "source", "target", "window")))
+        order = list(dict.fromkeys(("place", by, "label_probability", "window", "source", "target")))
         scores = scores.assign(place=pd.Categorical(scores.place, self.places))
         rising = [name not in ("accuracy", "label_probability") for name in order]
-        scores = scores.sort_values(order, ascending=rising, ignore_index=True).astype({"place": "str"})
+        scores = scores.sort_values(order, ascending=rising, ignore_index=True, key=level).astype({"place": "str"})
         return clear_enough(scores, rows, min_clear) if by == "tdr" else scores
 
     def chosen(
@@ -486,6 +487,13 @@ class BackPatch(Changed):
             self.frame.drop_duplicates(["place", "source", "target", "window"]).groupby("place", sort=False).size()
         )
         return ", ".join(f"{n} pairs of layers at {place}" for place, n in n_pairs.items())
+
+
+def level(column: pd.Series) -> pd.Series:
+    """To be sorted by: probabilities without what rounding changes, and other columns as they are."""
+    if column.name != "label_probability":
+        return column
+    return (column.sort_values().diff() > ROUNDING).cumsum().reindex(column.index)
 
 
 def clear_enough(scores: pd.DataFrame, rows: pd.DataFrame, min_clear: float | int) -> pd.DataFrame:
