@@ -223,7 +223,7 @@ def made_up(n_clips: int = 24, conflict: bool = False, seed: int = 0) -> BackPat
                 its = {"place": place, "source": source, "target": target, "window": window, "sample": f"{n}.wav"}
                 rows.append({**of, **its, **before, **after, "split": "choosing" if n % 2 else "test"})
     about = {"model": "m", "attribute": "emotion", "label": "sad", "form": "P3", "question": "", "labels": ""}
-    about |= {"n_layers": 8, "fingerprint": "0", "seed": 4}
+    about |= {"n_labels": 3, "n_layers": 8, "fingerprint": "0", "seed": 4}
     about |= {"prefix": "", "label_space": True, "predict": "labels", "later": "recomputed", "max_loops": 1, "loops": 1}
     numbers = dict.fromkeys(["p_before", "p_after", "logit_difference_before", "logit_difference_after", "noise"], 0.0)
     frame = pd.DataFrame(rows).assign(**about, **numbers, n_positions=3, engine="sweep")
@@ -392,6 +392,38 @@ def test_before_and_after_on_test_clips():
     change, rng = (rows.label_p_after - rows.label_p_before).to_numpy(), np.random.default_rng(1)
     means = rng.choice(change, (4000, 30)).mean(1)
     assert [row.label_p_low, row.label_p_high] == pytest.approx(np.percentile(means, [2.5, 97.5]).tolist(), abs=0.03)
+
+
+def test_what_breaks_a_model_is_no_repair():
+    """Made up: none of 60 clips is right before with its text, and all are without."""
+    frame = made_up(n_clips=60, conflict=True).frame
+    frame = frame[(frame.place == "audio") & (frame.source == 5)].reset_index(drop=True)
+    frame["label"] = [("sad", "happy", "fear")[n % 3] for n in frame.index]
+    frame = frame.assign(split="test", right_before=False, answer_before="happy", answer_after="sad")
+
+    def row(right_after: object, heard: object = True, **its: object) -> pd.Series:
+        conflict = frame.assign(right_after=right_after, **its)
+        alone = {"sample": frame["sample"] + " | audio_only", "condition": "audio_only", "text_label": None}
+        both = pd.concat([conflict, conflict.assign(**alone, right_before=True, right_after=heard)])
+        return BackPatch(both).summary(n_resamples=10).set_index("condition").loc["conflict"]
+
+    n, always = frame.index, frame.label == "sad"
+    found = row(n % 10 > 0)
+    assert (found.chance, found.above_chance, found.repairs) == (1 / 3, True, True)
+    deaf = row(always)
+    assert (deaf.accuracy_after, deaf.above_chance, deaf.repairs) == (1 / 3, False, False)
+    assert max(deaf.accuracy_p, deaf.tdr_p) < 0.001, "and yet it changed"
+    assert row(n % 10 > 0, heard=n % 20 > 0).repairs, "3 of 60 are told from none by p = 0.25"
+    broken = row(n % 10 > 0, heard=n % 2 > 0)
+    assert (broken.above_chance, broken.repairs) == (True, False)
+    most = row(n < 45, label=np.where(n < 45, "sad", "happy"))
+    assert (most.chance, most.accuracy_after, most.repairs) == (0.75, 0.75, False)
+    assert row(n % 10 > 0, n_labels=1).chance == 1
+    kept = {"right_before": n % 10 > 0, "answer_before": "sad"}
+    assert not row(n % 10 > 0, **kept).repairs, "nothing changed"
+    led = row(n % 10 > 0, **kept | {"answer_before": "happy"})
+    assert (led.accuracy_p, led.repairs) == (1, True), "by what it follows alone"
+    assert not row(n % 10 > 4, **kept | {"answer_before": "happy"}).repairs, "right less often than before"
 
 
 def test_conditions_of_one_clip_are_on_one_side(tiny_lalm, samples):

@@ -40,6 +40,7 @@ from lalm_lens.generation import Generated
 from lalm_lens.interventions import NamedHook, Patch, hook_name
 from lalm_lens.metrics import Predict
 from lalm_lens.model import HookedLALM
+from lalm_lens.proportions import wilson
 from lalm_lens.results import QUESTION_COLUMNS, plots_module
 from lalm_lens.runs import Run, Source
 from lalm_lens.shapes import typed
@@ -54,6 +55,7 @@ By = Literal["accuracy", "label_probability", "tdr"]
 States = Mapping[int, Float[Tensor, "at d_model"]]  # behind some blocks, at the positions that are patched
 
 N_LAYERS = 8  # of a grid, where no layers are asked for
+ALPHA = 0.05  # a change is one where its exact p is below
 ROUNDING = 1e-6  # probabilities that are no further apart are the same
 CONTROL, MATCHED = "control", "audio_matched"
 CELL = ("place", "source", "target", "window", "later", "max_loops")
@@ -135,7 +137,8 @@ def back_patch(
     how = How(predict, engine, token_budget, n_together, progress and len(asked) == 1)
     frames = []
     for question, its in tqdm(asked, "back-patching", unit="question", disable=not progress or len(asked) == 1):
-        frames += frames_of(question, its, spots, max_loops, how)
+        n_labels = len(question.labels)
+        frames += [frame.assign(n_labels=n_labels) for frame in frames_of(question, its, spots, max_loops, how)]
     table = pd.concat(frames, ignore_index=True)
     side = np.where(table["sample"].isin(held_out), "choosing", "test")
     weights = {"n_layers": model.decoder_cfg.n_layers, "fingerprint": weights_fingerprint(model)}
@@ -358,6 +361,7 @@ class BackPatch(Changed):
     CELL: ClassVar[tuple[str, ...]] = CELL
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
+        "n_labels": "int64",
         **CONFLICT_COLUMNS,  # of a clip of which a text says something else
         "predict": "str",  # a prediction is the largest logit among the labels, or in the vocabulary
         "split": "str",  # choosing, or test
@@ -459,6 +463,12 @@ class BackPatch(Changed):
         after. `minus_control` is a place's number after, minus that of the same clips under the best pair of `control`
         (the place of that name, where the table has it), with its 95 % interval. Intervals of shares are those of
         `change_interval`, those of label probabilities bootstraps.
+
+        Who no longer hears is right by `chance`: 1 / labels, on average over clips, or the share of the label that most
+        clips have, if that is more; accuracy after is `above_chance` where its whole 95 % Wilson interval is. A pair
+        `repairs` where accuracy after is above chance, accuracy has risen or text dominance fallen (p < 0.05), and
+        accuracy has not fallen (p < 0.05), neither there nor on the clips alone (`audio_only`), where the table has
+        these.
         """
         on_what: list[On] = ["held_out", "same"] if (self.frame.split == "choosing").any() else ["same"]
         control = CONTROL if control is None and CONTROL in self.places else control
@@ -471,7 +481,8 @@ class BackPatch(Changed):
                 its = before_and_after(rows, n_resamples, seed)
                 its |= {} if others is None else minus_control(rows, others, n_resamples, seed)
                 found.append(about | its)
-        return pd.DataFrame(found).dropna(axis="columns", how="all")
+        table = pd.DataFrame(found)
+        return table.assign(repairs=repairs(table)).dropna(axis="columns", how="all")
 
     @typed
     def plot(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> "Figure":
@@ -537,9 +548,32 @@ def before_and_after(rows: pd.DataFrame, n_resamples: int, seed: int) -> dict[st
     n_clear = {"tdr_n_clear_before": text.n_clear_before, "tdr_n_clear_after": text.n_clear_after}
     return {
         **columns("accuracy", right),
+        **above(rows),
         **{f"label_p_{name}": its for name, its in {**label_p, "low": low, "high": high}.items()},
         **({**columns("tdr", text), **n_clear} if any(n_clear.values()) else {}),
     }
+
+
+def above(rows: pd.DataFrame) -> dict[str, float | bool]:
+    """How often an answer is right that does not listen, one of the labels by chance or always the same; and whether
+    answers after are right more often than that."""
+    most = rows.label.value_counts(normalize=True).max()
+    chance = float(max((1 / rows.n_labels).mean(), most))
+    return {"chance": chance, "above_chance": wilson(int(rows.right_after.sum()), len(rows))[0] > chance}
+
+
+def repairs(summary: pd.DataFrame) -> pd.Series:
+    """Which rows of a summary tell of a repair: what breaks a model is none."""
+    rises, falls = changed(summary, "accuracy", 1), changed(summary, "accuracy", -1)
+    breaks = (falls & (summary.condition == "audio_only")).groupby([summary.place, summary.picked_on]).transform("any")
+    return summary.above_chance & (rises | changed(summary, "tdr", -1)) & ~falls & ~breaks
+
+
+def changed(summary: pd.DataFrame, name: str, sign: int) -> pd.Series:
+    """Whether a share changed to that side, by McNemar's exact test."""
+    if f"{name}_p" not in summary:
+        return pd.Series(False, summary.index)
+    return (summary[f"{name}_p"] < ALPHA) & (sign * (summary[f"{name}_won"] - summary[f"{name}_lost"]) > 0)
 
 
 def minus_control(rows: pd.DataFrame, control: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, float | int]:
