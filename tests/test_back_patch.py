@@ -211,6 +211,43 @@ def test_generate_applies_a_saved_choice(random_pair, asked, tmp_path):
         BackPatchChoice.load(path)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"later": "recompute"}, "later is one of recomputed, pinned; got 'recompute'"),
+        ({"picked_on": "test"}, "picked_on is one of held_out, same"),
+        ({"picked_by": ["tdr"]}, "picked_by is one of accuracy, label_probability, tdr"),
+        ({"source": 8}, r"There are 8 layers in the decoder, counted from 0; got \[8\]"),
+        ({"target": -1}, "target is a whole number, 0 or more; got -1"),
+        ({"target": 6}, "the target is a layer before the source, 6; got 6"),
+        ({"source": 6.0}, "source is a whole number, 0 or more; got 6.0"),
+        ({"n_layers": "8"}, "n_layers is a whole number, 1 or more; got '8'"),
+        ({"seed": True}, "seed is a whole number, 0 or more; got True"),
+        ({"window": 2}, "A window is an odd number of layers"),
+        ({"place": []}, "model, fingerprint, attribute and place are texts"),
+        ({"place": ["audio", 3]}, "model, fingerprint, attribute and place are texts"),
+        ({"fingerprint": None}, "model, fingerprint, attribute and place are texts"),
+    ],
+)
+def test_a_file_that_holds_no_choice_is_refused(wrong, message, tmp_path):
+    table = made_up()
+    path = table.chosen().save(tmp_path / "choice.json")
+    assert BackPatchChoice.load(path) == table.chosen()
+    saved = {**json.loads(path.read_text()), "source": 6, "target": 1}
+    path.write_text(json.dumps(saved))
+    assert BackPatchChoice.load(path).source == 6
+    path.write_text(json.dumps(saved | wrong))
+    with pytest.raises(DataError, match=message) as error:
+        BackPatchChoice.load(path)
+    assert "\n" not in str(error.value)
+    assert "choice.json holds no choice" in str(error.value)
+
+
+def test_a_choice_that_is_not_there_is_asked_for(tmp_path):
+    with pytest.raises(DataError, match=r"choice.json cannot be read \(No such file or directory\): save one with"):
+        BackPatchChoice.load(tmp_path / "choice.json")
+
+
 def made_up(n_clips: int = 24, conflict: bool = False, seed: int = 0) -> BackPatch:
     """Two places and three pairs; half of the clips are there for the choice."""
     rng, rows = np.random.default_rng(seed), []
@@ -441,6 +478,18 @@ def test_conditions_of_one_clip_are_on_one_side(tiny_lalm, samples):
     assert summary.n.tolist() == [2] * 4
     assert summary.tdr_before.notna().tolist() == [False, True] * 2
     assert set(table.frame.text_label.dropna()) <= set(items[0].attribute.labels)
+
+
+def test_items_without_a_clip_are_to_be_left_out(tiny_lalm, samples):
+    items = make_conflict(samples[:1], "emotion", conditions=["conflict", "text_only"])
+    how = {"sources": (7,), "targets": (2,), "windows": (1,), "n_choosing": 0, **QUIET}
+    with pytest.raises(InputError, match=r'text_only, .* no \'audio\' to patch.*=\["audio_only", "conflict"\]'):
+        back_patch(tiny_lalm, items, **how)
+    with pytest.raises(InputError, match="no 'audio_matched' to patch"):
+        back_patch(tiny_lalm, items, places=["audio_matched"], **how)
+    assert len(back_patch(tiny_lalm, items, places=["control"], **how).frame) == 2
+    heard = make_conflict(samples[:1], "emotion", conditions=["conflict", "text_only"], text_only="silence")
+    assert len(back_patch(tiny_lalm, heard, places=["audio"], **how).frame) == 2
 
 
 def test_the_default_grid_is_spread_and_every_pair_goes_back():

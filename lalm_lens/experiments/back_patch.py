@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -58,6 +58,8 @@ N_LAYERS = 8  # of a grid, where no layers are asked for
 ALPHA = 0.05  # a change is one where its exact p is below
 ROUNDING = 1e-6  # probabilities that are no further apart are the same
 CONTROL, MATCHED = "control", "audio_matched"
+SAVE_ONE = "save one with `BackPatch.chosen().save(path)`."
+LEAST = {"n_layers": 1, "source": 0, "target": 0, "window": 1, "seed": 0, "n_clips": 1}  # of a choice
 CELL = ("place", "source", "target", "window", "later", "max_loops")
 ONE_WAY = ("model", "attribute", "form", "label_space", "predict", "order", "framing", "strength", "later", "max_loops")
 ONE_WAY += ("fingerprint", "seed")
@@ -123,7 +125,7 @@ def back_patch(
     are there for the choice of a pair alone, in all conditions of a conflict; `seed` says which. `engine` and
     `token_budget` are those of `Plan`;
     `n_together` clips share a sweep. Raises what `attention_knockout` raises, and `InputError` for layers without a
-    pair.
+    pair, and for items without a clip where its states are to be patched.
     """
     asked = questions(model, samples, attribute, form, label_space)
     pairs = grid(model.decoder_cfg.n_layers, sources, targets, windows)
@@ -131,6 +133,7 @@ def back_patch(
         raise InputError(f"max_loops is 1 or more; got {max_loops}.")
     if isinstance(places, str) or not places:
         raise InputError(f'Places are a list of regions, one or more, as ["audio"]; got {places!r}.')
+    refuse_unheard(samples, places)
     spots = [Spot(place, pair, later, seed) for place, pair in product(places, pairs)]
     n_choosing = len(set(map(clip_of, samples))) // 2 if n_choosing is None else n_choosing
     held_out = names(samples, n_choosing, seed) if n_choosing else set()
@@ -171,6 +174,15 @@ def grid(
     if not pairs:
         raise InputError(f"No source layer of {list(sources)} is behind a target layer of {list(targets)}.")
     return pairs
+
+
+def refuse_unheard(samples: Sequence[Sample], places: Sequence[Regions]) -> None:
+    absent = [sample.name for sample in samples if not sample.is_heard]
+    if absent and (audio := [place for place in places if place in ("audio", MATCHED)]):
+        raise InputError(
+            f"{absent[0]} has no clip, so there is no {audio[0]!r} to patch: leave out such items, as with "
+            'conditions=["audio_only", "conflict"].'
+        )
 
 
 def names(samples: Sequence[Sample], n_choosing: int, seed: int) -> set[str]:
@@ -338,19 +350,43 @@ class BackPatchChoice:
 
     @classmethod
     def load(cls, path: str | Path) -> "BackPatchChoice":
-        """Raises `DataError` for a file that `save` did not write."""
+        """Raises `DataError` for a file that `save` did not write, or that is not there."""
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): {SAVE_ONE}") from None
         except ValueError as error:
             raise DataError(f"{path} is not JSON ({error}).") from None
         if not isinstance(saved, dict) or saved.pop("method", None) != "back_patch":
-            raise DataError(f"{path} is not a choice of back-patching: save one with `BackPatch.chosen().save(path)`.")
+            raise DataError(f"{path} is not a choice of back-patching: {SAVE_ONE}")
         if set(saved) != set(cls.__dataclass_fields__):
             raise DataError(
                 f"{path} has the keys {sorted(saved)}, and a choice has {sorted(cls.__dataclass_fields__)}."
             )
+        try:
+            check_choice(saved)
+        except InputError as error:
+            raise DataError(f"{path} holds no choice of back-patching ({str(error).rstrip('.')}): {SAVE_ONE}") from None
         place = saved["place"]
         return cls(**{**saved, "place": tuple(place) if isinstance(place, list) else place})
+
+
+def check_choice(saved: Mapping[str, Any]) -> None:
+    """Raise `InputError` for values that no choice has."""
+    for name, least in LEAST.items():
+        if type(saved[name]) is not int or saved[name] < least:
+            raise InputError(f"{name} is a whole number, {least} or more; got {saved[name]!r}")
+    for name, known in {"later": Later, "picked_on": On, "picked_by": By}.items():
+        if saved[name] not in get_args(known):
+            raise InputError(f"{name} is one of {', '.join(get_args(known))}; got {saved[name]!r}")
+    place = saved["place"]
+    texts = [saved["model"], saved["fingerprint"], saved["attribute"], *(place if isinstance(place, list) else [place])]
+    if not place or not all(isinstance(text, str) for text in texts):
+        raise InputError("model, fingerprint, attribute and place are texts, a place one or several")
+    pair = Pair(saved["source"], saved["target"], saved["window"])
+    check((pair.source, pair.target), saved["n_layers"], "layers in the decoder")
+    if pair.target >= pair.source:
+        raise InputError(f"the target is a layer before the source, {pair.source}; got {pair.target}")
 
 
 @dataclass(frozen=True, repr=False)
