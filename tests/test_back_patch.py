@@ -211,6 +211,43 @@ def test_generate_applies_a_saved_choice(random_pair, asked, tmp_path):
         BackPatchChoice.load(path)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"later": "recompute"}, "later is one of recomputed, pinned; got 'recompute'"),
+        ({"picked_on": "test"}, "picked_on is one of held_out, same"),
+        ({"picked_by": ["tdr"]}, "picked_by is one of accuracy, label_probability, tdr"),
+        ({"source": 8}, r"There are 8 layers in the decoder, counted from 0; got \[8\]"),
+        ({"target": -1}, "target is a whole number, 0 or more; got -1"),
+        ({"target": 6}, "the target is a layer before the source, 6; got 6"),
+        ({"source": 6.0}, "source is a whole number, 0 or more; got 6.0"),
+        ({"n_layers": "8"}, "n_layers is a whole number, 1 or more; got '8'"),
+        ({"seed": True}, "seed is a whole number, 0 or more; got True"),
+        ({"window": 2}, "A window is an odd number of layers"),
+        ({"place": []}, "model, fingerprint, attribute and place are texts"),
+        ({"place": ["audio", 3]}, "model, fingerprint, attribute and place are texts"),
+        ({"fingerprint": None}, "model, fingerprint, attribute and place are texts"),
+    ],
+)
+def test_a_file_that_holds_no_choice_is_refused(wrong, message, tmp_path):
+    table = made_up()
+    path = table.chosen().save(tmp_path / "choice.json")
+    assert BackPatchChoice.load(path) == table.chosen()
+    saved = {**json.loads(path.read_text()), "source": 6, "target": 1}
+    path.write_text(json.dumps(saved))
+    assert BackPatchChoice.load(path).source == 6
+    path.write_text(json.dumps(saved | wrong))
+    with pytest.raises(DataError, match=message) as error:
+        BackPatchChoice.load(path)
+    assert "\n" not in str(error.value)
+    assert "choice.json holds no choice" in str(error.value)
+
+
+def test_a_choice_that_is_not_there_is_asked_for(tmp_path):
+    with pytest.raises(DataError, match=r"choice.json cannot be read \(No such file or directory\): save one with"):
+        BackPatchChoice.load(tmp_path / "choice.json")
+
+
 def made_up(n_clips: int = 24, conflict: bool = False, seed: int = 0) -> BackPatch:
     """Two places and three pairs; half of the clips are there for the choice."""
     rng, rows = np.random.default_rng(seed), []
@@ -223,7 +260,7 @@ def made_up(n_clips: int = 24, conflict: bool = False, seed: int = 0) -> BackPat
                 its = {"place": place, "source": source, "target": target, "window": window, "sample": f"{n}.wav"}
                 rows.append({**of, **its, **before, **after, "split": "choosing" if n % 2 else "test"})
     about = {"model": "m", "attribute": "emotion", "label": "sad", "form": "P3", "question": "", "labels": ""}
-    about |= {"n_layers": 8, "fingerprint": "0", "seed": 4}
+    about |= {"n_labels": 3, "n_layers": 8, "fingerprint": "0", "seed": 4}
     about |= {"prefix": "", "label_space": True, "predict": "labels", "later": "recomputed", "max_loops": 1, "loops": 1}
     numbers = dict.fromkeys(["p_before", "p_after", "logit_difference_before", "logit_difference_after", "noise"], 0.0)
     frame = pd.DataFrame(rows).assign(**about, **numbers, n_positions=3, engine="sweep")
@@ -394,6 +431,38 @@ def test_before_and_after_on_test_clips():
     assert [row.label_p_low, row.label_p_high] == pytest.approx(np.percentile(means, [2.5, 97.5]).tolist(), abs=0.03)
 
 
+def test_what_breaks_a_model_is_no_repair():
+    """Made up: none of 60 clips is right before with its text, and all are without."""
+    frame = made_up(n_clips=60, conflict=True).frame
+    frame = frame[(frame.place == "audio") & (frame.source == 5)].reset_index(drop=True)
+    frame["label"] = [("sad", "happy", "fear")[n % 3] for n in frame.index]
+    frame = frame.assign(split="test", right_before=False, answer_before="happy", answer_after="sad")
+
+    def row(right_after: object, heard: object = True, **its: object) -> pd.Series:
+        conflict = frame.assign(right_after=right_after, **its)
+        alone = {"sample": frame["sample"] + " | audio_only", "condition": "audio_only", "text_label": None}
+        both = pd.concat([conflict, conflict.assign(**alone, right_before=True, right_after=heard)])
+        return BackPatch(both).summary(n_resamples=10).set_index("condition").loc["conflict"]
+
+    n, always = frame.index, frame.label == "sad"
+    found = row(n % 10 > 0)
+    assert (found.chance, found.above_chance, found.repairs) == (1 / 3, True, True)
+    deaf = row(always)
+    assert (deaf.accuracy_after, deaf.above_chance, deaf.repairs) == (1 / 3, False, False)
+    assert max(deaf.accuracy_p, deaf.tdr_p) < 0.001, "and yet it changed"
+    assert row(n % 10 > 0, heard=n % 20 > 0).repairs, "3 of 60 are told from none by p = 0.25"
+    broken = row(n % 10 > 0, heard=n % 2 > 0)
+    assert (broken.above_chance, broken.repairs) == (True, False)
+    most = row(n < 45, label=np.where(n < 45, "sad", "happy"))
+    assert (most.chance, most.accuracy_after, most.repairs) == (0.75, 0.75, False)
+    assert row(n % 10 > 0, n_labels=1).chance == 1
+    kept = {"right_before": n % 10 > 0, "answer_before": "sad"}
+    assert not row(n % 10 > 0, **kept).repairs, "nothing changed"
+    led = row(n % 10 > 0, **kept | {"answer_before": "happy"})
+    assert (led.accuracy_p, led.repairs) == (1, True), "by what it follows alone"
+    assert not row(n % 10 > 4, **kept | {"answer_before": "happy"}).repairs, "right less often than before"
+
+
 def test_conditions_of_one_clip_are_on_one_side(tiny_lalm, samples):
     samples = samples[:4]
     items = make_conflict(samples, "emotion", conditions=["audio_only", "conflict"])
@@ -409,6 +478,18 @@ def test_conditions_of_one_clip_are_on_one_side(tiny_lalm, samples):
     assert summary.n.tolist() == [2] * 4
     assert summary.tdr_before.notna().tolist() == [False, True] * 2
     assert set(table.frame.text_label.dropna()) <= set(items[0].attribute.labels)
+
+
+def test_items_without_a_clip_are_to_be_left_out(tiny_lalm, samples):
+    items = make_conflict(samples[:1], "emotion", conditions=["conflict", "text_only"])
+    how = {"sources": (7,), "targets": (2,), "windows": (1,), "n_choosing": 0, **QUIET}
+    with pytest.raises(InputError, match=r'text_only, .* no \'audio\' to patch.*=\["audio_only", "conflict"\]'):
+        back_patch(tiny_lalm, items, **how)
+    with pytest.raises(InputError, match="no 'audio_matched' to patch"):
+        back_patch(tiny_lalm, items, places=["audio_matched"], **how)
+    assert len(back_patch(tiny_lalm, items, places=["control"], **how).frame) == 2
+    heard = make_conflict(samples[:1], "emotion", conditions=["conflict", "text_only"], text_only="silence")
+    assert len(back_patch(tiny_lalm, heard, places=["audio"], **how).frame) == 2
 
 
 def test_the_default_grid_is_spread_and_every_pair_goes_back():

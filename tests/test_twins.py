@@ -161,6 +161,11 @@ def grid(suppress, conflicts) -> BackPatch:
     return repaired(suppress, conflicts)
 
 
+@pytest.fixture(scope="module")
+def windows(suppress, conflicts) -> BackPatch:
+    return repaired(suppress, conflicts[:12], windows=(5, 3, 1), sources=(4, 5, 6), targets=(1, 2, 3))
+
+
 def test_the_pair_that_repairs_is_chosen_on_some_clips_and_repairs_others(grid, conflicts):
     choice = grid.chosen(by="tdr")
     assert (choice.source, choice.target) == REPAIR
@@ -179,6 +184,31 @@ def test_the_pair_that_repairs_is_chosen_on_some_clips_and_repairs_others(grid, 
     scores = grid.scores(by="tdr")
     assert len(scores) == 28
     assert (scores.tdr[1:] >= 0.9).all(), "no other pair repairs"
+
+
+@pytest.mark.parametrize("by", ["accuracy", "label_probability", "tdr"])
+def test_of_windows_that_repair_alike_the_narrowest_is_chosen(windows, by):
+    scores = windows.scores(by=by)
+    choice = windows.chosen(by=by)
+    assert (choice.source, choice.target, choice.window) == (*REPAIR, 1)
+    alike = scores[scores.accuracy == scores.accuracy.max()]
+    pairs = list(alike[["window", "source", "target"]].itertuples(index=False, name=None))
+    assert pairs == [(1, 6, 3), (3, 5, 2), (3, 6, 3), (5, 4, 1), (5, 5, 2), (5, 6, 3)]
+
+
+def test_an_answer_that_is_always_the_same_is_no_repair(suppress):
+    """The control's states make it say one label to all, which is the text's of half of the clips alone."""
+    clips = held_out(RECIPES["tiny_lalm_suppress"], "gender", 30, 0)
+    both = make_conflict(clips, "gender", conditions=["audio_only", "conflict"])
+    how = {"sources": (REPAIR[0],), "targets": (REPAIR[1],), "windows": (1,), "n_choosing": 0, "progress": False}
+    found = back_patch(suppress, both, attribute="gender", **how)
+    rows = found.summary("tdr", n_resamples=10).set_index(["place", "condition"])
+    deaf, repaired = rows.loc["control", "conflict"], rows.loc["audio", "conflict"]
+    assert max(deaf.tdr_p, deaf.accuracy_p, repaired.accuracy_p) < 0.01
+    assert not deaf.above_chance
+    assert rows.loc["control", "audio_only"].accuracy_p < 0.05
+    assert repaired.accuracy_after >= 0.9
+    assert rows.repairs.to_dict() == {key: key == ("audio", "conflict") for key in rows.index}
 
 
 def test_no_pair_repairs_what_is_erased(erase, conflicts):

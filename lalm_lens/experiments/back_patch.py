@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,7 @@ from lalm_lens.generation import Generated
 from lalm_lens.interventions import NamedHook, Patch, hook_name
 from lalm_lens.metrics import Predict
 from lalm_lens.model import HookedLALM
+from lalm_lens.proportions import wilson
 from lalm_lens.results import QUESTION_COLUMNS, plots_module
 from lalm_lens.runs import Run, Source
 from lalm_lens.shapes import typed
@@ -54,7 +55,11 @@ By = Literal["accuracy", "label_probability", "tdr"]
 States = Mapping[int, Float[Tensor, "at d_model"]]  # behind some blocks, at the positions that are patched
 
 N_LAYERS = 8  # of a grid, where no layers are asked for
+ALPHA = 0.05  # a change is one where its exact p is below
+ROUNDING = 1e-6  # probabilities that are no further apart are the same
 CONTROL, MATCHED = "control", "audio_matched"
+SAVE_ONE = "save one with `BackPatch.chosen().save(path)`."
+LEAST = {"n_layers": 1, "source": 0, "target": 0, "window": 1, "seed": 0, "n_clips": 1}  # of a choice
 CELL = ("place", "source", "target", "window", "later", "max_loops")
 ONE_WAY = ("model", "attribute", "form", "label_space", "predict", "order", "framing", "strength", "later", "max_loops")
 ONE_WAY += ("fingerprint", "seed")
@@ -120,7 +125,7 @@ def back_patch(
     are there for the choice of a pair alone, in all conditions of a conflict; `seed` says which. `engine` and
     `token_budget` are those of `Plan`;
     `n_together` clips share a sweep. Raises what `attention_knockout` raises, and `InputError` for layers without a
-    pair.
+    pair, and for items without a clip where its states are to be patched.
     """
     asked = questions(model, samples, attribute, form, label_space)
     pairs = grid(model.decoder_cfg.n_layers, sources, targets, windows)
@@ -128,13 +133,15 @@ def back_patch(
         raise InputError(f"max_loops is 1 or more; got {max_loops}.")
     if isinstance(places, str) or not places:
         raise InputError(f'Places are a list of regions, one or more, as ["audio"]; got {places!r}.')
+    refuse_unheard(samples, places)
     spots = [Spot(place, pair, later, seed) for place, pair in product(places, pairs)]
     n_choosing = len(set(map(clip_of, samples))) // 2 if n_choosing is None else n_choosing
     held_out = names(samples, n_choosing, seed) if n_choosing else set()
     how = How(predict, engine, token_budget, n_together, progress and len(asked) == 1)
     frames = []
     for question, its in tqdm(asked, "back-patching", unit="question", disable=not progress or len(asked) == 1):
-        frames += frames_of(question, its, spots, max_loops, how)
+        n_labels = len(question.labels)
+        frames += [frame.assign(n_labels=n_labels) for frame in frames_of(question, its, spots, max_loops, how)]
     table = pd.concat(frames, ignore_index=True)
     side = np.where(table["sample"].isin(held_out), "choosing", "test")
     weights = {"n_layers": model.decoder_cfg.n_layers, "fingerprint": weights_fingerprint(model)}
@@ -167,6 +174,15 @@ def grid(
     if not pairs:
         raise InputError(f"No source layer of {list(sources)} is behind a target layer of {list(targets)}.")
     return pairs
+
+
+def refuse_unheard(samples: Sequence[Sample], places: Sequence[Regions]) -> None:
+    absent = [sample.name for sample in samples if not sample.is_heard]
+    if absent and (audio := [place for place in places if place in ("audio", MATCHED)]):
+        raise InputError(
+            f"{absent[0]} has no clip, so there is no {audio[0]!r} to patch: leave out such items, as with "
+            'conditions=["audio_only", "conflict"].'
+        )
 
 
 def names(samples: Sequence[Sample], n_choosing: int, seed: int) -> set[str]:
@@ -334,19 +350,43 @@ class BackPatchChoice:
 
     @classmethod
     def load(cls, path: str | Path) -> "BackPatchChoice":
-        """Raises `DataError` for a file that `save` did not write."""
+        """Raises `DataError` for a file that `save` did not write, or that is not there."""
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): {SAVE_ONE}") from None
         except ValueError as error:
             raise DataError(f"{path} is not JSON ({error}).") from None
         if not isinstance(saved, dict) or saved.pop("method", None) != "back_patch":
-            raise DataError(f"{path} is not a choice of back-patching: save one with `BackPatch.chosen().save(path)`.")
+            raise DataError(f"{path} is not a choice of back-patching: {SAVE_ONE}")
         if set(saved) != set(cls.__dataclass_fields__):
             raise DataError(
                 f"{path} has the keys {sorted(saved)}, and a choice has {sorted(cls.__dataclass_fields__)}."
             )
+        try:
+            check_choice(saved)
+        except InputError as error:
+            raise DataError(f"{path} holds no choice of back-patching ({str(error).rstrip('.')}): {SAVE_ONE}") from None
         place = saved["place"]
         return cls(**{**saved, "place": tuple(place) if isinstance(place, list) else place})
+
+
+def check_choice(saved: Mapping[str, Any]) -> None:
+    """Raise `InputError` for values that no choice has."""
+    for name, least in LEAST.items():
+        if type(saved[name]) is not int or saved[name] < least:
+            raise InputError(f"{name} is a whole number, {least} or more; got {saved[name]!r}")
+    for name, known in {"later": Later, "picked_on": On, "picked_by": By}.items():
+        if saved[name] not in get_args(known):
+            raise InputError(f"{name} is one of {', '.join(get_args(known))}; got {saved[name]!r}")
+    place = saved["place"]
+    texts = [saved["model"], saved["fingerprint"], saved["attribute"], *(place if isinstance(place, list) else [place])]
+    if not place or not all(isinstance(text, str) for text in texts):
+        raise InputError("model, fingerprint, attribute and place are texts, a place one or several")
+    pair = Pair(saved["source"], saved["target"], saved["window"])
+    check((pair.source, pair.target), saved["n_layers"], "layers in the decoder")
+    if pair.target >= pair.source:
+        raise InputError(f"the target is a layer before the source, {pair.source}; got {pair.target}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -357,6 +397,7 @@ class BackPatch(Changed):
     CELL: ClassVar[tuple[str, ...]] = CELL
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
+        "n_labels": "int64",
         **CONFLICT_COLUMNS,  # of a clip of which a text says something else
         "predict": "str",  # a prediction is the largest logit among the labels, or in the vocabulary
         "split": "str",  # choosing, or test
@@ -393,7 +434,7 @@ class BackPatch(Changed):
         """The pairs of each place, best first, over the clips that a pair is chosen on: accuracy, probability of the
         true label among the labels, and text dominance ratio (the lower the better) of the `n_clear` answers that
         follow text or audio, NaN where there is none. Of pairs that are equally good the one under which the true label
-        is likelier comes first, and then that with the earlier layers.
+        is likelier comes first, by more than rounding, and then that with the narrower window, and with earlier layers.
 
         A ratio of hardly any answers says nothing: by "tdr", pairs that leave fewer clear answers than `min_clear`
         times those of the unchanged runs, or none, are left out. Raises `DataError` where a place has no other.
@@ -402,10 +443,10 @@ class BackPatch(Changed):
             raise InputError(f"min_clear is a share of the clear answers before, from 0 to 1; got {min_clear}.")
         rows = self.clips(on)
         scores = pair_scores(rows, ["place", "source", "target", "window"])
-        order = list(dict.fromkeys(("place", by, "label_probability", "source", "target", "window")))
+        order = list(dict.fromkeys(("place", by, "label_probability", "window", "source", "target")))
         scores = scores.assign(place=pd.Categorical(scores.place, self.places))
         rising = [name not in ("accuracy", "label_probability") for name in order]
-        scores = scores.sort_values(order, ascending=rising, ignore_index=True).astype({"place": "str"})
+        scores = scores.sort_values(order, ascending=rising, ignore_index=True, key=level).astype({"place": "str"})
         return clear_enough(scores, rows, min_clear) if by == "tdr" else scores
 
     def chosen(
@@ -458,6 +499,12 @@ class BackPatch(Changed):
         after. `minus_control` is a place's number after, minus that of the same clips under the best pair of `control`
         (the place of that name, where the table has it), with its 95 % interval. Intervals of shares are those of
         `change_interval`, those of label probabilities bootstraps.
+
+        Who no longer hears is right by `chance`: 1 / labels, on average over clips, or the share of the label that most
+        clips have, if that is more; accuracy after is `above_chance` where its whole 95 % Wilson interval is. A pair
+        `repairs` where accuracy after is above chance, accuracy has risen or text dominance fallen (p < 0.05), and
+        accuracy has not fallen (p < 0.05), neither there nor on the clips alone (`audio_only`), where the table has
+        these.
         """
         on_what: list[On] = ["held_out", "same"] if (self.frame.split == "choosing").any() else ["same"]
         control = CONTROL if control is None and CONTROL in self.places else control
@@ -470,7 +517,8 @@ class BackPatch(Changed):
                 its = before_and_after(rows, n_resamples, seed)
                 its |= {} if others is None else minus_control(rows, others, n_resamples, seed)
                 found.append(about | its)
-        return pd.DataFrame(found).dropna(axis="columns", how="all")
+        table = pd.DataFrame(found)
+        return table.assign(repairs=repairs(table)).dropna(axis="columns", how="all")
 
     @typed
     def plot(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> "Figure":
@@ -486,6 +534,13 @@ class BackPatch(Changed):
             self.frame.drop_duplicates(["place", "source", "target", "window"]).groupby("place", sort=False).size()
         )
         return ", ".join(f"{n} pairs of layers at {place}" for place, n in n_pairs.items())
+
+
+def level(column: pd.Series) -> pd.Series:
+    """To be sorted by: probabilities without what rounding changes, and other columns as they are."""
+    if column.name != "label_probability":
+        return column
+    return (column.sort_values().diff() > ROUNDING).cumsum().reindex(column.index)
 
 
 def clear_enough(scores: pd.DataFrame, rows: pd.DataFrame, min_clear: float | int) -> pd.DataFrame:
@@ -529,9 +584,32 @@ def before_and_after(rows: pd.DataFrame, n_resamples: int, seed: int) -> dict[st
     n_clear = {"tdr_n_clear_before": text.n_clear_before, "tdr_n_clear_after": text.n_clear_after}
     return {
         **columns("accuracy", right),
+        **above(rows),
         **{f"label_p_{name}": its for name, its in {**label_p, "low": low, "high": high}.items()},
         **({**columns("tdr", text), **n_clear} if any(n_clear.values()) else {}),
     }
+
+
+def above(rows: pd.DataFrame) -> dict[str, float | bool]:
+    """How often an answer is right that does not listen, one of the labels by chance or always the same; and whether
+    answers after are right more often than that."""
+    most = rows.label.value_counts(normalize=True).max()
+    chance = float(max((1 / rows.n_labels).mean(), most))
+    return {"chance": chance, "above_chance": wilson(int(rows.right_after.sum()), len(rows))[0] > chance}
+
+
+def repairs(summary: pd.DataFrame) -> pd.Series:
+    """Which rows of a summary tell of a repair: what breaks a model is none."""
+    rises, falls = changed(summary, "accuracy", 1), changed(summary, "accuracy", -1)
+    breaks = (falls & (summary.condition == "audio_only")).groupby([summary.place, summary.picked_on]).transform("any")
+    return summary.above_chance & (rises | changed(summary, "tdr", -1)) & ~falls & ~breaks
+
+
+def changed(summary: pd.DataFrame, name: str, sign: int) -> pd.Series:
+    """Whether a share changed to that side, by McNemar's exact test."""
+    if f"{name}_p" not in summary:
+        return pd.Series(False, summary.index)
+    return (summary[f"{name}_p"] < ALPHA) & (sign * (summary[f"{name}_won"] - summary[f"{name}_lost"]) > 0)
 
 
 def minus_control(rows: pd.DataFrame, control: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, float | int]:
