@@ -2,12 +2,14 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 import PIL.Image
 import pytest
 import soundfile
+import torch
 from families import FAMILIES
 from reference import chirps
 from test_omni import photos
@@ -15,6 +17,9 @@ from test_omni import photos
 from lalm_lens import cli
 from lalm_lens.assets import TINY_LALM_AV
 from lalm_lens.assets.audio_visual.clips import write_av_clips
+from lalm_lens.commands.av import independent
+from lalm_lens.counterfactual import Swapped
+from lalm_lens.errors import DataError
 from lalm_lens.experiments.caption_fidelity import CaptionFidelity
 
 pytestmark = pytest.mark.numbers
@@ -88,13 +93,34 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
 
 def test_counterfactuals_of_heard_videos_are_made_where_none_are_listed(monkeypatch, checkpoint, tmp_path, capsys):
     data, out = clips(tmp_path / "data", 2, is_film=True), tmp_path / "out"
-    how = ("--attribute", "animal", "--only", "shares,probes", "--max-new-tokens", 1, "--out", out)
+    how = ("--attribute", "animal", "--only", "shares,probes_heard,probes_seen", "--max-new-tokens", 1, "--out", out)
     assert av(monkeypatch, checkpoint, data, *how) == 1
-    assert "Left out: probes of animal: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for its in ("heard", "seen"):
+        assert f"Left out: probes_{its} of animal: Probes need two of each label, and " in printed
     shares = pd.read_parquet(out / "animal" / "tables" / "shares.parquet")
     assert set(shares.region) == {"query", "video", "audio", "generated"}
     assert set(shares.n) == {4}
     assert not (out / "animal" / "probe_heard.png").exists()
+
+
+def pair(name: str, heard: str, seen: str) -> Swapped:
+    return Swapped(name=name, label=heard, waveform=torch.zeros(0), seen_label=seen, heard_clip=name)
+
+
+def test_what_is_seen_of_probed_pairs_says_nothing_of_what_is_heard():
+    """As many agree as by chance: of each label that is heard, all that are seen are as frequent."""
+    cells = list(product("abc", "abc"))
+    conflicts = [pair(f"{one}{two}{n}", one, two) for one, two in cells if one != two for n in range(4)]
+    agreeing = [pair(f"{label}{n}", label, label) for label in "abc" for n in range(9)]
+    found = independent([*agreeing, *conflicts], seed=0)
+    assert len(found) == 9 * 4
+    assert [its for its in found if its.label != its.seen_label] == conflicts
+    assert independent([*agreeing, *conflicts], seed=1) != found
+    with pytest.raises(DataError, match="Nothing that is seen is of another label"):
+        independent(agreeing, seed=0)
+    with pytest.raises(DataError, match="Among 24 conflicts, 12 pairs that agree"):
+        independent([*agreeing[:11], *conflicts], seed=0)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`lalm-lens av`."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -109,22 +110,51 @@ def latent(asked: Asked) -> Shown:
     return tables, figures
 
 
-def probes(asked: Asked) -> Shown:
-    """What linear probes read of what is heard and seen, by layer."""
+def probes_heard(asked: Asked) -> Shown:
+    """What linear probes read of what is heard, by layer, where nothing that is seen tells it."""
+    its = independent(asked.samples, asked.seed)
+    return probed(asked, "heard", its, [sample.heard_clip for sample in its])
+
+
+def probes_seen(asked: Asked) -> Shown:
+    """What linear probes read of what is seen, by layer, where nothing that is heard tells it."""
+    its = independent(asked.samples, asked.seed)
+    return probed(asked, "seen", [replace(sample, label=sample.seen_label) for sample in its], [*map(pictures, its)])
+
+
+def probed(asked: Asked, name: str, samples: "list[Swapped]", groups: list[str]) -> Shown:
     from lalm_lens.experiments.probe import probe
 
-    tables, figures = {}, {}
+    once = Counter(dict(zip(groups, [sample.label for sample in samples], strict=True)).values())
+    label, fewest = once.most_common()[-1]
+    if fewest < 2:
+        raise DataError(f"Probes need two of each label, and {label} is {name} once among conflicts: give more pairs.")
     stacks: dict = {"stacks": ["audio_encoder", "adapter", "vision_encoder", "vision_adapter", "decoder"]}
-    clips, sights = [sample.heard_clip for sample in asked.samples], [pictures(sample) for sample in asked.samples]
-    for name, samples, groups in (("heard", asked.samples, clips), ("seen", asked.seen, sights)):
-        once = Counter(dict(zip(groups, [sample.label for sample in samples], strict=True)).values())
-        folds: dict = {"groups": groups, "n_folds": max(2, min(5, *once.values())), "seed": asked.seed}
-        folds["n_controls"] = asked.n_controls
-        found = probe(asked.model, samples, places=["audio", *asked.eyes, "last"], **stacks, **folds, **asked.how)
-        found.save(asked.out / f"probe_{name}.parquet")
-        tables[f"probe_{name}"] = found.layers(seed=asked.seed)
-        figures[f"probe_{name}"] = found.plot()
-    return tables, figures
+    folds: dict = {"groups": groups, "n_folds": min(5, fewest), "seed": asked.seed, "n_controls": asked.n_controls}
+    found = probe(asked.model, samples, places=["audio", *asked.eyes, "last"], **stacks, **folds, **asked.how)
+    found.save(asked.out / f"probe_{name}.parquet")
+    return {f"probe_{name}": found.layers(seed=asked.seed)}, {f"probe_{name}": found.plot()}
+
+
+def independent(samples: "Sequence[Swapped]", seed: int) -> "list[Swapped]":
+    """The conflicts, and as many drawn of the others as chance would make of them: without those, what is seen says
+    what is not heard, and with all of them, what is. Raises `DataError` for too few of either."""
+    import numpy as np
+
+    conflicts = [sample for sample in samples if sample.seen_label != sample.label]
+    if not conflicts:
+        raise DataError("Nothing that is seen is of another label than what is heard: give such pairs.")
+    heard, seen = Counter(its.label for its in conflicts), Counter(its.seen_label for its in conflicts)
+    by_chance = sum(heard[label] * seen[label] for label in heard) / len(conflicts) ** 2
+    others = [its for its in samples if its.seen_label == its.label and heard[its.label] and seen[its.label]]
+    n_others = round(len(conflicts) * by_chance / (1 - by_chance)) if by_chance < 1 else 0
+    if len(others) < n_others:
+        raise DataError(
+            f"Among {len(conflicts)} conflicts, {n_others} pairs that agree make what is seen independent of what is "
+            f"heard, and there are {len(others)}: give more of them."
+        )
+    drawn = np.random.default_rng(seed).choice(len(others), n_others, replace=False)
+    return conflicts + [others[n] for n in sorted(drawn)]
 
 
 def pictures(sample: "Swapped") -> str:
@@ -202,7 +232,8 @@ def shift(asked: Asked) -> Shown:
 STEPS: Steps = {
     "shares": shares,
     "latent": latent,
-    "probes": probes,
+    "probes_heard": probes_heard,
+    "probes_seen": probes_seen,
     "knockout": knockout,
     "pairs": pairs,
     "shift": shift,
