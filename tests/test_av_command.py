@@ -20,6 +20,7 @@ from lalm_lens.assets.audio_visual.clips import write_av_clips
 from lalm_lens.commands.av import independent
 from lalm_lens.counterfactual import Swapped
 from lalm_lens.errors import DataError
+from lalm_lens.experiments.attention_share import AttentionShare
 from lalm_lens.experiments.caption_fidelity import CaptionFidelity
 
 pytestmark = pytest.mark.numbers
@@ -67,8 +68,9 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
     assert av(monkeypatch, checkpoint, data, *how, "--out", out) == 0
     page = (out / "av.md").read_text(encoding="utf-8")
     figures = {path.name for path in (out / "animal").glob("*.png")}
-    names = {"latent_heard", "latent_seen", "probe_heard", "probe_seen", "pairs", "token_shift"}
-    names |= {"shares", "shares_per_token", "knockout_counterfactual", "knockout_factual"}
+    halves = ("latent_heard", "latent_seen", "shares", "shares_per_token", "knockout", "pairs", "token_shift")
+    names = {"probe_heard", "probe_seen"}
+    names |= {f"{name}_{half}" for name in halves for half in ("counterfactual", "factual")}
     assert figures == {f"{name}.png" for name in names}
     for name in figures:
         assert (out / "animal" / name).read_bytes().startswith(PNG)
@@ -80,6 +82,14 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
     found = CaptionFidelity.load(out / "animal" / "knockout.parquet").frame
     assert (found.audio_before == 0.25).all()
     assert found.groupby(found.label != found.seen_label)["sample"].nunique().to_dict() == {False: 2, True: 2}
+    for name in ("shares", "latent_heard", "latent_seen", "pairs", "token_shift"):
+        table = pd.read_parquet(tables / f"{name}.parquet")
+        assert table.groupby("half").n.unique().map(list).to_dict() == {"counterfactual": [2], "factual": [2]}
+    shares = AttentionShare.load(out / "animal" / "shares.parquet")
+    false = AttentionShare(shares.frame[shares.frame.label != shares.frame.seen_label]).means()
+    shown = pd.read_parquet(tables / "shares.parquet")
+    shown = shown[shown.half == "counterfactual"].drop(columns="half")
+    pd.testing.assert_frame_equal(shown.reset_index(drop=True), false, check_dtype=False)
     said = pd.read_csv(tables / "said_counterfactual.csv")
     assert said["cut in all layers"].unique().tolist() == [
         "nothing",
@@ -100,7 +110,7 @@ def test_counterfactuals_of_heard_videos_are_made_where_none_are_listed(monkeypa
         assert f"Left out: probes_{its} of animal: Probes need two of each label, and " in printed
     shares = pd.read_parquet(out / "animal" / "tables" / "shares.parquet")
     assert set(shares.region) == {"query", "video", "audio", "generated"}
-    assert set(shares.n) == {4}
+    assert set(shares.n) == {2}
     assert not (out / "animal" / "probe_heard.png").exists()
 
 
@@ -127,6 +137,7 @@ def test_what_is_seen_of_probed_pairs_says_nothing_of_what_is_heard():
     ("args", "says"),
     [
         (("--attribute", "animal", "--judge", "json:nothing"), "--judge names a function as module:NAME"),
+        (("--attribute", "animal", "--window", 2), "--window is odd"),
         (("--attribute", "animal", "--only", "sights"), "--only is 'sights'"),
         ((), "Say what is asked"),
     ],

@@ -1,10 +1,10 @@
 """`lalm-lens av`."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -30,8 +30,11 @@ from lalm_lens.commands.steps import Shown, Steps, run_steps, steps_named
 from lalm_lens.errors import DataError, InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lalm_lens.counterfactual import Swapped
     from lalm_lens.model import HookedLALM
+    from lalm_lens.tables import Table
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -43,6 +46,7 @@ lalm-lens av ./checkpoint ./videos --attribute animal --judge my_judge:judge --o
 """
 
 EYES = ("image", "video")
+T = TypeVar("T", bound="Table")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,12 @@ class Asked:
         """The same with what is seen as label."""
         return [replace(sample, label=sample.seen_label) for sample in self.samples]
 
+    def halves(self, found: "T") -> "dict[str, T]":
+        """The rows of conflicts in a table, and those of all else, where there are any."""
+        is_conflict = found.frame["sample"].isin([sample.name for sample in self.conflicts])
+        rows = {"counterfactual": found.frame[is_conflict], "factual": found.frame[~is_conflict]}
+        return {half: type(found)(its) for half, its in rows.items() if len(its)}
+
     @property
     def eyes(self) -> list[str]:
         """Where something is seen."""
@@ -91,7 +101,17 @@ def shares(asked: Asked) -> Shown:
     how: dict = {"exclude_sink": asked.exclude_sink, "regions": "merged", **asked.how}
     found = attention_share(asked.model, asked.samples, max_new_tokens=asked.max_new_tokens, **how)
     found.save(asked.out / "shares.parquet")
-    return {"shares": found.means()}, {"shares": found.plot(), "shares_per_token": found.plot("per_token")}
+    halves = asked.halves(found)
+    figures = {f"shares_{half}": its.plot() for half, its in halves.items()}
+    figures |= {f"shares_per_token_{half}": its.plot("per_token") for half, its in halves.items()}
+    return {"shares": by_half({half: its.means() for half, its in halves.items()})}, figures
+
+
+def by_half(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
+    """One table of both."""
+    import pandas as pd
+
+    return pd.concat([its.assign(half=half) for half, its in tables.items()], ignore_index=True)
 
 
 def latent(asked: Asked) -> Shown:
@@ -104,9 +124,13 @@ def latent(asked: Asked) -> Shown:
     tables, figures = {}, {}
     for name, found in (("heard", heard), ("seen", seen)):
         found.save(asked.out / f"latent_{name}.parquet")
-        tables |= {f"latent_{name}": found.scores(seed=asked.seed)}
-        tables |= {f"latent_{name}_by_layer": found.by_layer(seed=asked.seed)}
-        figures[f"latent_{name}"] = found.plot()
+        halves = {half: its for half, its in asked.halves(found).items() if its.frame.label.nunique() > 1}
+        if not halves:
+            raise DataError("Neither the counterfactual nor the factual pairs are of two labels: give more pairs.")
+        scores = {half: its.scores(seed=asked.seed) for half, its in halves.items()}
+        layers = {half: its.by_layer(seed=asked.seed) for half, its in halves.items()}
+        tables |= {f"latent_{name}": by_half(scores), f"latent_{name}_by_layer": by_half(layers)}
+        figures |= {f"latent_{name}_{half}": its.plot() for half, its in halves.items()}
     return tables, figures
 
 
@@ -166,7 +190,7 @@ def pictures(sample: "Swapped") -> str:
 
 def knockout(asked: Asked) -> Shown:
     """What is said where the model cannot look at the sound, the picture or the words."""
-    from lalm_lens.experiments.caption_fidelity import CaptionFidelity, caption_fidelity
+    from lalm_lens.experiments.caption_fidelity import caption_fidelity
 
     chains = [(place, "generated") for place in ("audio", *asked.eyes, "query")]
     how: dict = {"chains": chains, "layers": [asked.window, "up_to", "from", "all"], **asked.how}
@@ -174,12 +198,10 @@ def knockout(asked: Asked) -> Shown:
     found.save(asked.out / "knockout.parquet")
     what = "texts that name it" if asked.judge is names else "fidelity of the text"
     tables, figures = {}, {}
-    for name, is_conflict in (("counterfactual", True), ("factual", False)):
-        its = CaptionFidelity(found.frame[(found.frame.label != found.frame.seen_label) == is_conflict])
-        if len(its.frame):
-            effects = its.effects(seed=asked.seed)
-            tables |= {f"said_{name}": said(effects), f"knockout_{name}": effects}
-            figures[f"knockout_{name}"] = its.plot(what)
+    for name, its in asked.halves(found).items():
+        effects = its.effects(seed=asked.seed)
+        tables |= {f"said_{name}": said(effects), f"knockout_{name}": effects}
+        figures[f"knockout_{name}"] = its.plot(what)
     return tables, figures
 
 
@@ -214,8 +236,10 @@ def pairs(asked: Asked) -> Shown:
         asked.model, asked.samples, chains=chains, max_new_tokens=asked.max_new_tokens, **asked.how
     )
     found.save(asked.out / "pairs.parquet")
-    effects = found.effects("log_probability", seed=asked.seed)
-    return {"pairs": effects}, {"pairs": plots_module("heard_plots").pair_map(effects, places, found.frame)}
+    halves, draw = asked.halves(found), plots_module("heard_plots").pair_map
+    effects = {half: its.effects("log_probability", seed=asked.seed) for half, its in halves.items()}
+    figures = {f"pairs_{half}": draw(effects[half], places, its.frame) for half, its in halves.items()}
+    return {"pairs": by_half(effects)}, figures
 
 
 def shift(asked: Asked) -> Shown:
@@ -224,9 +248,11 @@ def shift(asked: Asked) -> Shown:
 
     found = token_shift(asked.model, asked.base, asked.samples, max_new_tokens=asked.max_new_tokens, **asked.how)
     found.save(asked.out / "token_shift.parquet")
-    tables = {"token_shift": found.shares(seed=asked.seed)}
-    tables |= {"token_shift_named": found.named.shares(seed=asked.seed)} if len(found.named.frame) else {}
-    return tables, {"token_shift": found.plot()}
+    halves, named = asked.halves(found), asked.halves(found.named)
+    tables = {"token_shift": by_half({half: its.shares(seed=asked.seed) for half, its in halves.items()})}
+    if named:
+        tables["token_shift_named"] = by_half({half: its.shares(seed=asked.seed) for half, its in named.items()})
+    return tables, {f"token_shift_{half}": its.plot() for half, its in halves.items()}
 
 
 STEPS: Steps = {
@@ -291,6 +317,8 @@ def av_command(
     """Find out whether a model that hears and sees hears: all of arXiv 2604.02605, its figures and tables. Where no row
     says that something else is seen, every clip is shown with another one's picture as well."""
     steps = steps_named(only, STEPS)
+    if window % 2 == 0:
+        raise InputError(f"--window is odd, with as many layers below its middle as above it; got {window}.")
     its, one_form = asked_about(attribute, question, labels, prefix), one_of("form", form)
     if not data.is_dir():
         raise DataError(f"{data} is no folder. Give one with metadata.jsonl.")

@@ -85,7 +85,7 @@ def caption_fidelity(
 
         before = told("before", ())
         rows = [{**columns, **before, **told("after", its)} for columns, its in changed]
-        frames.append(pd.DataFrame(rows).assign(**question.columns(sample), seen_label=seen_label(sample)))
+        frames.append(pd.DataFrame(rows).assign(**{**question.columns(sample), "seen_label": seen_label(sample)}))
     return CaptionFidelity.concat(frames)
 
 

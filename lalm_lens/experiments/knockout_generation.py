@@ -138,6 +138,7 @@ class KnockoutGeneration(Table):
     BY_CLIP: ClassVar[bool] = True
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
+        "seen_label": "str",  # of a counterfactual pair, another one than `label`
         **RUN_COLUMNS,
         **{f"text_{when}": "str" for when in ("before", "after")},
         **{f"n_tokens_{when}": "int64" for when in ("before", "after")},
