@@ -14,7 +14,7 @@ from families import FAMILIES
 from reference import chirps
 from test_omni import photos
 
-from lalm_lens import cli
+from lalm_lens import caption_fidelity, cli, from_pretrained, knockout_generation, read_audio_visual
 from lalm_lens.assets import TINY_LALM_AV
 from lalm_lens.assets.audio_visual.clips import write_av_clips
 from lalm_lens.commands.av import independent
@@ -131,6 +131,19 @@ def test_what_is_seen_of_probed_pairs_says_nothing_of_what_is_heard():
         independent(agreeing, seed=0)
     with pytest.raises(DataError, match="Among 24 conflicts, 12 pairs that agree"):
         independent([*agreeing[:11], *conflicts], seed=0)
+
+
+def test_cuts_of_what_is_not_seen_anyway_change_nothing_in_bfloat16(checkpoint, tmp_path):
+    """Not by rounding either: before and after go the same way."""
+    model = from_pretrained(checkpoint, dtype=torch.bfloat16)
+    samples = read_audio_visual(clips(tmp_path / "data", 4), model.processor)
+    how = {"chains": [("generated", "audio"), ("audio", "image")], "max_new_tokens": 10, "progress": False}
+    found = knockout_generation(model, samples, attribute="animal", **how).frame
+    assert len(found) == 8
+    assert found.text_before.tolist() == found.text_after.tolist()
+    assert found.log_p_before.tolist() == found.log_p_after.tolist()
+    captions = caption_fidelity(model, samples, judge=lambda *_: (0, 0), **how).frame
+    assert captions.text_before.tolist() == captions.text_after.tolist()
 
 
 @pytest.mark.parametrize(
