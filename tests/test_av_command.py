@@ -2,19 +2,25 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 import PIL.Image
 import pytest
 import soundfile
+import torch
 from families import FAMILIES
 from reference import chirps
 from test_omni import photos
 
-from lalm_lens import cli
+from lalm_lens import caption_fidelity, cli, from_pretrained, knockout_generation, read_audio_visual
 from lalm_lens.assets import TINY_LALM_AV
 from lalm_lens.assets.audio_visual.clips import write_av_clips
+from lalm_lens.commands.av import independent
+from lalm_lens.counterfactual import Swapped
+from lalm_lens.errors import DataError
+from lalm_lens.experiments.attention_share import AttentionShare
 from lalm_lens.experiments.caption_fidelity import CaptionFidelity
 
 pytestmark = pytest.mark.numbers
@@ -62,8 +68,9 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
     assert av(monkeypatch, checkpoint, data, *how, "--out", out) == 0
     page = (out / "av.md").read_text(encoding="utf-8")
     figures = {path.name for path in (out / "animal").glob("*.png")}
-    names = {"latent_heard", "latent_seen", "probe_heard", "probe_seen", "pairs", "token_shift"}
-    names |= {"shares", "shares_per_token", "knockout_counterfactual", "knockout_factual"}
+    halves = ("latent_heard", "latent_seen", "shares", "shares_per_token", "knockout", "pairs", "token_shift")
+    names = {"probe_heard", "probe_seen"}
+    names |= {f"{name}_{half}" for name in halves for half in ("counterfactual", "factual")}
     assert figures == {f"{name}.png" for name in names}
     for name in figures:
         assert (out / "animal" / name).read_bytes().startswith(PNG)
@@ -75,6 +82,14 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
     found = CaptionFidelity.load(out / "animal" / "knockout.parquet").frame
     assert (found.audio_before == 0.25).all()
     assert found.groupby(found.label != found.seen_label)["sample"].nunique().to_dict() == {False: 2, True: 2}
+    for name in ("shares", "latent_heard", "latent_seen", "pairs", "token_shift"):
+        table = pd.read_parquet(tables / f"{name}.parquet")
+        assert table.groupby("half").n.unique().map(list).to_dict() == {"counterfactual": [2], "factual": [2]}
+    shares = AttentionShare.load(out / "animal" / "shares.parquet")
+    false = AttentionShare(shares.frame[shares.frame.label != shares.frame.seen_label]).means()
+    shown = pd.read_parquet(tables / "shares.parquet")
+    shown = shown[shown.half == "counterfactual"].drop(columns="half")
+    pd.testing.assert_frame_equal(shown.reset_index(drop=True), false, check_dtype=False)
     said = pd.read_csv(tables / "said_counterfactual.csv")
     assert said["cut in all layers"].unique().tolist() == [
         "nothing",
@@ -88,19 +103,54 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
 
 def test_counterfactuals_of_heard_videos_are_made_where_none_are_listed(monkeypatch, checkpoint, tmp_path, capsys):
     data, out = clips(tmp_path / "data", 2, is_film=True), tmp_path / "out"
-    how = ("--attribute", "animal", "--only", "shares,probes", "--max-new-tokens", 1, "--out", out)
+    how = ("--attribute", "animal", "--only", "shares,probes_heard,probes_seen", "--max-new-tokens", 1, "--out", out)
     assert av(monkeypatch, checkpoint, data, *how) == 1
-    assert "Left out: probes of animal: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for its in ("heard", "seen"):
+        assert f"Left out: probes_{its} of animal: Probes need two of each label, and " in printed
     shares = pd.read_parquet(out / "animal" / "tables" / "shares.parquet")
     assert set(shares.region) == {"query", "video", "audio", "generated"}
-    assert set(shares.n) == {4}
+    assert set(shares.n) == {2}
     assert not (out / "animal" / "probe_heard.png").exists()
+
+
+def pair(name: str, heard: str, seen: str) -> Swapped:
+    return Swapped(name=name, label=heard, waveform=torch.zeros(0), seen_label=seen, heard_clip=name)
+
+
+def test_what_is_seen_of_probed_pairs_says_nothing_of_what_is_heard():
+    """As many agree as by chance: of each label that is heard, all that are seen are as frequent."""
+    cells = list(product("abc", "abc"))
+    conflicts = [pair(f"{one}{two}{n}", one, two) for one, two in cells if one != two for n in range(4)]
+    agreeing = [pair(f"{label}{n}", label, label) for label in "abc" for n in range(9)]
+    found = independent([*agreeing, *conflicts], seed=0)
+    assert len(found) == 9 * 4
+    assert [its for its in found if its.label != its.seen_label] == conflicts
+    assert independent([*agreeing, *conflicts], seed=1) != found
+    with pytest.raises(DataError, match="Nothing that is seen is of another label"):
+        independent(agreeing, seed=0)
+    with pytest.raises(DataError, match="Among 24 conflicts, 12 pairs that agree"):
+        independent([*agreeing[:11], *conflicts], seed=0)
+
+
+def test_cuts_of_what_is_not_seen_anyway_change_nothing_in_bfloat16(checkpoint, tmp_path):
+    """Not by rounding either: before and after go the same way."""
+    model = from_pretrained(checkpoint, dtype=torch.bfloat16)
+    samples = read_audio_visual(clips(tmp_path / "data", 4), model.processor)
+    how = {"chains": [("generated", "audio"), ("audio", "image")], "max_new_tokens": 10, "progress": False}
+    found = knockout_generation(model, samples, attribute="animal", **how).frame
+    assert len(found) == 8
+    assert found.text_before.tolist() == found.text_after.tolist()
+    assert found.log_p_before.tolist() == found.log_p_after.tolist()
+    captions = caption_fidelity(model, samples, judge=lambda *_: (0, 0), **how).frame
+    assert captions.text_before.tolist() == captions.text_after.tolist()
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         (("--attribute", "animal", "--judge", "json:nothing"), "--judge names a function as module:NAME"),
+        (("--attribute", "animal", "--window", 2), "--window is odd"),
         (("--attribute", "animal", "--only", "sights"), "--only is 'sights'"),
         ((), "Say what is asked"),
     ],

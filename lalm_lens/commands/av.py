@@ -1,9 +1,10 @@
 """`lalm-lens av`."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -29,8 +30,11 @@ from lalm_lens.commands.steps import Shown, Steps, run_steps, steps_named
 from lalm_lens.errors import DataError, InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lalm_lens.counterfactual import Swapped
     from lalm_lens.model import HookedLALM
+    from lalm_lens.tables import Table
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -42,6 +46,7 @@ lalm-lens av ./checkpoint ./videos --attribute animal --judge my_judge:judge --o
 """
 
 EYES = ("image", "video")
+T = TypeVar("T", bound="Table")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,12 @@ class Asked:
         """The same with what is seen as label."""
         return [replace(sample, label=sample.seen_label) for sample in self.samples]
 
+    def halves(self, found: "T") -> "dict[str, T]":
+        """The rows of conflicts in a table, and those of all else, where there are any."""
+        is_conflict = found.frame["sample"].isin([sample.name for sample in self.conflicts])
+        rows = {"counterfactual": found.frame[is_conflict], "factual": found.frame[~is_conflict]}
+        return {half: type(found)(its) for half, its in rows.items() if len(its)}
+
     @property
     def eyes(self) -> list[str]:
         """Where something is seen."""
@@ -90,7 +101,17 @@ def shares(asked: Asked) -> Shown:
     how: dict = {"exclude_sink": asked.exclude_sink, "regions": "merged", **asked.how}
     found = attention_share(asked.model, asked.samples, max_new_tokens=asked.max_new_tokens, **how)
     found.save(asked.out / "shares.parquet")
-    return {"shares": found.means()}, {"shares": found.plot(), "shares_per_token": found.plot("per_token")}
+    halves = asked.halves(found)
+    figures = {f"shares_{half}": its.plot() for half, its in halves.items()}
+    figures |= {f"shares_per_token_{half}": its.plot("per_token") for half, its in halves.items()}
+    return {"shares": by_half({half: its.means() for half, its in halves.items()})}, figures
+
+
+def by_half(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
+    """One table of both."""
+    import pandas as pd
+
+    return pd.concat([its.assign(half=half) for half, its in tables.items()], ignore_index=True)
 
 
 def latent(asked: Asked) -> Shown:
@@ -103,28 +124,61 @@ def latent(asked: Asked) -> Shown:
     tables, figures = {}, {}
     for name, found in (("heard", heard), ("seen", seen)):
         found.save(asked.out / f"latent_{name}.parquet")
-        tables |= {f"latent_{name}": found.scores(seed=asked.seed)}
-        tables |= {f"latent_{name}_by_layer": found.by_layer(seed=asked.seed)}
-        figures[f"latent_{name}"] = found.plot()
+        halves = {half: its for half, its in asked.halves(found).items() if its.frame.label.nunique() > 1}
+        if not halves:
+            raise DataError("Neither the counterfactual nor the factual pairs are of two labels: give more pairs.")
+        scores = {half: its.scores(seed=asked.seed) for half, its in halves.items()}
+        layers = {half: its.by_layer(seed=asked.seed) for half, its in halves.items()}
+        tables |= {f"latent_{name}": by_half(scores), f"latent_{name}_by_layer": by_half(layers)}
+        figures |= {f"latent_{name}_{half}": its.plot() for half, its in halves.items()}
     return tables, figures
 
 
-def probes(asked: Asked) -> Shown:
-    """What linear probes read of what is heard and seen, by layer."""
+def probes_heard(asked: Asked) -> Shown:
+    """What linear probes read of what is heard, by layer, where nothing that is seen tells it."""
+    its = independent(asked.samples, asked.seed)
+    return probed(asked, "heard", its, [sample.heard_clip for sample in its])
+
+
+def probes_seen(asked: Asked) -> Shown:
+    """What linear probes read of what is seen, by layer, where nothing that is heard tells it."""
+    its = independent(asked.samples, asked.seed)
+    return probed(asked, "seen", [replace(sample, label=sample.seen_label) for sample in its], [*map(pictures, its)])
+
+
+def probed(asked: Asked, name: str, samples: "list[Swapped]", groups: list[str]) -> Shown:
     from lalm_lens.experiments.probe import probe
 
-    tables, figures = {}, {}
+    once = Counter(dict(zip(groups, [sample.label for sample in samples], strict=True)).values())
+    label, fewest = once.most_common()[-1]
+    if fewest < 2:
+        raise DataError(f"Probes need two of each label, and {label} is {name} once among conflicts: give more pairs.")
     stacks: dict = {"stacks": ["audio_encoder", "adapter", "vision_encoder", "vision_adapter", "decoder"]}
-    clips, sights = [sample.heard_clip for sample in asked.samples], [pictures(sample) for sample in asked.samples]
-    for name, samples, groups in (("heard", asked.samples, clips), ("seen", asked.seen, sights)):
-        once = Counter(dict(zip(groups, [sample.label for sample in samples], strict=True)).values())
-        folds: dict = {"groups": groups, "n_folds": max(2, min(5, *once.values())), "seed": asked.seed}
-        folds["n_controls"] = asked.n_controls
-        found = probe(asked.model, samples, places=["audio", *asked.eyes, "last"], **stacks, **folds, **asked.how)
-        found.save(asked.out / f"probe_{name}.parquet")
-        tables[f"probe_{name}"] = found.layers(seed=asked.seed)
-        figures[f"probe_{name}"] = found.plot()
-    return tables, figures
+    folds: dict = {"groups": groups, "n_folds": min(5, fewest), "seed": asked.seed, "n_controls": asked.n_controls}
+    found = probe(asked.model, samples, places=["audio", *asked.eyes, "last"], **stacks, **folds, **asked.how)
+    found.save(asked.out / f"probe_{name}.parquet")
+    return {f"probe_{name}": found.layers(seed=asked.seed)}, {f"probe_{name}": found.plot()}
+
+
+def independent(samples: "Sequence[Swapped]", seed: int) -> "list[Swapped]":
+    """The conflicts, and as many drawn of the others as chance would make of them: without those, what is seen says
+    what is not heard, and with all of them, what is. Raises `DataError` for too few of either."""
+    import numpy as np
+
+    conflicts = [sample for sample in samples if sample.seen_label != sample.label]
+    if not conflicts:
+        raise DataError("Nothing that is seen is of another label than what is heard: give such pairs.")
+    heard, seen = Counter(its.label for its in conflicts), Counter(its.seen_label for its in conflicts)
+    by_chance = sum(heard[label] * seen[label] for label in heard) / len(conflicts) ** 2
+    others = [its for its in samples if its.seen_label == its.label and heard[its.label] and seen[its.label]]
+    n_others = round(len(conflicts) * by_chance / (1 - by_chance)) if by_chance < 1 else 0
+    if len(others) < n_others:
+        raise DataError(
+            f"Among {len(conflicts)} conflicts, {n_others} pairs that agree make what is seen independent of what is "
+            f"heard, and there are {len(others)}: give more of them."
+        )
+    drawn = np.random.default_rng(seed).choice(len(others), n_others, replace=False)
+    return conflicts + [others[n] for n in sorted(drawn)]
 
 
 def pictures(sample: "Swapped") -> str:
@@ -136,7 +190,7 @@ def pictures(sample: "Swapped") -> str:
 
 def knockout(asked: Asked) -> Shown:
     """What is said where the model cannot look at the sound, the picture or the words."""
-    from lalm_lens.experiments.caption_fidelity import CaptionFidelity, caption_fidelity
+    from lalm_lens.experiments.caption_fidelity import caption_fidelity
 
     chains = [(place, "generated") for place in ("audio", *asked.eyes, "query")]
     how: dict = {"chains": chains, "layers": [asked.window, "up_to", "from", "all"], **asked.how}
@@ -144,12 +198,10 @@ def knockout(asked: Asked) -> Shown:
     found.save(asked.out / "knockout.parquet")
     what = "texts that name it" if asked.judge is names else "fidelity of the text"
     tables, figures = {}, {}
-    for name, is_conflict in (("counterfactual", True), ("factual", False)):
-        its = CaptionFidelity(found.frame[(found.frame.label != found.frame.seen_label) == is_conflict])
-        if len(its.frame):
-            effects = its.effects(seed=asked.seed)
-            tables |= {f"said_{name}": said(effects), f"knockout_{name}": effects}
-            figures[f"knockout_{name}"] = its.plot(what)
+    for name, its in asked.halves(found).items():
+        effects = its.effects(seed=asked.seed)
+        tables |= {f"said_{name}": said(effects), f"knockout_{name}": effects}
+        figures[f"knockout_{name}"] = its.plot(what)
     return tables, figures
 
 
@@ -184,8 +236,10 @@ def pairs(asked: Asked) -> Shown:
         asked.model, asked.samples, chains=chains, max_new_tokens=asked.max_new_tokens, **asked.how
     )
     found.save(asked.out / "pairs.parquet")
-    effects = found.effects("log_probability", seed=asked.seed)
-    return {"pairs": effects}, {"pairs": plots_module("heard_plots").pair_map(effects, places, found.frame)}
+    halves, draw = asked.halves(found), plots_module("heard_plots").pair_map
+    effects = {half: its.effects("log_probability", seed=asked.seed) for half, its in halves.items()}
+    figures = {f"pairs_{half}": draw(effects[half], places, its.frame) for half, its in halves.items()}
+    return {"pairs": by_half(effects)}, figures
 
 
 def shift(asked: Asked) -> Shown:
@@ -194,15 +248,18 @@ def shift(asked: Asked) -> Shown:
 
     found = token_shift(asked.model, asked.base, asked.samples, max_new_tokens=asked.max_new_tokens, **asked.how)
     found.save(asked.out / "token_shift.parquet")
-    tables = {"token_shift": found.shares(seed=asked.seed)}
-    tables |= {"token_shift_named": found.named.shares(seed=asked.seed)} if len(found.named.frame) else {}
-    return tables, {"token_shift": found.plot()}
+    halves, named = asked.halves(found), asked.halves(found.named)
+    tables = {"token_shift": by_half({half: its.shares(seed=asked.seed) for half, its in halves.items()})}
+    if named:
+        tables["token_shift_named"] = by_half({half: its.shares(seed=asked.seed) for half, its in named.items()})
+    return tables, {f"token_shift_{half}": its.plot() for half, its in halves.items()}
 
 
 STEPS: Steps = {
     "shares": shares,
     "latent": latent,
-    "probes": probes,
+    "probes_heard": probes_heard,
+    "probes_seen": probes_seen,
     "knockout": knockout,
     "pairs": pairs,
     "shift": shift,
@@ -260,6 +317,8 @@ def av_command(
     """Find out whether a model that hears and sees hears: all of arXiv 2604.02605, its figures and tables. Where no row
     says that something else is seen, every clip is shown with another one's picture as well."""
     steps = steps_named(only, STEPS)
+    if window % 2 == 0:
+        raise InputError(f"--window is odd, with as many layers below its middle as above it; got {window}.")
     its, one_form = asked_about(attribute, question, labels, prefix), one_of("form", form)
     if not data.is_dir():
         raise DataError(f"{data} is no folder. Give one with metadata.jsonl.")

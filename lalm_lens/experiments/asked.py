@@ -10,6 +10,7 @@ from torch import Tensor
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.conflict import ConflictItem
 from lalm_lens.corrupt import Corrupted
+from lalm_lens.counterfactual import Swapped
 from lalm_lens.datasets import Sample, heard, refuse_repeated, seen
 from lalm_lens.errors import HookError, InputError, PromptError
 from lalm_lens.metrics import METRICS, Answer, LogP, Predict, log_probabilities
@@ -66,7 +67,8 @@ class Question:
     def columns(self, sample: Sample) -> dict[str, str | bool | None]:
         """What says all of this in a table."""
         asked = question_columns(self.model, sample, self.attribute, self.form, self.label_space)
-        return {**asked, **sample.columns}
+        its_seen = {"seen_label": sample.seen_label} if isinstance(sample, Swapped) else {}
+        return {**asked, **its_seen, **sample.columns}
 
 
 def questions(

@@ -173,6 +173,7 @@ class AttentionShare(Table):
     BY_CLIP: ClassVar[bool] = True
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
+        "seen_label": "str",  # of a counterfactual pair, another one than `label`
         "queries": "str",
         "exclude_sink": "int64",  # how many first positions are left out as keys
         "layer": "int64",

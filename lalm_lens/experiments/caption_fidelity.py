@@ -20,6 +20,7 @@ from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question, processor_of, refuse_foreign_hooks
 from lalm_lens.experiments.attention_knockout import CELL, RUN_COLUMNS
 from lalm_lens.experiments.cuts import Chain, Heads, LayerSets, cuts
+from lalm_lens.experiments.knockout_generation import explicitly
 from lalm_lens.generation import Generated
 from lalm_lens.hooks import NamedHook
 from lalm_lens.model import HookedLALM
@@ -76,7 +77,7 @@ def caption_fidelity(
         judged: dict[str, tuple[float, float]] = {}
 
         def told(when: str, hooks: Sequence[NamedHook], sample: Sample = sample, run: Run = run, known=judged) -> dict:
-            generated = model.generate(run.inputs, max_new_tokens, fwd_hooks=hooks)
+            generated = model.generate(run.inputs, max_new_tokens, fwd_hooks=[*explicitly(model), *hooks])
             text = attribute.prefix + written(generated)
             if text not in known:
                 known[text] = scores(judge, text, sample)
@@ -85,7 +86,7 @@ def caption_fidelity(
 
         before = told("before", ())
         rows = [{**columns, **before, **told("after", its)} for columns, its in changed]
-        frames.append(pd.DataFrame(rows).assign(**question.columns(sample), seen_label=seen_label(sample)))
+        frames.append(pd.DataFrame(rows).assign(**{**question.columns(sample), "seen_label": seen_label(sample)}))
     return CaptionFidelity.concat(frames)
 
 

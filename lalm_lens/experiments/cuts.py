@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from lalm_lens.errors import InputError
 from lalm_lens.experiments.cells import len_prompt
-from lalm_lens.interventions import Knockout
+from lalm_lens.interventions import Knockout, OnScores
 from lalm_lens.model import HookedLALM
 from lalm_lens.pieces import Region
 from lalm_lens.runs import Run
@@ -34,7 +34,7 @@ class Cut:
     layer: int | None
     layers: tuple[int, ...]
     heads: tuple[int, ...] | None
-    knockouts: tuple[Knockout, ...]
+    knockouts: tuple[OnScores, ...]
 
     def columns(self) -> dict[str, str | int | None]:
         return {

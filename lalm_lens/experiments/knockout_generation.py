@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
+from transformer_lens.hook_points import HookPoint
 
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.datasets import Sample
@@ -27,7 +28,7 @@ from lalm_lens.experiments.changed import changes
 from lalm_lens.experiments.cuts import Chain, Cut, Heads, LayerSets, cuts
 from lalm_lens.generation import Generated
 from lalm_lens.inputs import Inputs
-from lalm_lens.interventions import Knockout
+from lalm_lens.interventions import NamedHook, OnScores, ScaleAttention
 from lalm_lens.model import HookedLALM
 from lalm_lens.readouts import Score
 from lalm_lens.results import QUESTION_COLUMNS
@@ -55,26 +56,50 @@ def knockout_generation(
 
     `chains`, `layers` and `heads` are those of `attention_knockout`. Beside what the model writes instead stands what
     it thinks of what it wrote before: the log-probability of that text, each token after those before it, with the same
-    attention cut. `engine` is that of `Plan`, for these; writing has none. Raises what `attention_knockout` raises.
+    attention cut. What is before goes the way of what is after, with explicit scores that are left as they were: else
+    another kernel's rounding would count as a change. `engine` is that of `Plan`, for log-probabilities; writing has
+    none. Raises what `attention_knockout` raises.
     """
     question = Question.about(model, samples, attribute, form, label_space)
     frames = []
     for sample in tqdm(samples, f"writing, {question.attribute.name}", unit="clip", disable=not progress):
         run = question.run(sample)
         its_cuts = cuts(model, run, chains, layers, heads, n_new=max_new_tokens - 1)
-        before = model.generate(run.inputs, max_new_tokens)
+        before = model.generate(run.inputs, max_new_tokens, fwd_hooks=explicitly(model))
         rows = [written_row(question, sample, before, write(model, run, cut, max_new_tokens)) for cut in its_cuts]
-        log_p = forced(model, run, before.tokens[before.is_token], its_cuts, engine).sum(-1)
+        answer, uncut = before.tokens[before.is_token], [uncutting(cut) for cut in its_cuts]
+        log_p = forced(model, run, answer, [*uncut, *its_cuts], engine).sum(-1).tolist()
         columns = pd.DataFrame([{**question.columns(sample), **cut.columns()} for cut in its_cuts])
-        frames.append(columns.join(pd.DataFrame(rows)).assign(log_p_after=log_p.tolist()))
+        frames.append(columns.join(pd.DataFrame(rows)).assign(**log_p_columns(log_p)))
     return KnockoutGeneration.concat(frames)
 
 
 def write(model: HookedLALM, run: Run, cut: Cut, max_new_tokens: int) -> Generated:
     """What the model writes with this attention cut in every step."""
-    return model.generate(
-        run.inputs, max_new_tokens, fwd_hooks=[hook for knockout in cut.knockouts for hook in knockout.hooks()]
-    )
+    cutting = [hook for knockout in cut.knockouts for hook in knockout.hooks()]
+    return model.generate(run.inputs, max_new_tokens, fwd_hooks=[*explicitly(model), *cutting])
+
+
+def explicitly(model: HookedLALM) -> list[NamedHook]:
+    """Hooks that change nothing, under which every layer makes its scores: the fused kernel rounds in another way, so
+    that in bfloat16 a text would change where nothing is cut."""
+    return [(f"blocks.{layer}.attn.hook_attn_scores", seen) for layer in range(model.decoder_cfg.n_layers)]
+
+
+def seen(scores: Tensor, hook: HookPoint) -> None:
+    """Nothing is changed."""
+
+
+def uncutting(cut: Cut) -> Cut:
+    """One that goes the same way, and leaves all scores as they were."""
+    its = (ScaleAttention(each.layers, each.queries, each.keys, each.heads, factor=1.0) for each in cut.knockouts)
+    return replace(cut, knockouts=tuple(its))
+
+
+def log_p_columns(log_p: list[float]) -> dict[str, list[float]]:
+    """Of the cuts that leave all as it was, and then of those that do not."""
+    n = len(log_p) // 2
+    return {"log_p_before": log_p[:n], "log_p_after": log_p[n:]}
 
 
 def forced(
@@ -91,7 +116,7 @@ def forced(
     return Plan(model, branches, Score(read, tuple(range(-len(tokens), 0))), engine=engine).run().values
 
 
-def within(knockout: Knockout, n_pos: int) -> Knockout:
+def within(knockout: OnScores, n_pos: int) -> OnScores:
     """The part of a knockout that a run of so many positions has."""
     queries, keys = (tuple(n for n in at if n < n_pos) for at in (knockout.queries_at, knockout.keys_at))
     return replace(knockout, queries=queries, keys=keys)
@@ -114,7 +139,7 @@ def continued(run: Run, tokens: Tensor) -> Run:
 
 
 def written_row(question: Question, sample: Sample, before: Generated, after: Generated) -> dict:
-    row: dict = {"log_p_before": float(before.log_probs.sum())}
+    row: dict = {}
     for when, its in (("before", before), ("after", after)):
         text = its.texts[0] if its.texts else ""
         said = first_named(text, question.labels)
@@ -138,6 +163,7 @@ class KnockoutGeneration(Table):
     BY_CLIP: ClassVar[bool] = True
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
+        "seen_label": "str",  # of a counterfactual pair, another one than `label`
         **RUN_COLUMNS,
         **{f"text_{when}": "str" for when in ("before", "after")},
         **{f"n_tokens_{when}": "int64" for when in ("before", "after")},

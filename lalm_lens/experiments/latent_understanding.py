@@ -97,6 +97,7 @@ class LatentUnderstanding(Table):
     NAME: ClassVar[str] = "a table of latent understanding"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
+        "seen_label": "str",  # of a counterfactual pair, another one than `label`
         "rule": "str",  # which tokens name a label
         "norm": "bool",  # whether the final norm was applied
         "top_k": "int64",

@@ -173,6 +173,7 @@ class TokenShift(Table):
     NAME: ClassVar[str] = "a table of token shifts"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
+        "seen_label": "str",  # of a counterfactual pair, another one than `label`
         "base": "str",
         "base_hears": "str",  # clip, silence, nothing
         "is_given": "bool",  # whether the text was given, not written by the model
