@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -35,6 +36,7 @@ from lalm_lens.datasets import (
 from lalm_lens.datasets.folder import LISTS
 from lalm_lens.errors import AudioError, DataError, PromptError
 from lalm_lens.experiments.asked import Question
+from lalm_lens.study import Study
 
 SAKURA_COLUMNS = ("attribute_label", "single_instruction", "single_answer", "multi_instruction", "multi_answer")
 LABELS = ("dog", "cat", "frog", "cow", "dog", "cat")
@@ -97,6 +99,51 @@ def test_sakura_is_the_same_from_the_hub_and_from_github(hub, github):
         written = torch.from_numpy(tone(n)).float()
         torch.testing.assert_close(one.waveform, written, atol=1e-4, rtol=0)
     assert read_attributes(github / "data", ["animal"]).keys() == {"animal"}
+
+
+def downloaded(hub: Path, folder: Path) -> Path:
+    """Two tracks as they are on the Hub, beside each other."""
+    for track in ("AnimalQA", "GenderQA"):
+        shutil.copytree(hub, folder / "sakura" / track)
+    return folder
+
+
+STUDY = """
+[[model]]
+path = "a model"
+
+[[dataset]]
+{where}
+attributes = ["animal"]
+
+[[experiment]]
+name = "information_score"
+"""
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        'sakura = "github"',
+        'sakura = "github/data"',
+        'sakura = "github/data/{attribute}"',
+        'folder = "github"',
+        'folder = "github/data/{attribute}"',
+        'sakura = "sakura"',
+        'sakura = "sakura/{attribute}QA"',
+        'hub = "sakura/{attribute}QA"\ncolumns = { label = "attribute_label" }',
+    ],
+)
+def test_a_study_reads_any_copy_of_sakura_beside_it(tmp_path, hub, github, monkeypatch, where):
+    monkeypatch.chdir(hub)
+    (downloaded(hub, tmp_path) / "github").symlink_to(github)
+    (tmp_path / "study.toml").write_text(STUDY.replace("{where}", where))
+    study = Study.read(tmp_path / "study.toml")
+    clips = study.datasets[0].list(ATTRIBUTES["animal"], study.path.parent)
+    expected = sakura("animal", hub)
+    assert [(its.name, its.label, its.digest) for its in clips] == [
+        (its.name, its.label, its.digest) for its in expected
+    ]
 
 
 def test_sakura_is_asked_for_by_its_name_on_the_hub(monkeypatch):

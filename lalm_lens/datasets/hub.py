@@ -5,10 +5,11 @@ from typing import Any
 
 from lalm_lens.attributes import Attribute, attribute_named
 from lalm_lens.datasets.clip import Clip, cleaned
+from lalm_lens.datasets.folder import folders_named, is_listed, list_track
 from lalm_lens.datasets.sample import refuse_repeated
 from lalm_lens.errors import DataError, reason
 
-SAKURA = "SLLM-multi-hop/{}QA"  # on the Hub, for Animal, Emotion, Gender and Language
+SAKURA, TRACK = "SLLM-multi-hop", "{}QA"  # on the Hub, for Animal, Emotion, Gender and Language
 OPTIONAL = ("transcript", "speaker", "question")
 
 
@@ -60,7 +61,16 @@ def list_dataset(dataset: Any, *, audio: str = "audio", label: str = "label", **
 
 def sakura(attribute: str | Attribute, name: str | Path | None = None) -> list[Clip]:
     """A track of SAKURA (arXiv 2505.13237) as it is published: 500 clips of its attribute, from the Hub or, with
-    `name`, from another copy of that dataset, as the folder it was downloaded to. Labels are cleaned."""
+    `name`, from a copy: the folder of GitHub (`data/Gender/metadata.csv`), one that holds what was downloaded from the
+    Hub (`GenderQA`), or the folder of a track. Labels are cleaned.
+
+    Raises `DataError` for a dataset that cannot be loaded or a label that is not the attribute's."""
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
-    where = SAKURA.format(attribute.name.capitalize()) if name is None else str(name)
-    return cleaned(list_hub(where, label="attribute_label"), attribute)
+    track = TRACK.format(attribute.name.capitalize())
+    if name is None:
+        return cleaned(list_hub(f"{SAKURA}/{track}", label="attribute_label"), attribute)
+    folder = Path(name)
+    if is_listed(folder) or folders_named(folder, [attribute.name]):
+        return cleaned(list_track(folder, attribute), attribute)
+    downloaded = folder / track if (folder / track).is_dir() else folder
+    return cleaned(list_hub(str(downloaded), label="attribute_label"), attribute)
