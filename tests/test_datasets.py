@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -212,8 +213,22 @@ def test_any_dataset_names_its_columns():
         list_dataset(dataset, audio="clip")
     with pytest.raises(DataError, match="mood is not read of a clip"):
         list_dataset(dataset, audio="clip", label="sex", mood="who")
+    without = datasets.Dataset(InMemoryTable(table.set_column(1, "sex", pa.array([1, -1]))), info=dataset.info)
+    with pytest.raises(DataError, match="Row 1 of the dataset has no sex"):
+        list_dataset(without, audio="clip", label="sex")
     with pytest.raises(DataError, match="nowhere at all cannot be loaded"):
         list_hub("nowhere at all")
+
+
+def test_sound_files_are_no_dataset(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "mine" / "test").mkdir(parents=True)
+    soundfile.write(tmp_path / "mine" / "test" / "a.wav", tone(0), 16_000)
+    (tmp_path / "mine" / "test" / "metadata.csv").write_text("file_name,label\na.wav,male\n")
+    with pytest.raises(DataError, match=r"mine cannot be read \(.*torchcodec.*\)\. .* in a study, folder = ") as raised:
+        list_hub(str(tmp_path / "mine"))
+    assert "\n" not in str(raised.value)
 
 
 def test_labels_are_spelled_as_the_attribute_does():

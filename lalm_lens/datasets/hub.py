@@ -10,6 +10,7 @@ from lalm_lens.datasets.sample import refuse_repeated
 from lalm_lens.errors import DataError, reason
 
 SAKURA, TRACK = "SLLM-multi-hop", "{}QA"  # on the Hub, for Animal, Emotion, Gender and Language
+UNLABELLED = -1  # a ClassLabel's
 OPTIONAL = ("transcript", "speaker", "question")
 
 
@@ -25,9 +26,15 @@ def list_hub(
     """The clips of a dataset on the Hub, or of a folder in one of the layouts that `datasets.load_dataset` reads. See
     `list_dataset`. Raises `DataError` for a dataset that cannot be loaded."""
     from datasets import load_dataset  # seconds to import
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         loaded = load_dataset(name, config, split=split)
+    except DatasetGenerationError as error:
+        raise DataError(
+            f"The dataset {name} cannot be read ({reason(error.__cause__ or error)}). Sound files with a "
+            "metadata.jsonl or metadata.csv are read as a folder: in a study, folder = ... in place of hub = ..."
+        ) from error
     except (OSError, ValueError) as error:
         raise DataError(f"The dataset {name} cannot be loaded ({reason(error)}).") from error
     return list_dataset(loaded, audio=audio, label=label, **columns)
@@ -45,11 +52,12 @@ def list_dataset(dataset: Any, *, audio: str = "audio", label: str = "label", **
         raise DataError(f"{unknown[0]} is not read of a clip. Columns may be named for {', '.join(OPTIONAL)}.")
     if missing := [name for name in (audio, label, *columns.values()) if name not in dataset.column_names]:
         raise DataError(f"The dataset has no column {missing[0]!r}, only {', '.join(dataset.column_names)}.")
-    names = dataset.features[label].int2str if isinstance(dataset.features[label], ClassLabel) else str
+    is_class = isinstance(dataset.features[label], ClassLabel)
+    names = dataset.features[label].int2str if is_class else str
     clips = []
     for n, row in enumerate(dataset.cast_column(audio, Audio(decode=False))):
         sound, about = row[audio], {key: row[column] for key, column in columns.items()}
-        if sound is None or row[label] is None:
+        if sound is None or row[label] is None or (is_class and row[label] == UNLABELLED):
             raise DataError(f"Row {n} of the dataset has no {audio if sound is None else label}.")
         clip_name = row.get("file") or (Path(sound["path"]).name if sound["path"] else f"{n:05d}")
         source = Path(sound["path"]) if sound["bytes"] is None else sound["bytes"]
