@@ -35,12 +35,16 @@ class Worker:
         sys.argv = command
         self.models = Models(device)
 
+    def start(self) -> None:
+        """Answered once the cluster has found a place for this worker."""
+
     def finish(self, unit: Unit, out: Path) -> Outcome | None:
         return finish(unit, out, self.models)
 
 
 def run_ray(units: Sequence[Unit], out: Path, workers: int | None = None, device: str = "cpu") -> Iterator[Outcome]:
     """On all GPUs of a cluster, or on `workers` of them; without GPUs, on that many processes, 1 by default.
+    Workers that the cluster has no place for wait for one, while the others go on.
 
     A unit whose worker died is run again, three times at most. Units that somebody else has claimed are waited for.
     Raises `InputError` for a cluster that cannot be reached.
@@ -87,8 +91,13 @@ class Queue:
         return True
 
 
-def drained(ray: ModuleType, queue: Queue, out: Path, idle: list[Any], worker: Callable[[], Any]) -> Iterator[Outcome]:
-    """Every unit's outcome, as they come; `worker` makes another worker."""
+def drained(
+    ray: ModuleType, queue: Queue, out: Path, workers: Sequence[Any], worker: Callable[[], Any]
+) -> Iterator[Outcome]:
+    """Every unit's outcome, as they come; `worker` makes another worker. One that the cluster has no place for yet is
+    given no unit."""
+    starting = {one.start.remote(): one for one in workers}
+    idle: list[Any] = []
     running: dict[Any, tuple[Any, Unit]] = {}
     last: dict[Any, Opened] = {}
     while queue.units or running:
@@ -97,12 +106,16 @@ def drained(ray: ModuleType, queue: Queue, out: Path, idle: list[Any], worker: C
             unit = queue.take(last.get(one))
             last[one] = unit.model
             running[one.finish.remote(unit, out)] = one, unit
-        (ready,), _ = ray.wait(list(running), num_returns=1)
+        (ready,), _ = ray.wait([*starting, *running], num_returns=1)
+        if ready in starting:
+            idle.append(starting.pop(ready))
+            continue
         one, unit = running.pop(ready)
         try:
             outcome = ray.get(ready)
         except ray.exceptions.RayActorError as error:
-            idle.append(worker())
+            another = worker()
+            starting[another.start.remote()] = another
             if not queue.retry(unit):
                 why = f"Its worker died {TRIES} times, at last because: {reason(error)}"
                 yield Outcome(unit, failure=why)

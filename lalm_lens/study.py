@@ -16,7 +16,8 @@ from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
 from lalm_lens.audio import check_audible
 from lalm_lens.conflict import Conflict
 from lalm_lens.corrupt import OtherClip
-from lalm_lens.datasets import Clip, Sample, cleaned, list_folder, list_hub, sakura, split
+from lalm_lens.datasets import Clip, Sample, cleaned, list_hub, sakura, split
+from lalm_lens.datasets.folder import list_track
 from lalm_lens.discovery import Experiment, experiment_named, made, refuse_unknown, value_of
 from lalm_lens.errors import AudioError, DataError, InputError, LensError, PromptError, reason
 from lalm_lens.loading import without_weights
@@ -43,9 +44,9 @@ class ModelTable:
 @dataclass(frozen=True)
 class DatasetTable:
     """[[dataset]]: labelled clips of some attributes. One of `folder`, `hub` and `sakura` says where they are; a
-    "{attribute}" in the first two is the attribute's name. `n_clips` takes so many, in the proportions of the labels;
-    `cut` cuts those that are longer than a model hears; `made` is how many clips the command makes, such as the tiny
-    models hear, in a folder that is not there yet."""
+    "{attribute}" in it is the attribute's name. A folder without a list may hold one folder of each attribute's name.
+    `n_clips` takes so many, in the proportions of the labels; `cut` cuts those that are longer than a model hears;
+    `made` is how many clips the command makes, such as the tiny models hear, in a folder that is not there yet."""
 
     attributes: tuple[str, ...]
     name: str | None = None
@@ -73,18 +74,26 @@ class DatasetTable:
         return self.name or self.folder or self.hub or "SAKURA"
 
     def at(self, base: Path, attribute: str) -> Path:
-        return base / str(self.folder).format(attribute=attribute)
+        """The folder beside the study's file, with the attribute's name as it is, or as Gender where that is there."""
+        path = str(self.folder or self.hub or self.sakura)
+        folders = [base / Path(written(path, name)).expanduser() for name in (attribute, attribute.capitalize())]
+        return next((folder for folder in folders if folder.is_dir()), folders[0])
 
     def list(self, attribute: Attribute, base: Path) -> list[Clip]:
         """Raises `DataError` for a list that cannot be read."""
+        folder = self.at(base, attribute.name)
         if self.sakura:
-            clips = sakura(attribute, None if self.sakura is True else base / str(self.sakura))
+            clips = sakura(attribute, None if self.sakura is True else folder)
         elif self.folder:
-            clips = list_folder(self.at(base, attribute.name))
+            clips = list_track(folder, attribute)
         else:
-            where = str(self.hub).format(attribute=attribute.name)
+            where = str(folder) if folder.is_dir() else written(str(self.hub), attribute.name)
             clips = list_hub(where, split=self.split, config=self.config, **self.columns)
         return clips if self.n_clips is None or self.n_clips >= len(clips) else split(clips, self.n_clips, self.seed)[0]
+
+
+def written(path: str, attribute: str) -> str:
+    return path.replace("{attribute}", attribute)
 
 
 @dataclass(frozen=True)

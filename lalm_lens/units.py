@@ -162,11 +162,19 @@ class Unit:
                 settings[name] = replace(value, among=tuple(self.as_heard(self.others)))
         return {"attribute": self.attribute, **self.experiment.asked_in(self.form), **settings}
 
+    @property
+    def seed(self) -> str | None:
+        """The experiment's own, else that of one of its settings, else that of the conflict."""
+        if "seed" in self.settings:
+            return repr(self.settings["seed"])
+        drawn: list[Any] = [*self.settings.values(), self.conflict]
+        return next((repr(its.seed) for its in drawn if hasattr(its, "seed")), None)
+
     def write(self, table: Table, out: Path, excluded: Mapping[str, str], wall_s: float, device: str) -> Path:
         told = {
             **self.key,
             "excluded": dict(excluded),
-            "seed": next((repr(its.seed) for its in self.settings.values() if hasattr(its, "seed")), None),
+            "seed": self.seed,
             "wall_s": wall_s,
             "device": device,
             "threads": torch.get_num_threads(),

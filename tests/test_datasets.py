@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -35,6 +37,7 @@ from lalm_lens.datasets import (
 from lalm_lens.datasets.folder import LISTS
 from lalm_lens.errors import AudioError, DataError, PromptError
 from lalm_lens.experiments.asked import Question
+from lalm_lens.study import Study
 
 SAKURA_COLUMNS = ("attribute_label", "single_instruction", "single_answer", "multi_instruction", "multi_answer")
 LABELS = ("dog", "cat", "frog", "cow", "dog", "cat")
@@ -97,6 +100,51 @@ def test_sakura_is_the_same_from_the_hub_and_from_github(hub, github):
         written = torch.from_numpy(tone(n)).float()
         torch.testing.assert_close(one.waveform, written, atol=1e-4, rtol=0)
     assert read_attributes(github / "data", ["animal"]).keys() == {"animal"}
+
+
+def downloaded(hub: Path, folder: Path) -> Path:
+    """Two tracks as they are on the Hub, beside each other."""
+    for track in ("AnimalQA", "GenderQA"):
+        shutil.copytree(hub, folder / "sakura" / track)
+    return folder
+
+
+STUDY = """
+[[model]]
+path = "a model"
+
+[[dataset]]
+{where}
+attributes = ["animal"]
+
+[[experiment]]
+name = "information_score"
+"""
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        'sakura = "github"',
+        'sakura = "github/data"',
+        'sakura = "github/data/{attribute}"',
+        'folder = "github"',
+        'folder = "github/data/{attribute}"',
+        'sakura = "sakura"',
+        'sakura = "sakura/{attribute}QA"',
+        'hub = "sakura/{attribute}QA"\ncolumns = { label = "attribute_label" }',
+    ],
+)
+def test_a_study_reads_any_copy_of_sakura_beside_it(tmp_path, hub, github, monkeypatch, where):
+    monkeypatch.chdir(hub)
+    (downloaded(hub, tmp_path) / "github").symlink_to(github)
+    (tmp_path / "study.toml").write_text(STUDY.replace("{where}", where))
+    study = Study.read(tmp_path / "study.toml")
+    clips = study.datasets[0].list(ATTRIBUTES["animal"], study.path.parent)
+    expected = sakura("animal", hub)
+    assert [(its.name, its.label, its.digest) for its in clips] == [
+        (its.name, its.label, its.digest) for its in expected
+    ]
 
 
 def test_sakura_is_asked_for_by_its_name_on_the_hub(monkeypatch):
@@ -165,8 +213,22 @@ def test_any_dataset_names_its_columns():
         list_dataset(dataset, audio="clip")
     with pytest.raises(DataError, match="mood is not read of a clip"):
         list_dataset(dataset, audio="clip", label="sex", mood="who")
+    without = datasets.Dataset(InMemoryTable(table.set_column(1, "sex", pa.array([1, -1]))), info=dataset.info)
+    with pytest.raises(DataError, match="Row 1 of the dataset has no sex"):
+        list_dataset(without, audio="clip", label="sex")
     with pytest.raises(DataError, match="nowhere at all cannot be loaded"):
         list_hub("nowhere at all")
+
+
+def test_sound_files_are_no_dataset(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "mine" / "test").mkdir(parents=True)
+    soundfile.write(tmp_path / "mine" / "test" / "a.wav", tone(0), 16_000)
+    (tmp_path / "mine" / "test" / "metadata.csv").write_text("file_name,label\na.wav,male\n")
+    with pytest.raises(DataError, match=r"mine cannot be read \(.*torchcodec.*\)\. .* in a study, folder = ") as raised:
+        list_hub(str(tmp_path / "mine"))
+    assert "\n" not in str(raised.value)
 
 
 def test_labels_are_spelled_as_the_attribute_does():

@@ -1,5 +1,6 @@
 """Units on a Ray cluster: what dies is run again, and the table is the same."""
 
+import math
 import os
 import sys
 import threading
@@ -30,28 +31,35 @@ class Fake(SimpleNamespace):
 
 
 class FakeRay:
-    """Workers that answer at once, as they are told to: with an outcome, None where another has the claim, or death."""
+    """Workers that answer at once, as they are told to: with an outcome, None where another has the claim, or death.
+    Of the first workers `n_cpus` have a place, the others never answer."""
 
     exceptions = SimpleNamespace(RayActorError=Died)
 
-    def __init__(self, answers: dict[str, list[object]]):
+    def __init__(self, answers: dict[str, list[object]], n_cpus: float = math.inf):
         self.answers = {name: deque(its) for name, its in answers.items()}
         self.by: dict[str, list[int]] = {}
         self.n_workers = 0
+        self.n_cpus = n_cpus
 
     def worker(self) -> Fake:
         self.n_workers += 1
         number = self.n_workers
 
-        def remote(unit, out):
+        def finish(unit, out):
             self.by.setdefault(unit.hash, []).append(number)
             answers = self.answers.get(unit.hash)
-            return unit, answers.popleft() if answers else "finished"
+            return unit, "never" if number > self.n_cpus else answers.popleft() if answers else "finished"
 
-        return Fake(finish=SimpleNamespace(remote=remote))
+        def start():
+            return number, "never" if number > self.n_cpus else "started"
 
-    def wait(self, running, num_returns):
-        return running[:1], running[1:]
+        return Fake(finish=SimpleNamespace(remote=finish), start=SimpleNamespace(remote=start))
+
+    def wait(self, asked, num_returns):
+        answered = [its for its in asked if its[1] != "never"]
+        assert answered, "it waits for ever"
+        return answered[:1], [its for its in asked if its is not answered[0]]
 
     def get(self, ready):
         unit, answer = ready
@@ -64,8 +72,10 @@ def fake_unit(name: str, model: str = "a") -> Fake:
     return Fake(hash=name, model=model)
 
 
-def outcomes_of(answers: dict[str, list[object]], units: list, n_workers: int = 1) -> tuple[dict, FakeRay]:
-    ray = FakeRay(answers)
+def outcomes_of(
+    answers: dict[str, list[object]], units: list, n_workers: int = 1, n_cpus: float = math.inf
+) -> tuple[dict, FakeRay]:
+    ray = FakeRay(answers, n_cpus)
     workers = [ray.worker() for _ in range(n_workers)]
     found = list(drained(ray, Queue(units), Path("out"), workers, ray.worker))
     assert sorted(its.unit.hash for its in found) == sorted(unit.hash for unit in units)  # each once
@@ -97,6 +107,12 @@ def test_a_worker_keeps_its_model():
     units = [fake_unit(f"{n}{model}", model) for n in range(3) for model in "xy"]
     _, ray = outcomes_of({}, units, n_workers=2)
     assert {len({by for name, (by,) in ray.by.items() if name.endswith(model)}) for model in "xy"} == {1}
+
+
+def test_a_worker_without_a_place_holds_no_unit():
+    failures, ray = outcomes_of({}, [fake_unit(name) for name in "abcde"], n_workers=4, n_cpus=2)
+    assert not any(failures.values())
+    assert {by for (by,) in ray.by.values()} == {1, 2}
 
 
 def test_ray_is_an_extra(monkeypatch):

@@ -1,5 +1,6 @@
 """A study is resumed wherever it was stopped, and ends as if it never had been."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -19,6 +20,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from pyarrow.parquet import read_metadata
 from safetensors.torch import load_file
 
 from lalm_lens import cli, runner
@@ -37,7 +39,7 @@ from lalm_lens.results import CausalTrace
 from lalm_lens.runner import Models, run_local, table_of, unfinished, write_list
 from lalm_lens.study import Planned, Study, planned
 from lalm_lens.study_results import compare_models, load_results
-from lalm_lens.units import Opened, Unit, claimed, fingerprint
+from lalm_lens.units import ABOUT, Opened, Unit, claimed, fingerprint
 
 pytestmark = pytest.mark.numbers
 
@@ -491,6 +493,7 @@ windows = [1]
 name = "probe"
 conflict = { conditions = ["aligned", "conflict"] }
 stacks = ["decoder"]
+seed = 7
 n_folds = 2
 n_controls = 1
 max_iter = 10
@@ -540,6 +543,14 @@ def test_a_unit_of_a_conflict_is_known_by_what_is_stated(conflicts, study):
     whole = lens("", "")
     assert not set(lens("seed = 3", "seed = 4")) & set(whole)
     assert not set(lens(", seed = 3", ', seed = 3, order = "text_first"')) & set(whole)
+
+
+def test_a_unit_says_its_seed(conflicts, undisturbed):
+    paths = [path for out in (conflicts[1], undisturbed) for path in out.glob("*.parquet")]
+    told = [json.loads(read_metadata(path).metadata[ABOUT]) for path in paths]
+    said = {its["experiment"]: its["seed"] for its in told}
+    expected = {"probe": "7", "logit_lens": "3", "causal_trace": "1", "activations": None}
+    assert {name: said[name] for name in expected} == expected
 
 
 def test_activations_are_units(conflicts, study, tiny_lalm):

@@ -106,14 +106,24 @@ def read_attributes(folder: str | Path, names: Sequence[str]) -> dict[str, list[
 def attribute_folders(folder: str | Path, names: Sequence[str]) -> dict[str, Path]:
     """Each folder inside `folder`, or its folder `data`, that has one of these names, in capitals or not: SAKURA as it
     is on GitHub. Raises `DataError` if there is none."""
-    roots = [root for root in (Path(folder), Path(folder) / "data") if root.is_dir()]
-    inside = {path.name.lower(): path for root in reversed(roots) for path in root.iterdir() if path.is_dir()}
-    found = {name: inside[name] for name in names if name in inside}
+    found = folders_named(Path(folder), names)
     if not found:
         raise DataError(
             f"{folder} has neither metadata.jsonl nor a folder of an attribute ({', '.join(names)}) that has one."
         )
     return found
+
+
+def folders_named(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    roots = [root for root in (folder, folder / "data") if root.is_dir()]
+    inside = {path.name.lower(): path for root in reversed(roots) for path in root.iterdir() if path.is_dir()}
+    return {name: inside[name] for name in names if name in inside}
+
+
+def list_track(folder: Path, attribute: Attribute) -> list[Clip]:
+    """The clips that a folder lists, or else the folder in it that has the attribute's name, as in SAKURA's."""
+    inside = {} if is_listed(folder) else folders_named(folder, [attribute.name])
+    return list_folder(inside.get(attribute.name, folder))
 
 
 def list_as(folder: Path, attribute: Attribute) -> list[Clip]:

@@ -5,10 +5,12 @@ from typing import Any
 
 from lalm_lens.attributes import Attribute, attribute_named
 from lalm_lens.datasets.clip import Clip, cleaned
+from lalm_lens.datasets.folder import folders_named, is_listed, list_track
 from lalm_lens.datasets.sample import refuse_repeated
 from lalm_lens.errors import DataError, reason
 
-SAKURA = "SLLM-multi-hop/{}QA"  # on the Hub, for Animal, Emotion, Gender and Language
+SAKURA, TRACK = "SLLM-multi-hop", "{}QA"  # on the Hub, for Animal, Emotion, Gender and Language
+UNLABELLED = -1  # a ClassLabel's
 OPTIONAL = ("transcript", "speaker", "question")
 
 
@@ -24,9 +26,15 @@ def list_hub(
     """The clips of a dataset on the Hub, or of a folder in one of the layouts that `datasets.load_dataset` reads. See
     `list_dataset`. Raises `DataError` for a dataset that cannot be loaded."""
     from datasets import load_dataset  # seconds to import
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         loaded = load_dataset(name, config, split=split)
+    except DatasetGenerationError as error:
+        raise DataError(
+            f"The dataset {name} cannot be read ({reason(error.__cause__ or error)}). Sound files with a "
+            "metadata.jsonl or metadata.csv are read as a folder: in a study, folder = ... in place of hub = ..."
+        ) from error
     except (OSError, ValueError) as error:
         raise DataError(f"The dataset {name} cannot be loaded ({reason(error)}).") from error
     return list_dataset(loaded, audio=audio, label=label, **columns)
@@ -44,11 +52,12 @@ def list_dataset(dataset: Any, *, audio: str = "audio", label: str = "label", **
         raise DataError(f"{unknown[0]} is not read of a clip. Columns may be named for {', '.join(OPTIONAL)}.")
     if missing := [name for name in (audio, label, *columns.values()) if name not in dataset.column_names]:
         raise DataError(f"The dataset has no column {missing[0]!r}, only {', '.join(dataset.column_names)}.")
-    names = dataset.features[label].int2str if isinstance(dataset.features[label], ClassLabel) else str
+    is_class = isinstance(dataset.features[label], ClassLabel)
+    names = dataset.features[label].int2str if is_class else str
     clips = []
     for n, row in enumerate(dataset.cast_column(audio, Audio(decode=False))):
         sound, about = row[audio], {key: row[column] for key, column in columns.items()}
-        if sound is None or row[label] is None:
+        if sound is None or row[label] is None or (is_class and row[label] == UNLABELLED):
             raise DataError(f"Row {n} of the dataset has no {audio if sound is None else label}.")
         clip_name = row.get("file") or (Path(sound["path"]).name if sound["path"] else f"{n:05d}")
         source = Path(sound["path"]) if sound["bytes"] is None else sound["bytes"]
@@ -60,7 +69,16 @@ def list_dataset(dataset: Any, *, audio: str = "audio", label: str = "label", **
 
 def sakura(attribute: str | Attribute, name: str | Path | None = None) -> list[Clip]:
     """A track of SAKURA (arXiv 2505.13237) as it is published: 500 clips of its attribute, from the Hub or, with
-    `name`, from another copy of that dataset, as the folder it was downloaded to. Labels are cleaned."""
+    `name`, from a copy: the folder of GitHub (`data/Gender/metadata.csv`), one that holds what was downloaded from the
+    Hub (`GenderQA`), or the folder of a track. Labels are cleaned.
+
+    Raises `DataError` for a dataset that cannot be loaded or a label that is not the attribute's."""
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
-    where = SAKURA.format(attribute.name.capitalize()) if name is None else str(name)
-    return cleaned(list_hub(where, label="attribute_label"), attribute)
+    track = TRACK.format(attribute.name.capitalize())
+    if name is None:
+        return cleaned(list_hub(f"{SAKURA}/{track}", label="attribute_label"), attribute)
+    folder = Path(name)
+    if is_listed(folder) or folders_named(folder, [attribute.name]):
+        return cleaned(list_track(folder, attribute), attribute)
+    downloaded = folder / track if (folder / track).is_dir() else folder
+    return cleaned(list_hub(str(downloaded), label="attribute_label"), attribute)
