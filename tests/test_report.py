@@ -33,6 +33,26 @@ from lalm_lens.results import CausalTrace
 pytestmark = pytest.mark.numbers
 
 N_CLIPS = 2
+STUDY = f"""
+[[model]]
+path = "{TINY_LALM}"
+
+[[dataset]]
+folder = "clips"
+attributes = ["gender"]
+"""
+TRACE = """
+[[experiment]]
+name = "causal_trace"
+kinds = ["layer"]
+shard = 1
+"""
+SCORE = """
+[[experiment]]
+name = "information_score"
+label_spaces = [true]
+shard = 1
+"""
 
 
 class Page(HTMLParser):
@@ -330,3 +350,40 @@ def test_the_command_writes_the_page(folder, clips, tmp_path, capsys, monkeypatc
     assert lalm_lens(monkeypatch, "report", folder, "--clips", clips, "--samples", 1, "--out", out) == 0
     assert str(out) in capsys.readouterr().out
     assert len(Page(out).data["cards"]) == 1
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "study.toml").write_text(text)
+    return folder / "study.toml"
+
+
+def test_the_page_of_a_study_shows_what_the_study_holds(tmp_path, capsys, monkeypatch):
+    from test_cli import lalm_lens
+
+    clips = write_clips(tmp_path / "clips", "gender", 4, seed=5, duration_s=0.5)
+    study = written(tmp_path, STUDY + TRACE + SCORE)
+    assert lalm_lens(monkeypatch, "run", study, "--report") == 0
+    page = Page(tmp_path / "study" / "report.html")
+    assert page.data["curves"][-1]["n"] == len(page.data["cards"]) == 4
+    listed = (clips / "metadata.jsonl").read_text().splitlines()
+    (clips / "metadata.jsonl").write_text("\n".join(listed[::2]))
+    assert lalm_lens(monkeypatch, "run", study, "--report") == 0
+    page = Page(tmp_path / "study" / "report.html")
+    assert page.data["curves"][-1]["n"] == 2
+    left = {json.loads(line)["file_name"] for line in listed[::2]}
+    assert {card["sample"] for card in page.data["cards"]} == left
+    assert len(list((tmp_path / "study").glob("*.parquet"))) == 8
+    (tmp_path / "study" / "study.study.json").unlink()  # tables without a study are all shown
+    assert len(Page(write_report(tmp_path / "study")).data["cards"]) == 4
+
+
+def test_a_study_without_what_a_report_shows_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    from test_cli import lalm_lens
+
+    study = written(tmp_path, STUDY + '[[experiment]]\nname = "probe"\n')
+    assert lalm_lens(monkeypatch, "run", study, "--report") == 2
+    said = capsys.readouterr().err
+    assert "nothing that a report shows (" in said
+    assert "causal_trace, information_score, logit_lens" in said
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]

@@ -14,7 +14,7 @@ import typer
 from lalm_lens.commands.base import app
 from lalm_lens.commands.opening import conversion_named
 from lalm_lens.commands.options import Device
-from lalm_lens.errors import LensError
+from lalm_lens.errors import DataError, LensError
 
 if TYPE_CHECKING:
     from lalm_lens.datasets import Clip
@@ -56,6 +56,7 @@ def run_command(
         from lalm_lens.report.page import plotly_js
 
         plotly_js()  # before the work, where it is missing
+        refuse_unshown(study)
     make_clips(study)
     plan = planned(study, conversion_named)
     out = plan.study.out
@@ -79,6 +80,16 @@ def run_command(
     if report:
         write_page(plan)
     raise typer.Exit(1 if plan.failed or any(outcome.failure for outcome in done) else 0)
+
+
+def refuse_unshown(study: "Study") -> None:
+    """Raise `DataError` for a study of nothing that the report shows."""
+    from lalm_lens.discovery import experiments
+    from lalm_lens.report.found import KNOWN
+
+    if not any(issubclass(chosen.experiment.table, KNOWN) for chosen in study.experiments):
+        shown = ", ".join(sorted(name for name, its in experiments().items() if issubclass(its.table, KNOWN)))
+        raise DataError(f"{study.path} has nothing that a report shows ({shown}). Leave out --report.")
 
 
 def make_clips(study: "Study") -> None:

@@ -13,6 +13,8 @@ from lalm_lens.errors import DataError
 from lalm_lens.experiments.information_score import InformationScore
 from lalm_lens.experiments.logit_lens import LogitLens
 from lalm_lens.results import CausalTrace
+from lalm_lens.runner import ENDING
+from lalm_lens.study_results import finished_in
 from lalm_lens.tables import Table
 
 KNOWN: tuple[type[Table], ...] = CausalTrace, InformationScore, LogitLens
@@ -73,7 +75,7 @@ def find(folder: Path) -> Found:
         raise DataError(f"{folder} is no folder. Give the one that `lalm-lens trace --out` wrote to.")
     frames: dict[type[Table], list[pd.DataFrame]] = {table: [] for table in KNOWN}
     paths = []
-    for path in sorted(folder.rglob("*.parquet")):
+    for path in tables_in(folder):
         for table in KNOWN:
             if set(table.COLUMNS) <= columns(path):
                 frames[table].append(table.load(path).frame)
@@ -89,6 +91,12 @@ def find(folder: Path) -> Found:
             "each in a folder of its own."
         )
     return Found(trace, scores, lens, tuple(paths))
+
+
+def tables_in(folder: Path) -> Iterator[Path]:
+    """The Parquet files in a folder and in those inside it; where a study has its list, those alone that it holds."""
+    for its in sorted({path.parent for path in folder.rglob("*.parquet")}):
+        yield from finished_in(its) if any(its.glob(f"*{ENDING}")) else sorted(its.glob("*.parquet"))
 
 
 def columns(path: Path) -> set[str]:
