@@ -29,6 +29,7 @@ from lalm_lens.report.page import Shown
 from lalm_lens.report.page import card as card_of
 from lalm_lens.report.sounds import Clips, Sounds, compression, opus, spectrogram, text
 from lalm_lens.results import CausalTrace
+from lalm_lens.study_results import load_results
 
 pytestmark = pytest.mark.numbers
 
@@ -387,3 +388,53 @@ def test_a_study_without_what_a_report_shows_is_refused_before_the_work(tmp_path
     assert "causal_trace, information_score, logit_lens" in said
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+def test_what_no_column_tells_apart_is_named(tmp_path, capsys, monkeypatch):
+    """Two datasets with the same file names, and a model in two dtypes; each clip is played that was heard."""
+    from test_cli import lalm_lens
+
+    for name, seed in (("clips", 5), ("others", 9)):
+        write_clips(tmp_path / name, "gender", 2, seed=seed, duration_s=0.5)
+    others = '[[dataset]]\nfolder = "others"\nattributes = ["gender"]\n'
+    bfloat16 = f'[[model]]\npath = "{TINY_LALM}"\ndtype = "bfloat16"\n'
+    assert lalm_lens(monkeypatch, "run", written(tmp_path, STUDY + others + bfloat16 + TRACE + SCORE), "--report") == 0
+    data = Page(tmp_path / "study" / "report.html").data
+    found = load_results(tmp_path / "study")
+    heard = {name: {its.name: its.waveform for its in read_folder(tmp_path / name)} for name in ("clips", "others")}
+    cards = {(card["model"], card["sample"]): card for card in data["cards"]}
+    assert len(cards) == len(data["cards"]) == 8
+    for dataset in heard:
+        for dtype in ("float32", "bfloat16"):
+            name = f"tiny_lalm (dataset {dataset}, dtype {dtype})"
+            trace = found.table("causal_trace", dataset=dataset, dtype=dtype).frame
+            for sample, rows in trace.groupby("sample"):
+                card = cards[name, sample]
+                assert card["p_clean"] == pytest.approx(rows.p_clean.iloc[0], rel=1e-6)
+                sound, _ = soundfile.read(BytesIO(b64decode(data["sounds"][card["clean"]].partition(",")[2])))
+                ours = heard[dataset][sample]
+                assert np.corrcoef(sound[: len(ours)], ours)[0, 1] > 0.9
+            (curve,) = [
+                its for its in data["curves"] if its["title"].startswith(name) and its["y"] == "information score"
+            ]
+            scores = found.table("information_score", dataset=dataset, dtype=dtype).curves()
+            np.testing.assert_allclose(curve["lines"][0]["mean"], scores[scores.place == "last"].score)
+
+
+def test_traces_that_disagree_are_named_by_what_they_were_asked(tmp_path, capsys, monkeypatch):
+    from test_cli import lalm_lens
+
+    write_clips(tmp_path / "clips", "gender", 2, seed=5, duration_s=0.5)
+    lens = '[[experiment]]\nname = "logit_lens"\npositions = "audio"\n'
+    windows = [
+        f'[[experiment]]\nname = "causal_trace"\nkinds = ["layer", "audio_window"]\nwindow_s = {each}\n'
+        for each in (0.2, 0.3)
+    ]
+    assert lalm_lens(monkeypatch, "run", written(tmp_path, STUDY + lens + "".join(windows)), "--report") == 0
+    cards = Page(tmp_path / "study" / "report.html").data["cards"]
+    assert len(cards) == 4
+    for card in cards:
+        found = card_map(card, "audio_window")
+        assert found["words"]
+        first = found["columns"][0]
+        assert card["model"] == f"tiny_lalm (window_s {first['end_s']:.1f})"

@@ -109,12 +109,19 @@ def write_page(plan: "Planned") -> None:
     from lalm_lens.report import write_report
     from lalm_lens.report.sounds import Clips
 
+    names = {unit.dataset for unit in plan.units}
+    datasets = {name: Clips(clips_of([unit for unit in plan.units if unit.dataset == name])) for name in names}
+    clips = Clips(clips_of(plan.units), datasets)
+    print(write_report(plan.study.out, clips=clips))
+
+
+def clips_of(units: "Sequence[Unit]") -> "dict[str, list[Clip]]":
+    """By attribute."""
     listed: dict[str, dict[tuple[str, str], Clip]] = {}
-    for unit in plan.units:
+    for unit in units:
         of_attribute = listed.setdefault(unit.attribute.name, {})
         of_attribute |= {(its.clip.name, its.clip.label): its.clip for its in unit.clips}
-    clips = Clips({name: list(its.values()) for name, its in listed.items()})
-    print(write_report(plan.study.out, clips=clips))
+    return {name: list(its.values()) for name, its in listed.items()}
 
 
 @contextmanager
