@@ -108,11 +108,11 @@ def load_results(folder: str | Path) -> Results:
     `DataError` for a folder without a study.
     """
     folder = Path(folder)
-    lists = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*{ENDING}"))]
+    lists = lists_in(folder)
     if not lists:
         raise DataError(f"{folder} holds no study: give the folder that `lalm-lens run` wrote to.")
     names = dict.fromkeys(name for each in lists for name in each["units"])
-    paths = [path for name in names if (path := folder / name).is_file()]
+    paths = finished_in(folder)
     with ThreadPoolExecutor() as pool:
         units = list(pool.map(about, paths))
     columns = [*SHOWN, "settings", "n_clips", "n_rows", "wall_s", "device", "threads", "versions", "command", "path"]
@@ -120,6 +120,17 @@ def load_results(folder: str | Path) -> Results:
     excluded = pd.DataFrame(left_out, columns=EXCLUDED).drop_duplicates(ignore_index=True)
     failed = {path: why for each in lists for path, why in each.get("failed", {}).items()}
     return Results(pd.DataFrame(units).reindex(columns=columns), excluded, len(names) - len(paths), failed)
+
+
+def lists_in(folder: Path) -> list[dict[str, Any]]:
+    """What the studies of a folder say that they hold."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*{ENDING}"))]
+
+
+def finished_in(folder: Path) -> list[Path]:
+    """The files of the finished units that the studies of a folder hold, in their order."""
+    names = dict.fromkeys(name for each in lists_in(folder) for name in each["units"])
+    return [path for name in names if (path := folder / name).is_file()]
 
 
 def about(path: Path) -> dict[str, Any]:

@@ -29,10 +29,31 @@ from lalm_lens.report.page import Shown
 from lalm_lens.report.page import card as card_of
 from lalm_lens.report.sounds import Clips, Sounds, compression, opus, spectrogram, text
 from lalm_lens.results import CausalTrace
+from lalm_lens.study_results import load_results
 
 pytestmark = pytest.mark.numbers
 
 N_CLIPS = 2
+STUDY = f"""
+[[model]]
+path = "{TINY_LALM}"
+
+[[dataset]]
+folder = "clips"
+attributes = ["gender"]
+"""
+TRACE = """
+[[experiment]]
+name = "causal_trace"
+kinds = ["layer"]
+shard = 1
+"""
+SCORE = """
+[[experiment]]
+name = "information_score"
+label_spaces = [true]
+shard = 1
+"""
 
 
 class Page(HTMLParser):
@@ -330,3 +351,90 @@ def test_the_command_writes_the_page(folder, clips, tmp_path, capsys, monkeypatc
     assert lalm_lens(monkeypatch, "report", folder, "--clips", clips, "--samples", 1, "--out", out) == 0
     assert str(out) in capsys.readouterr().out
     assert len(Page(out).data["cards"]) == 1
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "study.toml").write_text(text)
+    return folder / "study.toml"
+
+
+def test_the_page_of_a_study_shows_what_the_study_holds(tmp_path, capsys, monkeypatch):
+    from test_cli import lalm_lens
+
+    clips = write_clips(tmp_path / "clips", "gender", 4, seed=5, duration_s=0.5)
+    study = written(tmp_path, STUDY + TRACE + SCORE)
+    assert lalm_lens(monkeypatch, "run", study, "--report") == 0
+    page = Page(tmp_path / "study" / "report.html")
+    assert page.data["curves"][-1]["n"] == len(page.data["cards"]) == 4
+    listed = (clips / "metadata.jsonl").read_text().splitlines()
+    (clips / "metadata.jsonl").write_text("\n".join(listed[::2]))
+    assert lalm_lens(monkeypatch, "run", study, "--report") == 0
+    page = Page(tmp_path / "study" / "report.html")
+    assert page.data["curves"][-1]["n"] == 2
+    left = {json.loads(line)["file_name"] for line in listed[::2]}
+    assert {card["sample"] for card in page.data["cards"]} == left
+    assert len(list((tmp_path / "study").glob("*.parquet"))) == 8
+    (tmp_path / "study" / "study.study.json").unlink()  # tables without a study are all shown
+    assert len(Page(write_report(tmp_path / "study")).data["cards"]) == 4
+
+
+def test_a_study_without_what_a_report_shows_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    from test_cli import lalm_lens
+
+    study = written(tmp_path, STUDY + '[[experiment]]\nname = "probe"\n')
+    assert lalm_lens(monkeypatch, "run", study, "--report") == 2
+    said = capsys.readouterr().err
+    assert "nothing that a report shows (" in said
+    assert "causal_trace, information_score, logit_lens" in said
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+
+
+def test_what_no_column_tells_apart_is_named(tmp_path, capsys, monkeypatch):
+    """Two datasets with the same file names, and a model in two dtypes; each clip is played that was heard."""
+    from test_cli import lalm_lens
+
+    for name, seed in (("clips", 5), ("others", 9)):
+        write_clips(tmp_path / name, "gender", 2, seed=seed, duration_s=0.5)
+    others = '[[dataset]]\nfolder = "others"\nattributes = ["gender"]\n'
+    bfloat16 = f'[[model]]\npath = "{TINY_LALM}"\ndtype = "bfloat16"\n'
+    assert lalm_lens(monkeypatch, "run", written(tmp_path, STUDY + others + bfloat16 + TRACE + SCORE), "--report") == 0
+    data = Page(tmp_path / "study" / "report.html").data
+    found = load_results(tmp_path / "study")
+    heard = {name: {its.name: its.waveform for its in read_folder(tmp_path / name)} for name in ("clips", "others")}
+    cards = {(card["model"], card["sample"]): card for card in data["cards"]}
+    assert len(cards) == len(data["cards"]) == 8
+    for dataset in heard:
+        for dtype in ("float32", "bfloat16"):
+            name = f"tiny_lalm (dataset {dataset}, dtype {dtype})"
+            trace = found.table("causal_trace", dataset=dataset, dtype=dtype).frame
+            for sample, rows in trace.groupby("sample"):
+                card = cards[name, sample]
+                assert card["p_clean"] == pytest.approx(rows.p_clean.iloc[0], rel=1e-6)
+                sound, _ = soundfile.read(BytesIO(b64decode(data["sounds"][card["clean"]].partition(",")[2])))
+                ours = heard[dataset][sample]
+                assert np.corrcoef(sound[: len(ours)], ours)[0, 1] > 0.9
+            (curve,) = [
+                its for its in data["curves"] if its["title"].startswith(name) and its["y"] == "information score"
+            ]
+            scores = found.table("information_score", dataset=dataset, dtype=dtype).curves()
+            np.testing.assert_allclose(curve["lines"][0]["mean"], scores[scores.place == "last"].score)
+
+
+def test_traces_that_disagree_are_named_by_what_they_were_asked(tmp_path, capsys, monkeypatch):
+    from test_cli import lalm_lens
+
+    write_clips(tmp_path / "clips", "gender", 2, seed=5, duration_s=0.5)
+    lens = '[[experiment]]\nname = "logit_lens"\npositions = "audio"\n'
+    windows = [
+        f'[[experiment]]\nname = "causal_trace"\nkinds = ["layer", "audio_window"]\nwindow_s = {each}\n'
+        for each in (0.2, 0.3)
+    ]
+    assert lalm_lens(monkeypatch, "run", written(tmp_path, STUDY + lens + "".join(windows)), "--report") == 0
+    cards = Page(tmp_path / "study" / "report.html").data["cards"]
+    assert len(cards) == 4
+    for card in cards:
+        found = card_map(card, "audio_window")
+        assert found["words"]
+        first = found["columns"][0]
+        assert card["model"] == f"tiny_lalm (window_s {first['end_s']:.1f})"

@@ -16,7 +16,7 @@ def overview(study: Study) -> dict[str, str | float | int]:
     row = study.rows.iloc[0]
     how = {name: str(row[name]).replace("_", " ") for name in ("form", "direction")}
     about = {
-        "model": study.model,
+        "model": study.name,
         "attribute": study.attribute,
         **how,
         "site": row.of_site,
@@ -42,7 +42,7 @@ def trace_curves(study: Study) -> dict | None:
         return None
     of_metric = str(rows.metric.iloc[0]).replace("_", " ")
     return {
-        "title": f"{study.model}: {study.attribute}, {study.form}, {rows.of_site.iloc[0]}",
+        "title": f"{study.name}: {study.attribute}, {study.form}, {rows.of_site.iloc[0]}",
         "heard": study.heard,
         "n": int(rows["sample"].nunique()),
         "y": f"recovery rate of {of_metric}",

@@ -1,8 +1,10 @@
 """The tables of a folder that a report can show, recognised by their columns."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow.parquet
@@ -13,21 +15,33 @@ from lalm_lens.errors import DataError
 from lalm_lens.experiments.information_score import InformationScore
 from lalm_lens.experiments.logit_lens import LogitLens
 from lalm_lens.results import CausalTrace
+from lalm_lens.runner import ENDING
+from lalm_lens.study_results import HIDDEN, finished_in
 from lalm_lens.tables import Table
+from lalm_lens.units import ABOUT
 
 KNOWN: tuple[type[Table], ...] = CausalTrace, InformationScore, LogitLens
 ASKED = ["model", "attribute", "form"]
+ONE_SCORE = [*ASKED, "sample", "label_space", "norm", "knockout", "place", "layer"]
 OF_STUDY = [name for name in SETTINGS if name not in ("kind", "site", "corruption")]
 
 
 @dataclass(frozen=True)
 class Study:
-    """The rows of one model, one question and one way to trace it; `rows` is empty where only a lens was read."""
+    """The rows of one model, one question and one way to trace it; `rows` is empty where only a lens was read. The
+    `dataset` is known of a study's, and `how` says what no column does of a trace that shares runs with others."""
 
     model: str
     attribute: str
     form: str
     rows: pd.DataFrame
+    dataset: str = ""
+    how: str = ""
+
+    @property
+    def name(self) -> str:
+        """The model, and how it was traced where that is told."""
+        return f"{self.model}{self.how}"
 
     @property
     def asked(self) -> tuple[str, str, str]:
@@ -56,46 +70,105 @@ class Found:
     def studies(self) -> Iterator[Study]:
         """Traces that differ in a setting apart, then what was only read by a lens."""
         kinds = corruption_kinds(self.trace) if len(self.trace) else None
-        by = [*OF_STUDY, "of_site", kinds]
+        by = [*OF_STUDY, "of_site", "how", kinds]
         for _, rows in self.trace.groupby(by, sort=False, dropna=False) if len(self.trace) else ():
             first = rows.iloc[0]
-            yield Study(first.model, first.attribute, first.form, rows)
+            yield Study(first.model, first.attribute, first.form, rows, first.dataset, first.how)
         traced = set(self.trace[ASKED].itertuples(index=False, name=None))
-        for model, attribute, form in self.lens[ASKED].drop_duplicates().itertuples(index=False, name=None):
-            if (model, attribute, form) not in traced:
-                yield Study(model, attribute, form, self.trace.iloc[:0])
+        for _, first in self.lens.drop_duplicates(ASKED).iterrows():
+            if tuple(first[ASKED]) not in traced:
+                yield Study(first.model, first.attribute, first.form, self.trace.iloc[:0], first.dataset)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of a table, and what it says itself to be of, which is nothing where no study wrote it."""
+
+    path: Path
+    table: type[Table]
+    told: Mapping[str, Any]
+
+    @property
+    def asked(self) -> tuple[str, str] | None:
+        return (self.told["model"], self.told["attribute"]["name"]) if self.told else None
+
+    @property
+    def hidden(self) -> dict[str, Any]:
+        return {**{name: self.told[name] for name in HIDDEN}, "fingerprint": self.told["fingerprint"][:8]}
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {name: its for name, its in self.told["settings"].items() if name not in self.table.COLUMNS}
 
 
 def find(folder: Path) -> Found:
-    """The tables in a folder and in those inside it. Raises `DataError` if there is none, for a broken file, and for
+    """The tables in a folder and in those inside it. A model is named with what differs between the tables of a study
+    and no column tells, as the dataset or the dtype. Raises `DataError` if there is none, for a broken file, and for
     two that disagree on one patched run."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Give the one that `lalm-lens trace --out` wrote to.")
-    frames: dict[type[Table], list[pd.DataFrame]] = {table: [] for table in KNOWN}
-    paths = []
-    for path in sorted(folder.rglob("*.parquet")):
-        for table in KNOWN:
-            if set(table.COLUMNS) <= columns(path):
-                frames[table].append(table.load(path).frame)
-                paths.append(path)
-    if not paths:
+    sources = [its for path in tables_in(folder) for its in known_in(path)]
+    if not sources:
         names = ", ".join(table.NAME for table in KNOWN)
         raise DataError(f"{folder} holds no table that can be shown ({names}): save one as Parquet, or run a trace.")
+    by_a_study = {n: its for n, its in enumerate(sources) if its.told}
+    hidden = differences({n: its.hidden for n, its in by_a_study.items()}, sources)
+    frames: dict[type[Table], list[pd.DataFrame]] = {table: [] for table in KNOWN}
+    for n, its in enumerate(sources):
+        frame = its.table.load(its.path).frame
+        about = {"dataset": its.told.get("dataset", ""), "source": n, "how": ""}
+        frames[its.table].append(frame.assign(model=frame.model + hidden.get(n, ""), **about))
     frames[CausalTrace] = [with_site(frame) for frame in frames[CausalTrace]]
-    trace, scores, lens = (joined(table, its) for table, its in frames.items())
-    if len(twice := trace[trace.duplicated([*ONE_RUN, "of_site"])]):
+    trace = told_apart(joined(CausalTrace, frames[CausalTrace]), [*ONE_RUN, "of_site"], sources)
+    scores = told_apart(joined(InformationScore, frames[InformationScore]), ONE_SCORE, sources)
+    lens = once(joined(LogitLens, frames[LogitLens]))
+    if len(twice := trace[trace.duplicated([*ONE_RUN, "of_site", "how"])]):
         raise DataError(
             f"Tables in {folder} disagree on {len(twice)} patched runs, as of {twice['sample'].iloc[0]}. Report on "
             "each in a folder of its own."
         )
-    return Found(trace, scores, lens, tuple(paths))
+    return Found(trace, scores.assign(model=scores.model + scores.how), lens, tuple(its.path for its in sources))
 
 
-def columns(path: Path) -> set[str]:
+def tables_in(folder: Path) -> Iterator[Path]:
+    """The Parquet files in a folder and in those inside it; where a study has its list, those alone that it holds."""
+    for its in sorted({path.parent for path in folder.rglob("*.parquet")}):
+        yield from finished_in(its) if any(its.glob(f"*{ENDING}")) else sorted(its.glob("*.parquet"))
+
+
+def known_in(path: Path) -> Iterator[Source]:
     try:
-        return set(pyarrow.parquet.read_schema(path).names)
+        schema = pyarrow.parquet.read_schema(path)
     except ArrowInvalid as error:
         raise DataError(f"{path} is not a Parquet file ({error}).") from None
+    told = json.loads((schema.metadata or {}).get(ABOUT, b"{}"))
+    yield from (Source(path, table, told) for table in KNOWN if set(table.COLUMNS) <= set(schema.names))
+
+
+def differences(told: Mapping[int, Mapping[str, Any]], sources: Sequence[Source]) -> dict[int, str]:
+    """What of files about one model and attribute is not the same in all of them, in words."""
+    said = {}
+    for asked in {sources[n].asked for n in told}:
+        alike = pd.DataFrame({n: its for n, its in told.items() if sources[n].asked == asked}).map(str)
+        other = alike[alike.nunique(axis=1) > 1]
+        said |= {n: f" ({', '.join(f'{name} {its}' for name, its in other[n].items())})" for n in other if len(other)}
+    return said
+
+
+def told_apart(rows: pd.DataFrame, one: Sequence[str], sources: Sequence[Source]) -> pd.DataFrame:
+    """Without repeated rows. Where units of a study have the same run, `how` says which of their settings differ and no
+    column tells: what ran beside it may change its last digits."""
+    twice = rows[rows.duplicated(one, keep=False)]
+    asked = {sources[n].asked for n in twice.source.unique()} - {None}
+    settings = {n: sources[n].settings for n in rows.source.unique().tolist() if sources[n].asked in asked}
+    said = differences(settings, sources)
+    how = [said.get(n, "") for n in rows.source.tolist()]
+    return once(rows.assign(how=pd.Series(how, rows.index, dtype="str")))
+
+
+def once(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that two files have, once."""
+    return rows[~rows.drop(columns=["source", "dataset"]).duplicated()].reset_index(drop=True)
 
 
 def with_site(trace: pd.DataFrame) -> pd.DataFrame:
@@ -106,7 +179,8 @@ def with_site(trace: pd.DataFrame) -> pd.DataFrame:
 
 
 def joined(table: type[Table], frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """In one frame, rows that two files have once."""
+    """In one frame, which may be empty."""
     if not frames:
-        return pd.DataFrame(columns=list(table.COLUMNS)).astype(table.COLUMNS)
-    return pd.concat(frames, ignore_index=True).drop_duplicates(ignore_index=True)
+        types = {**table.COLUMNS, "of_site": "str", "dataset": "str", "source": "int64", "how": "str"}
+        return pd.DataFrame(columns=list(types)).astype(types)
+    return pd.concat(frames, ignore_index=True)

@@ -137,12 +137,12 @@ def clips_of(study: Study, found: Found) -> Iterator[Shown]:
 
 def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words) -> dict:
     """What the page holds of one clip."""
-    study, rows = shown.study, shown.rows
+    study, rows, clips = shown.study, shown.rows, clips.within(shown.study.dataset)
     first = (rows if len(rows) else shown.said).iloc[0]
     found = {
         "sample": shown.sample,
         "label": str(first.label),
-        "model": study.model,
+        "model": study.name,
         "attribute": study.attribute,
         "form": study.form,
         "maps": list(maps_of(rows, shown.said, words)),

@@ -28,6 +28,7 @@ class Clips:
     """The clips of some folders, those of an attribute's folder apart; none is read before it is asked for."""
 
     listed: dict[str, list[Clip]]  # by attribute, or under "" those of any
+    datasets: "dict[str, Clips]" = field(default_factory=dict)  # of a study, by their names
 
     @classmethod
     def of(cls, folders: Sequence[Path]) -> "Clips":
@@ -43,6 +44,10 @@ class Clips:
                 if by_name.setdefault((clip.name, clip.label), clip).digest != clip.digest:
                     raise DataError(f"Two clips are named {clip.name} and labelled {clip.label}. Leave one out.")
         return cls(listed)
+
+    def within(self, dataset: str) -> "Clips":
+        """Those of a dataset, or all where it is not known."""
+        return self.datasets.get(dataset, self)
 
     def find(self, attribute: str, name: str, label: str | None = None) -> Sample | None:
         """The clip of that name, and of that label if one is given; None if there is no such clip."""
