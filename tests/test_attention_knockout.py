@@ -451,7 +451,9 @@ def test_a_table_is_saved_and_says_what_it_holds(knocked, tmp_path):
     assert repr(knocked) == (
         f"AttentionKnockout({3 * 2 * (2 * N_LAYERS + 1)} runs, clips: 3 of animal; audio -> last, object -> last)"
     )
-    with pytest.raises(DataError, match="not a table of knockout in generation: it has no column seen_label, text_before"):
+    with pytest.raises(
+        DataError, match="not a table of knockout in generation: it has no column seen_label, text_before"
+    ):
         KnockoutGeneration.load(path)
     with pytest.raises(DataError, match="in the table twice"):
         AttentionKnockout(pd.concat([knocked.frame, knocked.frame])).effects()
