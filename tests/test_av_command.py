@@ -161,6 +161,16 @@ def test_a_wrong_command_line_ends_in_one_line(monkeypatch, checkpoint, tmp_path
     assert says in capfd.readouterr().err
 
 
+def test_images_beside_videos_are_refused(monkeypatch, checkpoint, tmp_path, capfd):
+    data, film = clips(tmp_path / "data", 2), clips(tmp_path / "data" / "film", 1, is_film=True)
+    row = json.loads((film / "metadata.jsonl").read_text())
+    row |= {"file_name": "film/0.wav", "frames": [f"film/{name}" for name in row["frames"]]}
+    with (data / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert av(monkeypatch, checkpoint, data, "--attribute", "animal", "--out", tmp_path / "out") == 2
+    assert "have an image and others frames" in capfd.readouterr().err
+
+
 def test_the_planted_picture_is_what_keeps_the_sound_from_being_said(monkeypatch, tmp_path):
     """In the tiny trained model pictures win over sounds, by way of the last position."""
     data, out = write_av_clips(tmp_path / "data", 6, seed=3), tmp_path / "out"

@@ -359,6 +359,8 @@ def read_pairs(lens: "HookedLALM", data: Path, seed: int) -> "list[Swapped]":
     from lalm_lens.experiments.asked import processor_of
 
     samples = read_audio_visual(data, processor_of(lens))
+    if len({sample.images is None for sample in samples}) > 1:
+        raise DataError(f"Some rows of {data} have an image and others frames: give a folder for each.")
     if any(sample.seen_label != sample.label for sample in samples):
         return samples
     return [*samples, *swap_audio(samples, seed=seed)]
