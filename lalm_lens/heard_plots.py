@@ -139,7 +139,7 @@ def pair_map(effects: pd.DataFrame, places: list[str], frame: pd.DataFrame) -> F
     ax = figure.subplots()
     image = ax.imshow(grid, cmap="RdBu_r", vmin=-most, vmax=most)
     for (row, column), value in np.ndenumerate(grid):
-        shown = "-" if np.isnan(value) else f"{value:.2f}"
+        shown = "-" if np.isnan(value) else "0" if value == 0 else f"{value:.2f}".replace("-0.00", "0.00")
         ax.text(column, row, shown, ha="center", va="center", color="w" if abs(value) > 0.6 * most else "k", fontsize=9)
     ax.set_xticks(range(len(places)), places)
     ax.set_yticks(range(len(places)), places)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lalm_lens.counterfactual import Swapped
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.attention_share import AttentionShare
 from lalm_lens.experiments.caption_fidelity import CaptionFidelity
+from lalm_lens.experiments.logit_lens import LogitLens
 
 pytestmark = pytest.mark.numbers
 
@@ -69,7 +71,7 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
     page = (out / "av.md").read_text(encoding="utf-8")
     figures = {path.name for path in (out / "animal").glob("*.png")}
     halves = ("latent_heard", "latent_seen", "shares", "shares_per_token", "knockout", "pairs", "token_shift")
-    names = {"probe_heard", "probe_seen"}
+    names = {"probe_heard", "probe_seen", "lens_audio", "lens_image"}
     names |= {f"{name}_{half}" for name in halves for half in ("counterfactual", "factual")}
     assert figures == {f"{name}.png" for name in names}
     for name in figures:
@@ -79,6 +81,12 @@ def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
     stems = {path.stem for path in tables.glob("*.csv")}
     assert stems >= {"shares", "latent_heard", "probe_seen", "knockout_factual", "said_factual", "pairs", "token_shift"}
     assert {path.stem for path in tables.glob("*.parquet")} == {path.stem for path in tables.glob("*.md")} == stems
+    lens = pd.read_parquet(tables / "lens_image.parquet")
+    states = LogitLens.load(out / "animal" / "lens_image.parquet").top()
+    for layer, rows in lens.groupby("layer"):
+        counted = Counter(states[states.layer == layer].word)
+        assert rows.states.tolist() == sorted(counted.values(), reverse=True)[:3]
+        assert all(counted[row.word] == row.states for row in rows.itertuples())
     found = CaptionFidelity.load(out / "animal" / "knockout.parquet").frame
     assert (found.audio_before == 0.25).all()
     assert found.groupby(found.label != found.seen_label)["sample"].nunique().to_dict() == {False: 2, True: 2}

@@ -46,6 +46,7 @@ lalm-lens av ./checkpoint ./videos --attribute animal --judge my_judge:judge --o
 """
 
 EYES = ("image", "video")
+MOST = 3  # tokens that a table of the lens names of a layer
 T = TypeVar("T", bound="Table")
 
 
@@ -63,6 +64,7 @@ class Asked:
     exclude_sink: int
     top_k: int
     rule: Any
+    norm: bool
     n_controls: int
     judge: Any  # as that of `caption_fidelity`
     seed: int
@@ -118,7 +120,8 @@ def latent(asked: Asked) -> Shown:
     """What states name of what is heard and seen, whether or not it is said."""
     from lalm_lens.experiments.latent_understanding import latent_understanding
 
-    how: dict = {"rule": asked.rule, "top_k": asked.top_k, "token_budget": asked.token_budget, **asked.how}
+    how: dict = {"rule": asked.rule, "top_k": asked.top_k, "norm": asked.norm, **asked.how}
+    how["token_budget"] = asked.token_budget
     heard = latent_understanding(asked.model, asked.samples, places=["audio"], **how)
     seen = latent_understanding(asked.model, asked.seen, places=asked.eyes, **how)
     tables, figures = {}, {}
@@ -131,6 +134,22 @@ def latent(asked: Asked) -> Shown:
         layers = {half: its.by_layer(seed=asked.seed) for half, its in halves.items()}
         tables |= {f"latent_{name}": by_half(scores), f"latent_{name}_by_layer": by_half(layers)}
         figures |= {f"latent_{name}_{half}": its.plot() for half, its in halves.items()}
+    return tables, figures
+
+
+def lens(asked: Asked) -> Shown:
+    """Which tokens states of what is heard and seen are nearest to, by layer; maps of the first pair."""
+    from lalm_lens.experiments.logit_lens import logit_lens
+
+    how: dict = {"labels": (), "top_k": 1, "norm": asked.norm, "token_budget": asked.token_budget, **asked.how}
+    tables, figures = {}, {}
+    for place in ("audio", *asked.eyes):
+        found = logit_lens(asked.model, asked.samples, positions=place, **how)
+        found.save(asked.out / f"lens_{place}.parquet")
+        words = found.top().groupby(["layer", "word"]).size().rename("states").reset_index()
+        ranked = words.sort_values(["layer", "states"], ascending=[True, False], kind="stable")
+        tables[f"lens_{place}"] = ranked.groupby("layer").head(MOST)
+        figures[f"lens_{place}"] = found.plot()
     return tables, figures
 
 
@@ -258,6 +277,7 @@ def shift(asked: Asked) -> Shown:
 STEPS: Steps = {
     "shares": shares,
     "latent": latent,
+    "lens": lens,
     "probes_heard": probes_heard,
     "probes_seen": probes_seen,
     "knockout": knockout,
@@ -298,6 +318,7 @@ def av_command(
     rule: Annotated[
         Literal["first", "exact"], typer.Option(help="What names a label: its first token, or the whole word as one.")
     ] = "first",
+    norm: Annotated[bool, typer.Option(help="Read states behind the final norm; the paper's code does not.")] = True,
     judge: Annotated[
         str | None,
         typer.Option(help="Your own judge of texts, as module:NAME; else whether they name what is heard or seen."),
@@ -343,6 +364,7 @@ def av_command(
         exclude_sink=exclude_sink,
         top_k=top_k,
         rule=ExactWord() if rule == "exact" else FirstToken(),
+        norm=norm,
         n_controls=n_controls,
         judge=judging,
         seed=seed,

@@ -80,5 +80,5 @@ def written(its: About, tables: "dict[str, pd.DataFrame]", figures: "dict[str, F
         print(f"{name}\n{table.to_string(index=False, float_format=readable, na_rep='-')}\n")
     for name, figure in figures.items():
         figure.savefig(its.out / f"{name}.png", dpi=150)
-        told.append(f"![{name}]({its.out.name}/{name}.png)")
+        told.append(f"{name}:\n\n![{name}]({its.out.name}/{name}.png)")
     return told
