@@ -62,6 +62,7 @@ def apart(sample: Sample, other: Sample, distance: Distance | None, seed: int) -
 
 
 def seen_label(sample: Sample) -> str:
+    """What the pictures are of."""
     return sample.seen_label if isinstance(sample, Swapped) else sample.label
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lalm_lens.aggregates import interval
 from lalm_lens.attributes import Attribute, Form
-from lalm_lens.counterfactual import Swapped
+from lalm_lens.counterfactual import seen_label
 from lalm_lens.datasets import Sample, refuse_repeated
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question, processor_of, refuse_foreign_hooks
@@ -121,11 +121,6 @@ def scores(judge: Judge, caption: str, sample: Sample) -> tuple[float, float]:
     if not (0 <= audio <= 1 and 0 <= video <= 1):
         raise DataError(f"A judge gives numbers from 0 to 1; got {audio} and {video} for {sample.name}.")
     return audio, video
-
-
-def seen_label(sample: Sample) -> str:
-    """What the pictures are of."""
-    return sample.seen_label if isinstance(sample, Swapped) else sample.label
 
 
 @dataclass(frozen=True, repr=False)
