@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -372,6 +373,7 @@ def test_a_dry_run_counts_and_measures(study, undisturbed, plan, tmp_path, monke
             cli.main()
         said = capsys.readouterr().out
         assert words in said
+        assert re.search(r"gender, 6 clips:\n +label +n +share\n *female +3 +0\.5\n +male +3 +0\.5\n", said)
         assert out == undisturbed or "P2, corruption=OtherClip(seed=1), kinds=('layer',): 6 clips, " in said
     assert not list(tmp_path.iterdir())
     assert "Still to do: about 00:00:00." in said

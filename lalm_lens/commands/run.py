@@ -185,8 +185,21 @@ def show_counts(plan: "Planned", missing: "Sequence[Unit]") -> None:
     ]
     counts = pd.DataFrame(rows).groupby(["model", "experiment", "attribute"], sort=False).sum().reset_index()
     print(counts.to_string(index=False))
+    show_balance(plan)
     print(f"{len(plan.units)} units in {plan.study.out}, {len(plan.units) - len(missing)} of them finished.")
     show_excluded(plan)
+
+
+def show_balance(plan: "Planned") -> None:
+    """How many clips have each label, and how many speakers say it, where they are known."""
+    from lalm_lens.datasets import balance
+
+    clips: dict[tuple[str, str], dict[str, Clip]] = {}
+    for unit in plan.units:
+        of_its = clips.setdefault((unit.dataset, unit.attribute.name), {})
+        of_its |= {listed.clip.name: listed.clip for listed in unit.clips}
+    for (dataset, attribute), its in clips.items():
+        print(f"{dataset}, {attribute}, {len(its)} clips:\n{balance([*its.values()]).round(3).to_string(index=False)}")
 
 
 def show_excluded(plan: "Planned") -> None:
