@@ -22,6 +22,10 @@ class Swapped(Sample):
     seen_label: str  # of the sample whose pictures these are
     heard_clip: str  # the name of the other
 
+    @property
+    def columns(self) -> dict[str, str | None]:
+        return {"seen_label": self.seen_label}
+
 
 @typed
 def swap_audio(samples: Sequence[Sample], distance: Distance | None = None, seed: int = 0) -> list[Swapped]:

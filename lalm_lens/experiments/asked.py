@@ -10,7 +10,6 @@ from torch import Tensor
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.conflict import ConflictItem
 from lalm_lens.corrupt import Corrupted
-from lalm_lens.counterfactual import Swapped
 from lalm_lens.datasets import Sample, heard, refuse_repeated, seen
 from lalm_lens.errors import HookError, InputError, PromptError
 from lalm_lens.metrics import METRICS, Answer, LogP, Predict, log_probabilities
@@ -67,8 +66,7 @@ class Question:
     def columns(self, sample: Sample) -> dict[str, str | bool | None]:
         """What says all of this in a table."""
         asked = question_columns(self.model, sample, self.attribute, self.form, self.label_space)
-        its_seen = {"seen_label": sample.seen_label} if isinstance(sample, Swapped) else {}
-        return {**asked, **its_seen, **sample.columns}
+        return {**asked, **sample.columns}
 
 
 def questions(
