@@ -120,6 +120,8 @@ def drained(
                 why = f"Its worker died {TRIES} times, at last because: {reason(error)}"
                 yield Outcome(unit, failure=why)
             continue
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # as a full disk is: no other unit would be kept either
         idle.append(one)
         if outcome is not None:
             yield outcome

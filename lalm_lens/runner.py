@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import extract_tb
 
 import torch
 from pyarrow.parquet import read_metadata
@@ -22,6 +23,8 @@ from lalm_lens.tables import Table
 from lalm_lens.units import ABOUT, Opened, Unit, claimed, writable
 
 ENDING = ".study.json"  # of the file that says which units a study has
+# Of one unit, that leave the others be: a file that has gone, memory that is full, numbers that a method cannot take.
+FAILURES = LensError, OSError, MemoryError, RuntimeError, ArithmeticError, LookupError, ValueError
 AGAIN_S = 0.2  # until a unit that somebody else has claimed is looked at again
 
 
@@ -73,11 +76,19 @@ def finish(unit: Unit, out: Path, models: Models) -> Outcome | None:
         try:
             lens, start = models.of(unit.model), time.perf_counter()
             table, excluded = table_of(unit, lens)
-        except LensError as error:
-            return Outcome(unit, failure=str(error))
+        except FAILURES as error:
+            return Outcome(unit, failure=said(error))
         wall_s = time.perf_counter() - start
         unit.write(table, out, excluded, wall_s, str(lens.device))
         return Outcome(unit, wall_s, excluded)
+
+
+def said(error: Exception) -> str:
+    """What an error says; and where it is from, if nobody meant it to be read."""
+    if isinstance(error, LensError):
+        return str(error)
+    last = extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}: {reason(error)}"
 
 
 def table_of(unit: Unit, lens: HookedLALM) -> tuple[Table, dict[str, str]]:

@@ -22,16 +22,17 @@ from lalm_lens.tables import Table
 from lalm_lens.units import ABOUT
 
 SHOWN = ["experiment", "model", "dataset", "attribute", "form", "dtype", "fingerprint", "n_heard", "lalm_lens"]
+RAN = ["wall_s", "device", "device_map", "threads", "versions", "command"]
 HIDDEN = ("dataset", "dtype", "fingerprint", "n_heard", "lalm_lens")  # what no table has a column for
 EXCLUDED = ["model", "dataset", "attribute", "experiment", "sample", "reason"]
 
 
 @dataclass(frozen=True, repr=False)
 class Results:
-    """The finished units of the studies in a folder. `units` has a row each: what it is of, its `settings`, how many
-    clips and rows it has, `wall_s`, `device`, `threads`, `versions`, `command` and its `path`. `excluded` are the clips
-    that were left out, and why: of all experiments where none is named. `n_unfinished` units are not there yet, and
-    `failed` says of models by their paths why they could not be opened."""
+    """The finished units of the studies in a folder. `units` has a row each: what it is of, its `settings` and `seed`,
+    how many clips and rows it has, how it ran (`wall_s`, `device`, `device_map`, `threads`, `versions`, `command`) and
+    its `path`. `excluded` are the clips that were left out, and why: of all experiments where none is named.
+    `n_unfinished` units are not there yet, and `failed` says of models by their paths why they could not be opened."""
 
     units: pd.DataFrame
     excluded: pd.DataFrame
@@ -41,6 +42,12 @@ class Results:
     @property
     def experiments(self) -> list[str]:
         return list(self.units.experiment.unique())
+
+    @property
+    def machines(self) -> list[str]:
+        """The kinds of devices and the versions of torch of the units: numbers of two differ in their last digits."""
+        ran = zip(self.units.device, self.units.versions, strict=True)
+        return list(dict.fromkeys(f"{device.partition(':')[0]}, torch {its['torch']}" for device, its in ran))
 
     def table(self, experiment: str, **chosen: Any) -> Table:
         """All rows of an experiment, as the table that it gives, in the study's order; `chosen` are columns of `units`
@@ -64,6 +71,7 @@ class Results:
     def __repr__(self) -> str:
         counts = self.units.groupby("experiment", sort=False).agg(n=("n_rows", "size"), rows=("n_rows", "sum"))
         parts = [f"{name}: {its.n} units, {its.rows} rows" for name, its in counts.iterrows()]
+        parts += [f"computed on {' and '.join(kinds)}"] if len(kinds := self.machines) > 1 else []
         parts += [f"{self.n_unfinished} units unfinished"] if self.n_unfinished else []
         parts += [f"{len(self.excluded)} clips left out"] if len(self.excluded) else []
         parts += [f"{path} left out" for path in self.failed]
@@ -115,7 +123,7 @@ def load_results(folder: str | Path) -> Results:
     paths = finished_in(folder)
     with ThreadPoolExecutor() as pool:
         units = list(pool.map(about, paths))
-    columns = [*SHOWN, "settings", "n_clips", "n_rows", "wall_s", "device", "threads", "versions", "command", "path"]
+    columns = [*SHOWN, "settings", "seed", "n_clips", "n_rows", *RAN, "path"]
     left_out = [each for its in lists for each in its["excluded"]] + [each for unit in units for each in refused(unit)]
     excluded = pd.DataFrame(left_out, columns=EXCLUDED).drop_duplicates(ignore_index=True)
     failed = {path: why for each in lists for path, why in each.get("failed", {}).items()}
@@ -167,7 +175,7 @@ def compare_models(
 ) -> pd.DataFrame:
     """Each model of a table beside each other one on the clips that both have: one row per pair and group of `by`, with
     the means of `value` over clips (of whose rows the mean is taken first), and their `difference` with its 95 %
-    bootstrap interval over clips.
+    bootstrap interval over clips. Of each clip only those prompts (`form`) count in which both were asked.
 
     `load_results("traced").table("causal_trace").kept`, say, with `value="recovery"` and `by=["attribute", "kind",
     "layer"]`. Raises `DataError` for columns that there are not and for a table of one model.
@@ -175,12 +183,14 @@ def compare_models(
     if unknown := [name for name in (value, *by, "model", "sample") if name not in frame]:
         raise DataError(f"The table has no column {unknown[0]!r}, only {', '.join(frame.columns)}.")
     clip = list(dict.fromkeys([*by, *(name for name in ("attribute", "sample") if name in frame)]))
-    means = frame.groupby([*clip, "model"], sort=False)[value].mean().unstack("model")
+    asked = list(dict.fromkeys([*clip, *(name for name in ("form",) if name in frame)]))
+    means = frame.groupby([*asked, "model"], sort=False)[value].mean().unstack("model")
     if means.shape[1] < 2:
         raise DataError(f"Only {', '.join(means.columns)} is in the table: nothing to compare it with.")
     found = []
     for one, other in combinations(means.columns, 2):
-        for key, both in means[[one, other]].dropna().astype(float).groupby(level=list(by), sort=False):
+        both_asked = means[[one, other]].dropna().astype(float).groupby(level=clip, sort=False).mean()
+        for key, both in both_asked.groupby(level=list(by), sort=False):
             names = key if isinstance(key, tuple) else (key,)
             difference = (both[one] - both[other]).to_numpy()
             low, high = interval(difference, n_resamples, seed)

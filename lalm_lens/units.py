@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import file_digest, sha256
 from importlib.metadata import version
@@ -59,6 +59,19 @@ def fingerprint(model: Opened) -> str:
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(digest_of, [path for _, path in paths]))
     return sha256(json.dumps(sorted(zip((name for name, _ in paths), digests, strict=True))).encode()).hexdigest()
+
+
+def code_of(conversion: Conversion | None) -> str | None:
+    """A hash of the files that a conversion of the user's own is written in; of others the version tells."""
+    if conversion is None:
+        return None
+    modules = {str(getattr(getattr(conversion, its.name), "__module__", "")) for its in fields(conversion)}
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in modules if not is_ours(name)]
+    return sha256("".join(sorted(digest_of(Path(file)) for file in files if file)).encode()).hexdigest()
+
+
+def is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("lalm_lens", "conversions", "builtins")
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -124,6 +137,7 @@ class Unit:
             "model": self.model_name,
             "fingerprint": self.fingerprint,
             "dtype": self.model.dtype,
+            "conversion": code_of(self.model.conversion),
             "dataset": self.dataset,
             "attribute": asdict(self.attribute),
             "form": self.form,
@@ -177,6 +191,7 @@ class Unit:
             "seed": self.seed,
             "wall_s": wall_s,
             "device": device,
+            "device_map": self.model.device_map,
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "command": sys.argv,

@@ -26,6 +26,11 @@ class Died(Exception):
     pass
 
 
+class Raised(Exception):
+    def __init__(self, cause: Exception):
+        self.cause = cause
+
+
 class Fake(SimpleNamespace):
     __hash__ = object.__hash__
 
@@ -34,7 +39,7 @@ class FakeRay:
     """Workers that answer at once, as they are told to: with an outcome, None where another has the claim, or death.
     Of the first workers `n_cpus` have a place, the others never answer."""
 
-    exceptions = SimpleNamespace(RayActorError=Died)
+    exceptions = SimpleNamespace(RayActorError=Died, RayTaskError=Raised)
 
     def __init__(self, answers: dict[str, list[object]], n_cpus: float = math.inf):
         self.answers = {name: deque(its) for name, its in answers.items()}
@@ -65,6 +70,8 @@ class FakeRay:
         unit, answer = ready
         if answer == "died":
             raise Died("killed")
+        if isinstance(answer, Exception):
+            raise Raised(answer)
         return None if answer == "claimed" else Outcome(unit)
 
 
@@ -101,6 +108,11 @@ def test_a_unit_that_is_claimed_elsewhere_is_waited_for():
     failures, ray = outcomes_of({"a": ["claimed"] * 5}, [fake_unit(name) for name in "ab"])
     assert not any(failures.values())
     assert len(ray.by["a"]) == 6
+
+
+def test_what_a_worker_cannot_write_ends_the_study():
+    with pytest.raises(OSError, match="No space left"):
+        outcomes_of({"b": [OSError(28, "No space left on device")]}, [fake_unit(name) for name in "abc"])
 
 
 def test_a_worker_keeps_its_model():

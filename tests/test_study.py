@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from lalm_lens import cli, runner
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
+from lalm_lens.commands.opening import conversion_named
 from lalm_lens.conflict import Conflict, make_conflict
 from lalm_lens.corrupt import OtherClip, Silence
 from lalm_lens.datasets import read_folder
@@ -331,6 +332,25 @@ def test_a_clip_that_an_experiment_refuses_is_left_out_of_its_unit(plan, tiny_la
     assert list(table.frame["sample"].unique()) == [unit.clips[1].clip.name]
 
 
+def test_what_goes_wrong_in_a_unit_stops_no_other(study, plan, tmp_path, monkeypatch):
+    shutil.copytree(study.parent / "clips", tmp_path / "clips")
+    units = planned(Study.read(shutil.copy(study, tmp_path))).units[:4]
+    (tmp_path / "clips" / units[1].clips[0].clip.name).unlink()  # since it was looked at
+    run = Experiment.run
+
+    def full(experiment, model, samples, **how):
+        if samples[0].name == units[2].clips[0].clip.name:
+            raise torch.OutOfMemoryError("The memory is full.\nIn detail: ...")
+        return run(experiment, model, samples, **how)
+
+    monkeypatch.setattr(Experiment, "run", full)
+    failures = [outcome.failure for outcome in run_local(units, tmp_path / "out")]
+    assert [failure is None for failure in failures] == [True, False, False, True]
+    assert re.fullmatch(r"FileNotFoundError in .+\.py, line \d+: .*No such file.*", failures[1] or "")
+    assert re.fullmatch(r"OutOfMemoryError in test_study\.py, line \d+: The memory is full\.", failures[2] or "")
+    assert len(unfinished(units, tmp_path / "out")) == 2
+
+
 def vars_of(unit) -> dict:
     return {name: getattr(unit, name) for name in unit.__dataclass_fields__}
 
@@ -364,6 +384,22 @@ def test_a_fingerprint_is_of_what_a_model_is_read_from(tmp_path):
     weights[-1] ^= 1
     (model / "model.safetensors").write_bytes(weights)
     assert fingerprint(opened) != before
+
+
+def test_a_conversion_of_ones_own_is_known_by_its_code(study, tmp_path, monkeypatch):
+    own = tmp_path / "mine.py"
+    source = "from dataclasses import replace\nfrom conversions.qwen2_audio import QWEN2_AUDIO\n"
+    source += "def config(hf): return QWEN2_AUDIO.config(hf)\nMINE = replace(QWEN2_AUDIO, config=config)\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    (study.parent / "own.toml").write_text(STUDY.replace("[[dataset]]", 'conversion = "mine:MINE"\n[[dataset]]'))
+    found = []
+    for code in (source, source, source + "# another\n"):
+        own.write_text(code)
+        sys.modules.pop("mine", None)
+        found.append(planned(Study.read(study.parent / "own.toml"), conversion_named).units[0])
+    first, again, changed = (unit.hash for unit in found)
+    assert first == again != changed
+    assert found[0].fingerprint == found[2].fingerprint
 
 
 def test_a_dry_run_counts_and_measures(study, undisturbed, plan, tmp_path, monkeypatch, capsys):
@@ -433,6 +469,10 @@ def test_results_say_what_they_are_of(undisturbed, plan):
     assert (results.units.fingerprint == plan.units[0].fingerprint).all()
     assert {"torch", "python", "lalm_lens"} <= set(results.units.versions[0])
     assert (results.units.threads == 1).all()
+    assert results.units.seed.dropna().unique().tolist() == ["1"]
+    assert "computed on" not in repr(results)
+    results.units.loc[0, "device"] = "cuda:0"
+    assert "computed on cuda, torch" in repr(results)
     trace = results.table("causal_trace", corruption=OtherClip(1))
     assert trace.frame["sample"].nunique() == 6
     with pytest.raises(DataError, match="No finished unit is of causal_trace, metric = 'logit_difference'"):
@@ -588,6 +628,19 @@ def test_models_are_compared_on_the_clips_that_both_have():
     assert np.isclose(row["high"] - row["low"], 2 * 1.96 * error, rtol=0.2)
     with pytest.raises(DataError, match="nothing to compare"):
         compare_models(frame[frame.model == "a"], "score")
+
+
+def test_models_are_compared_in_the_prompts_that_both_were_asked_in():
+    rows = [("a", "P1", 0.0), ("a", "P3", 1.0), ("b", "P3", 1.0)]
+    frame = pd.DataFrame(
+        [
+            {"model": model, "attribute": "gender", "form": form, "sample": f"{n}.wav", "score": score}
+            for model, form, score in rows
+            for n in range(5)
+        ]
+    )
+    (row,) = compare_models(frame, "score").to_dict("records")
+    assert (row["n"], row["mean"], row["difference"]) == (5, 1.0, 0.0)
 
 
 def test_a_model_that_cannot_be_opened_stops_no_other(study, undisturbed, tmp_path, monkeypatch, capsys):

@@ -57,14 +57,18 @@ def run_command(
 
         plotly_js()  # before the work, where it is missing
         refuse_unshown(study)
-    make_clips(study)
-    plan = planned(study, conversion_named)
-    out = plan.study.out
-    missing = unfinished(plan.units, out)
-    show_counts(plan, missing)
-    if dry_run:
-        show_cost(missing, out, plan, device)
-        raise typer.Exit(1 if plan.failed else 0)
+    try:
+        make_clips(study)
+        plan = planned(study, conversion_named)
+        out = plan.study.out
+        missing = unfinished(plan.units, out)
+        show_counts(plan, missing)
+        if dry_run:
+            show_cost(missing, out, plan, device)
+            raise typer.Exit(1 if plan.failed else 0)
+    except KeyboardInterrupt:
+        print("Interrupted before anything was run.", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
     write_list(plan, out)
     done: list[Outcome] = []
     try:
