@@ -1,59 +1,125 @@
 """Folders of clips with what is seen beside them: images, or the frames of the video whose sound a clip is."""
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from lalm_lens.counterfactual import Swapped
-from lalm_lens.datasets import Sample, list_folder
+from lalm_lens.counterfactual import Swapped, drawn, pairs_of, swapped
+from lalm_lens.datasets import Clip, Sample, list_folder
 from lalm_lens.datasets.folder import list_rows
+from lalm_lens.datasets.sample import digest
 from lalm_lens.errors import DataError
-from lalm_lens.inputs import HeardVideo, Images
+from lalm_lens.inputs import HeardVideo
 from lalm_lens.prompts import Processor
 from lalm_lens.shapes import typed
 
 PICTURES = ("image", "frames")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeenClip(Clip):
+    """A clip with the files of what is seen beside it: images, or frames of a video if it is known how many are in a
+    second; its sound is then the clip."""
+
+    seen_label: str
+    pictures: tuple[Path, ...] = field(repr=False)
+    fps: float | None = None
+
+    def read(self) -> Sample:
+        """The sound. Raises what `Clip.read` does, and `DataError` for pictures that cannot be opened."""
+        self.opened()
+        return super().read()
+
+    def given_to(self, processor: Processor) -> Swapped:
+        """Raises what `read` does, `PromptError` for a model that does not see and `InputError` for frames of several
+        sizes."""
+        pictures, sample = self.opened(), super().read()
+        images = None if self.fps is not None else processor.see(pictures)
+        videos = None if self.fps is None else HeardVideo(**vars(processor.watch(pictures, self.fps)))
+        its: dict[str, Any] = {each.name: getattr(sample, each.name) for each in fields(Sample)}
+        its |= {"images": images, "videos": videos}
+        return Swapped(**its, seen_label=self.seen_label, heard_clip=self.name)
+
+    def opened(self) -> list[Image.Image]:
+        return [picture(path, self.name) for path in self.pictures]
+
+    @property
+    def digest(self) -> str:
+        told = (self.seen_label, self.fps)
+        files = [path.read_bytes() for path in self.pictures]
+        return digest(super().digest.encode(), *(repr(each).encode() for each in told), *files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwappedClip(Clip):
+    """What is seen of one with the sound of another."""
+
+    seen: SeenClip = field(repr=False)
+    other: SeenClip = field(repr=False)
+
+    @classmethod
+    def of(cls, seen: SeenClip, other: SeenClip) -> "SwappedClip":
+        about = {"speaker": other.speaker, "question": seen.question}
+        return cls(f"{seen.name} | {other.name}", other.label, other.source, **about, seen=seen, other=other)
+
+    def read(self) -> Swapped:
+        return swapped(self.seen.read(), self.other.read())
+
+    def given_to(self, processor: Processor) -> Swapped:
+        return swapped(self.seen.given_to(processor), self.other.read())
+
+    @property
+    def digest(self) -> str:
+        return digest(self.seen.digest.encode(), self.other.digest.encode())
+
+
 @typed
 def read_audio_visual(folder: str | Path, processor: Processor) -> list[Swapped]:
+    """The clips that `list_audio_visual` lists, as a model of that processor sees and hears them.
+
+    Raises what that does, `AudioError` and `DataError` for files that cannot be read, and `InputError` for frames of
+    several sizes.
+    """
+    return [clip.given_to(processor) for clip in list_audio_visual(folder)]
+
+
+@typed
+def list_audio_visual(folder: str | Path) -> list[SeenClip]:
     """The clips that `list_folder` lists, with what their rows say is seen: `image`, a picture's file or several, or
     `frames`, the files of a video in their order, and `fps`, how many are in a second: its sound is then the clip.
     `seen_label` is what is seen, where that is not the clip's label.
 
-    Raises `DataError` for a row without pictures and for files that are none; else what `read_folder` raises, and
-    `InputError` for frames of several sizes.
+    Raises what `list_folder` does, and `DataError` for a row without pictures.
     """
     folder = Path(folder)
-    return [
-        seen_with(clip.read(), folder, where, row, processor)
-        for clip, (where, row) in zip(list_folder(folder), list_rows(folder), strict=True)
-    ]
+    rows = zip(list_folder(folder), list_rows(folder), strict=True)
+    return [seen_clip(clip, folder, where, row) for clip, (where, row) in rows]
 
 
-def seen_with(sample: Sample, folder: Path, where: str, row: dict, processor: Processor) -> Swapped:
+def seen_clip(clip: Clip, folder: Path, where: str, row: dict) -> SeenClip:
     named = [name for name in PICTURES if row.get(name)]
     if len(named) != 1 or ("frames" in named and not isinstance(row.get("fps"), int | float)):
         raise DataError(f"{where} needs an image, or frames and their fps, and has {', '.join(named) or 'neither'}.")
-    label = row.get("seen_label") or sample.label
+    label = row.get("seen_label") or clip.label
     files = [row[named[0]]] if isinstance(row[named[0]], str) else row[named[0]]
     if not isinstance(label, str) or not isinstance(files, list) or not all(isinstance(its, str) for its in files):
         raise DataError(f"{where}: {named[0]} and seen_label are text, or a list of files.")
-    pictures = [picture(folder, where, file) for file in files]
-    images: Images | None = processor.see(pictures) if named == ["image"] else None
-    videos = None if images else HeardVideo(**vars(processor.watch(pictures, float(row["fps"]))))
-    its: dict[str, Any] = {each.name: getattr(sample, each.name) for each in fields(Sample)}
-    its |= {"images": images, "videos": videos}
-    return Swapped(**its, seen_label=label, heard_clip=sample.name)
+    if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
+        raise DataError(f"{where}: pictures are inside the folder, and {outside[0]} is not.")
+    pictures, fps = tuple(folder / file for file in files), float(row["fps"]) if named == ["frames"] else None
+    return SeenClip(**vars(clip), seen_label=label, pictures=pictures, fps=fps)
 
 
-def picture(folder: Path, where: str, file: str) -> Image.Image:
-    path = Path(file)
-    if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{where}: pictures are inside the folder, and {file} is not.")
+def swap_clips(clips: Sequence[SeenClip], seed: int = 0) -> list[SwappedClip]:
+    """As `swap_audio` does, of clips that have not been read."""
+    return [SwappedClip.of(*pair) for pair in pairs_of(clips, drawn(seed))]
+
+
+def picture(path: Path, clip: str) -> Image.Image:
     try:
-        return Image.open(folder / path).convert("RGB")
+        return Image.open(path).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{where}: {file} cannot be read as a picture ({error}).") from None
+        raise DataError(f"{clip}: {path.name} cannot be read as a picture ({error}).") from None

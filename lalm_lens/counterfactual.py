@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -9,9 +10,11 @@ from torch.nn.functional import pad
 
 from lalm_lens.corrupt import number
 from lalm_lens.datasets import Sample, refuse_repeated
+from lalm_lens.datasets.sample import Named
 from lalm_lens.errors import DataError
 from lalm_lens.shapes import typed
 
+N = TypeVar("N", bound=Named)
 Distance = Callable[[Sample, Sample], float]  # of what is seen and what would be heard with it: larger is less alike
 
 
@@ -43,31 +46,39 @@ def swap_audio(samples: Sequence[Sample], distance: Distance | None = None, seed
     refuse_repeated(samples)
     if unheard := [sample.name for sample in samples if not sample.is_heard]:
         raise DataError(f"There is no clip to swap in {unheard[0]}: give samples that are heard.")
-    far = np.array([[apart(sample, other, distance, seed) for other in samples] for sample in samples])
+    return [swapped(*pair) for pair in pairs_of(samples, distance or drawn(seed))]
+
+
+def drawn(seed: int) -> Callable[[Named, Named], float]:
+    """Distances by chance, of names."""
+    return lambda sample, other: number(seed, sample.name, other.name) / 2**256
+
+
+def pairs_of(samples: Sequence[N], distance: Callable[[N, N], float]) -> list[tuple[N, N]]:
+    """Each with the other that it is to hear."""
+    far = np.array([[apart(sample, other, distance) for other in samples] for sample in samples])
     try:
         _, chosen = linear_sum_assignment(-far)
     except ValueError:
         raise DataError(
             "There is no way to give every sample a clip of another label: more than half are of one. Leave some out."
         ) from None
-    return [swapped(sample, samples[other]) for sample, other in zip(samples, chosen, strict=True)]
+    return [(sample, samples[other]) for sample, other in zip(samples, chosen, strict=True)]
 
 
-def apart(sample: Sample, other: Sample, distance: Distance | None, seed: int) -> float:
+def apart(sample: N, other: N, distance: Callable[[N, N], float]) -> float:
     """-infinity for what must not be put together."""
     if seen_label(sample) == other.label:
         return -np.inf
-    if distance is None:
-        return number(seed, sample.name, other.name) / 2**256
     found = float(distance(sample, other))
     if not np.isfinite(found):
         raise DataError(f"The distance of {sample.name} and {other.name} is {found}. Give finite ones.")
     return found
 
 
-def seen_label(sample: Sample) -> str:
+def seen_label(sample: Named) -> str:
     """What the pictures are of."""
-    return sample.seen_label if isinstance(sample, Swapped) else sample.label
+    return getattr(sample, "seen_label", sample.label)
 
 
 def swapped(sample: Sample, other: Sample) -> Swapped:

@@ -16,6 +16,7 @@ from pyarrow.parquet import read_metadata
 
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import ConversionError, LensError, reason
+from lalm_lens.experiments.asked import processor_of
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
 from lalm_lens.study import Planned
@@ -97,7 +98,8 @@ def table_of(unit: Unit, lens: HookedLALM) -> tuple[Table, dict[str, str]]:
     Where the experiment refuses its clips, each is tried alone, and what can be done is done together. Raises what the
     experiment raises if that is none, or if its clips need each other.
     """
-    samples, arguments = unit.read(), unit.arguments()
+    processor = processor_of(lens)
+    samples, arguments = unit.read(processor), unit.arguments(processor)
 
     def run(some: Sequence[Sample]) -> Table:
         return unit.experiment.run(lens, some, **arguments)
@@ -150,7 +152,9 @@ def measured(unit: Unit, alike: Sequence[Unit], out: Path, models: Models) -> fl
         return sum(its["wall_s"] for its in told) / sum(len(its["clips"]) for its in told)
     if not unit.experiment.table.BY_CLIP:
         return None
-    lens, samples, arguments = models.of(unit.model), unit.read(1), unit.arguments()
+    lens = models.of(unit.model)
+    processor = processor_of(lens)
+    samples, arguments = unit.read(processor, 1), unit.arguments(processor)
     unit.experiment.run(lens, samples, **arguments)
     start = time.perf_counter()
     unit.experiment.run(lens, samples, **arguments)

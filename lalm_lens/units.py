@@ -28,6 +28,7 @@ from lalm_lens.datasets import Clip, Sample, cut_to
 from lalm_lens.discovery import Experiment
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.loading import UNWANTED, WANTED, Files
+from lalm_lens.prompts import Processor
 from lalm_lens.tables import Table
 from lalm_lens.weights import Conversion
 
@@ -91,11 +92,11 @@ class Listed:
     clip: Clip
     digest: str
 
-    def read(self) -> Sample:
+    def given_to(self, processor: Processor) -> Sample:
         """Raises `DataError` if it has changed since."""
         if self.clip.digest != self.digest:
             raise DataError(f"{self.clip.name} has changed since this run began. Run the study again.")
-        return self.clip.read()
+        return self.clip.given_to(processor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,21 +160,21 @@ class Unit:
     def is_finished(self, out: Path) -> bool:
         return self.path(out).is_file()
 
-    def read(self, n: int | None = None) -> list[Sample]:
+    def read(self, processor: Processor, n: int | None = None) -> list[Sample]:
         """What the experiment is given: all clips, or the first `n`; or what a conflict makes of them."""
-        samples = self.as_heard(self.clips[:n])
+        samples = self.as_given(self.clips[:n], processor)
         return samples if self.conflict is None else [*self.conflict.of(samples, self.attribute)]
 
-    def as_heard(self, clips: tuple[Listed, ...]) -> list[Sample]:
-        samples = [its.read() for its in clips]
+    def as_given(self, clips: tuple[Listed, ...], processor: Processor) -> list[Sample]:
+        samples = [its.given_to(processor) for its in clips]
         return samples if self.n_heard is None else cut_to(samples, self.n_heard)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, processor: Processor) -> dict[str, Any]:
         """Of the experiment, beside model and samples."""
         settings = dict(self.settings)
         for name, value in settings.items():
             if isinstance(value, OtherClip):
-                settings[name] = replace(value, among=tuple(self.as_heard(self.others)))
+                settings[name] = replace(value, among=tuple(self.as_given(self.others, processor)))
         return {"attribute": self.attribute, **self.experiment.asked_in(self.form), **settings}
 
     @property

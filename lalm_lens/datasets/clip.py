@@ -11,6 +11,7 @@ from lalm_lens.attributes import Attribute
 from lalm_lens.audio import decode_audio, read_audio
 from lalm_lens.datasets.sample import Sample, digest, refuse_repeated
 from lalm_lens.errors import DataError
+from lalm_lens.prompts import Processor
 
 LETTER = re.compile(r"^\s*\([a-z]\)\s*", re.IGNORECASE)  # of an option, as in "(a) Female"
 
@@ -32,6 +33,10 @@ class Clip:
         waveform = read_audio(source) if isinstance(source, Path) else decode_audio(source, self.name)
         about: dict = {"speaker": self.speaker, "question": self.question}
         return Sample(self.name, self.label, waveform, self.transcript, **about)
+
+    def given_to(self, processor: Processor) -> Sample:
+        """What a model is given of it. Raises what `read` does."""
+        return self.read()
 
     @property
     def digest(self) -> str:
