@@ -20,7 +20,9 @@ from pyarrow.parquet import read_schema
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.attention_knockout import AttentionKnockout
-from lalm_lens.experiments.claims import CLAIMS, QUANTITIES, Claim, Finding, Quantity, p_of
+from lalm_lens.experiments.claim import Claim, Finding, Quantity
+from lalm_lens.experiments.claims import CLAIMS, QUANTITIES
+from lalm_lens.experiments.correlation import p_of
 from lalm_lens.experiments.enrich import Enrichment
 from lalm_lens.experiments.evidence import TRACED, Measured, NotMeasured, evidence_for
 from lalm_lens.experiments.information_score import InformationScore

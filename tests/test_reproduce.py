@@ -12,7 +12,9 @@ from scipy.stats import pearsonr, spearmanr
 from lalm_lens import AttentionKnockout, CausalTrace, Enrichment, InformationScore, cli, resolution_correlation
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.errors import DataError
-from lalm_lens.experiments.claims import CLAIMS, QUANTITIES, Evidence, Finding, correlation, p_of, rank_correlation
+from lalm_lens.experiments.claim import Evidence, Finding
+from lalm_lens.experiments.claims import CLAIMS, QUANTITIES
+from lalm_lens.experiments.correlation import correlation, p_of, rank_correlation
 from lalm_lens.experiments.evidence import Measured, evidence_for
 from lalm_lens.reproduce import (
     CHECKPOINTS,

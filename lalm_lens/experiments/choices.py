@@ -8,7 +8,8 @@ import numpy as np
 
 from lalm_lens.corrupt import Corruption
 from lalm_lens.errors import InputError
-from lalm_lens.experiments.claims import CLAIMS, Claim, Evidence, Quantity, Reads
+from lalm_lens.experiments.claim import Claim, Evidence, Quantity, Reads
+from lalm_lens.experiments.claims import CLAIMS
 from lalm_lens.metrics import Metric, Predict
 from lalm_lens.transcripts import Reading
 

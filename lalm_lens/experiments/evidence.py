@@ -11,7 +11,7 @@ from lalm_lens.aggregates import corruption_kinds
 from lalm_lens.aggregates import refuse_mixed as refuse_mixed_traces
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.attention_knockout import AttentionKnockout
-from lalm_lens.experiments.claims import PLACES, Evidence, Reads
+from lalm_lens.experiments.claim import PLACES, Evidence, Reads
 from lalm_lens.experiments.enrich import Enrichment
 from lalm_lens.experiments.information_score import InformationScore, rights_of
 from lalm_lens.results import CausalTrace

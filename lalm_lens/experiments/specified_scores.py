@@ -9,7 +9,8 @@ from lalm_lens.attributes import Attribute
 from lalm_lens.datasets import Sample
 from lalm_lens.experiments.audiolens import deafness
 from lalm_lens.experiments.choices import Choices, Reasons, claims_of, rows_of
-from lalm_lens.experiments.claims import QUANTITIES, Claim, Quantity, Reads
+from lalm_lens.experiments.claim import Claim, Quantity, Reads
+from lalm_lens.experiments.claims import QUANTITIES
 from lalm_lens.experiments.evidence import Measured, NotMeasured, evidence_for
 from lalm_lens.experiments.information_score import InformationScore, information_score
 from lalm_lens.model import HookedLALM

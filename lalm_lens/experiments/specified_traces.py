@@ -18,7 +18,7 @@ from lalm_lens.experiments.asked import processor_of, read_of
 from lalm_lens.experiments.causal_trace import Settings, answer_of, case_of, check, exclusions
 from lalm_lens.experiments.cells import Cell, Grid
 from lalm_lens.experiments.choices import Choices, Objects, Reasons, Template, claims_of, rows_of
-from lalm_lens.experiments.claims import PLACES, Claim, Evidence, Reads
+from lalm_lens.experiments.claim import PLACES, Claim, Evidence, Reads
 from lalm_lens.experiments.recovery import Case, Patched, patch_all
 from lalm_lens.metrics import Metric, Predict, is_right
 from lalm_lens.model import HookedLALM
