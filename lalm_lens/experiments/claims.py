@@ -17,7 +17,6 @@ CT, AL = "arXiv 2603.13768", "arXiv 2506.05140"
 FEW = 6  # layers: fewer have no middle and no ends
 DEPTH_15 = 15 / 32  # of the models whose curves are stable "after layer 15"
 
-
 CLAIMS: dict[str, Claim] = {}
 QUANTITIES: dict[str, Quantity] = {}
 
