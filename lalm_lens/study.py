@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 
 from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
-from lalm_lens.audio import check_audible
+from lalm_lens.audio import check_audible, check_sounding
 from lalm_lens.conflict import Conflict
 from lalm_lens.corrupt import OtherClip
-from lalm_lens.datasets import Clip, Sample, cleaned, list_hub, sakura, split
+from lalm_lens.datasets import Clip, cleaned, list_hub, sakura, split
 from lalm_lens.datasets.folder import list_track
 from lalm_lens.discovery import Experiment, experiment_named, made, refuse_unknown, value_of
 from lalm_lens.errors import AudioError, DataError, InputError, LensError, PromptError, reason
@@ -272,15 +272,10 @@ def looked_at(clip: Clip, attribute: Attribute) -> tuple[Listed, int] | str:
         (clip,) = cleaned([clip], attribute)
         sample, digest = clip.read(), clip.digest
         check_audible(sample.waveform, len(sample.waveform), clip.name)
-        refuse_silence(sample)
+        check_sounding(sample.waveform, clip.name)
     except (AudioError, DataError, OSError) as error:
         return reason(error)
     return Listed(clip, digest), len(sample.waveform)
-
-
-def refuse_silence(sample: Sample) -> None:
-    if not sample.waveform.any():
-        raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it.")
 
 
 @dataclass(frozen=True)
