@@ -78,7 +78,7 @@ def read_all(sound: soundfile.SoundFile, name: str) -> Float[np.ndarray, "sample
         raise AudioError(f"{name} does not say how long it is, as when written to a pipe. Save it as a wav.")
     if sound.seekable():
         sound.seek(0)  # as `soundfile.read` does: without it, an mp3 differs in the last bit
-    blocks = [np.zeros((0, sound.channels), np.float32)]
+    blocks: list[np.ndarray] = [np.zeros((0, sound.channels), np.float32)]
     while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
         blocks.append(block)
     return np.concatenate(blocks)

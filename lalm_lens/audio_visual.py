@@ -1,5 +1,6 @@
 """Folders of clips with what is seen beside them: images, or the frames of the video whose sound a clip is."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from PIL import Image, UnidentifiedImageError
 
 from lalm_lens.counterfactual import Swapped
 from lalm_lens.datasets import Sample, list_folder
-from lalm_lens.datasets.folder import list_rows
+from lalm_lens.datasets.clip import accepted
+from lalm_lens.datasets.folder import lines_of
 from lalm_lens.errors import DataError
 from lalm_lens.inputs import HeardVideo, Images
 from lalm_lens.prompts import Processor
@@ -28,12 +30,12 @@ def read_audio_visual(folder: str | Path, processor: Processor) -> list[Swapped]
     """
     folder = Path(folder)
     return [
-        seen_with(clip.read(), folder, where, row, processor)
-        for clip, (where, row) in zip(list_folder(folder), list_rows(folder), strict=True)
+        seen_with(clip.read(), folder, line.where, line.told, processor)
+        for clip, line in zip(list_folder(folder), accepted(lines_of(folder)), strict=True)
     ]
 
 
-def seen_with(sample: Sample, folder: Path, where: str, row: dict, processor: Processor) -> Swapped:
+def seen_with(sample: Sample, folder: Path, where: str, row: Mapping[str, Any], processor: Processor) -> Swapped:
     named = [name for name in PICTURES if row.get(name)]
     if len(named) != 1 or ("frames" in named and not isinstance(row.get("fps"), int | float)):
         raise DataError(f"{where} needs an image, or frames and their fps, and has {', '.join(named) or 'neither'}.")

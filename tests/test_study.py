@@ -295,7 +295,7 @@ REASONS = {
     "nan.wav": "NaN",
     "cut.wav": "ends after",
     "folder.wav": "no audio file",
-    "odd.wav": "Not options of gender",
+    "odd.wav": "none of the options of gender",
 }
 
 
@@ -605,8 +605,8 @@ def test_a_model_that_cannot_be_opened_stops_no_other(study, undisturbed, tmp_pa
         cli.main()
     assert ended.value.code == 1
     said = capsys.readouterr().out
-    assert "Left out, the model gone: There is no model at gone" in said
-    assert "Left out, the model bare: " in said
+    assert "Left out, gone: There is no model at gone" in said
+    assert "Left out, bare: " in said
     assert "Failed, 12 units" in said
     assert "torn cannot be opened: " in said
     assert "12 of 24 units are finished" in said
