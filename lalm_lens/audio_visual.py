@@ -8,8 +8,9 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from lalm_lens.counterfactual import Swapped, drawn, pairs_of, swapped
-from lalm_lens.datasets import Clip, Sample, list_folder
-from lalm_lens.datasets.folder import list_rows
+from lalm_lens.datasets import Clip, Refused, Sample
+from lalm_lens.datasets.clip import told_once
+from lalm_lens.datasets.folder import Line, clip_of, lines_of
 from lalm_lens.datasets.sample import digest
 from lalm_lens.errors import DataError
 from lalm_lens.inputs import HeardVideo
@@ -58,12 +59,13 @@ class SwappedClip(Clip):
     """What is seen of one with the sound of another."""
 
     seen: SeenClip = field(repr=False)
-    other: SeenClip = field(repr=False)
+    other: Clip = field(repr=False)
 
     @classmethod
     def of(cls, seen: SeenClip, other: SeenClip) -> "SwappedClip":
+        heard = Clip(**{each.name: getattr(other, each.name) for each in fields(Clip)})
         about = {"speaker": other.speaker, "question": seen.question}
-        return cls(f"{seen.name} | {other.name}", other.label, other.source, **about, seen=seen, other=other)
+        return cls(f"{seen.name} | {other.name}", other.label, other.source, **about, seen=seen, other=heard)
 
     def read(self) -> Swapped:
         return swapped(self.seen.read(), self.other.read())
@@ -94,21 +96,26 @@ def list_audio_visual(folder: str | Path) -> list[SeenClip]:
 
     Raises what `list_folder` does, and `DataError` for a row without pictures.
     """
-    folder = Path(folder)
-    rows = zip(list_folder(folder), list_rows(folder), strict=True)
-    return [seen_clip(clip, folder, where, row) for clip, (where, row) in rows]
+    return told_once(rows_of_audio_visual(Path(folder)))
 
 
-def seen_clip(clip: Clip, folder: Path, where: str, row: dict) -> SeenClip:
+def rows_of_audio_visual(folder: Path) -> list[SeenClip | Refused]:
+    return [line if isinstance(line, Refused) else seen_of(folder, line) for line in lines_of(folder)]
+
+
+def seen_of(folder: Path, line: Line) -> SeenClip | Refused:
+    clip, row = clip_of(folder, line), line.told
+    if isinstance(clip, Refused):
+        return clip
     named = [name for name in PICTURES if row.get(name)]
     if len(named) != 1 or ("frames" in named and not isinstance(row.get("fps"), int | float)):
-        raise DataError(f"{where} needs an image, or frames and their fps, and has {', '.join(named) or 'neither'}.")
+        return line.refused(f" needs an image, or frames and their fps, and has {', '.join(named) or 'neither'}.")
     label = row.get("seen_label") or clip.label
     files = [row[named[0]]] if isinstance(row[named[0]], str) else row[named[0]]
     if not isinstance(label, str) or not isinstance(files, list) or not all(isinstance(its, str) for its in files):
-        raise DataError(f"{where}: {named[0]} and seen_label are text, or a list of files.")
+        return line.refused(f": {named[0]} and seen_label are text, or a list of files.")
     if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
-        raise DataError(f"{where}: pictures are inside the folder, and {outside[0]} is not.")
+        return line.refused(f": pictures are inside the folder, and {outside[0]} is not.")
     pictures, fps = tuple(folder / file for file in files), float(row["fps"]) if named == ["frames"] else None
     return SeenClip(**vars(clip), seen_label=label, pictures=pictures, fps=fps)
 

@@ -126,7 +126,7 @@ def unfinished(units: Sequence[Unit], out: Path) -> list[Unit]:
 
 
 def write_list(plan: Planned, out: Path) -> Path:
-    """Say which units the study has, in their order, and which clips and models are left out of it."""
+    """Say which units the study has, in their order, and what is left out of it."""
     writable(out)
     path = out / f"{plan.study.path.stem}{ENDING}"
     told = {

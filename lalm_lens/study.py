@@ -1,7 +1,7 @@
 """A whole study in one TOML file: models x datasets x attributes x prompts x experiments, as units of work."""
 
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,11 +13,14 @@ import pandas as pd
 import torch
 
 from lalm_lens.attributes import ATTRIBUTES, Attribute, Form
-from lalm_lens.audio import check_audible
+from lalm_lens.audio import check_audible, check_sounding
+from lalm_lens.audio_visual import SeenClip, rows_of_audio_visual, swap_clips
 from lalm_lens.conflict import Conflict
 from lalm_lens.corrupt import OtherClip
-from lalm_lens.datasets import Clip, Sample, cleaned, list_hub, sakura, split
-from lalm_lens.datasets.folder import list_track
+from lalm_lens.datasets import Clip, Refused, split
+from lalm_lens.datasets.clip import Row, spelled, told_apart
+from lalm_lens.datasets.folder import folder_of, rows_of_folder
+from lalm_lens.datasets.hub import rows_of_hub, rows_of_sakura
 from lalm_lens.discovery import Experiment, experiment_named, made, refuse_unknown, value_of
 from lalm_lens.errors import AudioError, DataError, InputError, LensError, PromptError, reason
 from lalm_lens.loading import without_weights
@@ -45,7 +48,9 @@ class ModelTable:
 class DatasetTable:
     """[[dataset]]: labelled clips of some attributes. One of `folder`, `hub` and `sakura` says where they are; a
     "{attribute}" in it is the attribute's name. A folder without a list may hold one folder of each attribute's name.
-    `n_clips` takes so many, in the proportions of the labels; `cut` cuts those that are longer than a model hears;
+    `n_clips` takes so many of the good ones, in the proportions of the labels, and with `by_speaker` whole speakers;
+    `cut` cuts those that are longer than a model hears;
+    `seen` shows a model the pictures that are listed beside each clip, or with "swapped" those beside another clip;
     `made` is how many clips the command makes, such as the tiny models hear, in a folder that is not there yet."""
 
     attributes: tuple[str, ...]
@@ -57,6 +62,8 @@ class DatasetTable:
     config: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)  # audio, label, transcript, speaker, question
     n_clips: int | None = None
+    by_speaker: bool = False
+    seen: Literal["own", "swapped"] | None = None
     seed: int = 0
     cut: bool = False
     made: int = 0
@@ -68,6 +75,12 @@ class DatasetTable:
             raise InputError('Clips are made in a folder for each attribute, as folder = "clips/{attribute}".')
         if not self.attributes:
             raise InputError("A dataset needs attributes: what is asked about its clips.")
+        if self.n_clips is not None and self.n_clips < 1:
+            raise InputError(f"n_clips of a dataset is {self.n_clips}: it is a number of clips, 1 or more.")
+        if self.seen and (self.folder is None or self.cut):
+            raise InputError("What is seen is listed in a folder, beside whole clips: give folder, without cut.")
+        if self.by_speaker and self.n_clips is None:
+            raise InputError("by_speaker says how n_clips are taken of a dataset: give n_clips too.")
 
     @property
     def called(self) -> str:
@@ -79,17 +92,24 @@ class DatasetTable:
         folders = [base / Path(written(path, name)).expanduser() for name in (attribute, attribute.capitalize())]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
 
-    def list(self, attribute: Attribute, base: Path) -> list[Clip]:
-        """Raises `DataError` for a list that cannot be read."""
+    def list(self, attribute: Attribute, base: Path) -> list[Row]:
+        """What is listed, clips with labels as the attribute spells them, or not. Raises `DataError` for a list that
+        cannot be read."""
         folder = self.at(base, attribute.name)
         if self.sakura:
-            clips = sakura(attribute, None if self.sakura is True else folder)
+            rows = rows_of_sakura(attribute, None if self.sakura is True else folder)
         elif self.folder:
-            clips = list_track(folder, attribute)
+            rows = (rows_of_audio_visual if self.seen else rows_of_folder)(folder_of(folder, attribute))
         else:
             where = str(folder) if folder.is_dir() else written(str(self.hub), attribute.name)
-            clips = list_hub(where, split=self.split, config=self.config, **self.columns)
-        return clips if self.n_clips is None or self.n_clips >= len(clips) else split(clips, self.n_clips, self.seed)[0]
+            rows = rows_of_hub(where, split=self.split, config=self.config, **self.columns)
+        return spelled(told_apart(rows), attribute)
+
+    def drawn(self, clips: Sequence[Clip]) -> Sequence[Clip]:
+        """`n_clips` of them. Raises `DataError` where a speaker is not known."""
+        if self.n_clips is None or self.n_clips >= len(clips):
+            return clips
+        return split(clips, self.n_clips, self.seed, by_speaker=self.by_speaker)[0]
 
 
 def written(path: str, attribute: str) -> str:
@@ -232,65 +252,87 @@ def tables(given: Mapping[str, Any], key: str, least: int = 1) -> list[dict[str,
 
 @dataclass(frozen=True)
 class Screened:
-    """The clips of a dataset that can be read and are labelled as the attribute's are, how long they are, and why
-    others are left out."""
+    """The clips of a dataset that can be read and are labelled as the attribute's are, how long they are, and what is
+    left out, and why."""
 
     dataset: DatasetTable
     attribute: Attribute
     clips: tuple[Listed, ...]
     lengths: tuple[int, ...]
-    excluded: Mapping[str, str]
+    excluded: tuple[Refused, ...]
 
     @classmethod
-    def of(cls, dataset: DatasetTable, attribute: Attribute, clips: Sequence[Clip]) -> "Screened":
+    def of(cls, dataset: DatasetTable, attribute: Attribute, rows: Sequence[Row]) -> "Screened":
+        """All sounds are read before some are drawn, so that what is broken changes nothing of what is drawn."""
         with ThreadPoolExecutor() as pool:
-            found = list(pool.map(lambda clip: looked_at(clip, attribute), clips))
-        good = [its for its in found if not isinstance(its, str)]
-        bad = {clip.name: its for clip, its in zip(clips, found, strict=True) if isinstance(its, str)}
-        listed, lengths = zip(*good, strict=True) if good else ((), ())
-        return cls(dataset, attribute, listed, lengths, bad)
+            found = list(pool.map(looked_at, rows))
+        bad = tuple(its for its in found if isinstance(its, Refused))
+        good = {its[0].clip.name: its for its in found if not isinstance(its, Refused)}
+        drawn = dataset.drawn([listed.clip for listed, _ in good.values()])
+        kept = [good[clip.name] for clip in drawn]
+        if dataset.seen == "swapped":
+            kept = swapped(kept, dataset.seed)
+        return cls(dataset, attribute, *unzipped(kept), bad)
+
+    @property
+    def called(self) -> str:
+        return f"{self.dataset.called}, {self.attribute.name}"
+
+    @property
+    def lack(self) -> str:
+        """Why there are no clips."""
+        why = self.excluded[0].reason if self.excluded else "no clip is listed."
+        return f"No clip of {self.dataset.called} can be asked about {self.attribute.name}: {why}"
 
     def heard_by(self, processor: Processor) -> "Screened":
-        """Without those that the model cannot hear to their end, unless they are cut."""
-        too_long = {}
+        """Without those that the model cannot hear to their end, unless they are cut; none if it cannot see them."""
+        if self.dataset.seen and processor.cfg.vision is None:
+            why = Refused("every clip", f"A {processor.cfg.model_type} model hears and does not see.")
+            return replace(self, clips=(), lengths=(), excluded=(why,))
+        kept, bad = [], list(self.excluded)
         for listed, n in zip(self.clips, self.lengths, strict=True):
             try:
                 processor.check_audible(torch.zeros(min(n, processor.n_samples) if self.dataset.cut else n), "")
+                kept.append((listed, n))
             except AudioError as error:
-                too_long[listed.clip.name] = f"{listed.clip.name}{error}"
-        kept = [pair for pair in zip(self.clips, self.lengths, strict=True) if pair[0].clip.name not in too_long]
-        if not kept:
-            first = next(iter({**self.excluded, **too_long}.values()))
-            raise DataError(f"No clip of {self.dataset.called} can be asked about {self.attribute.name}: {first}")
-        listed, lengths = zip(*kept, strict=True)
-        return replace(self, clips=listed, lengths=lengths, excluded={**self.excluded, **too_long})
+                bad.append(Refused(listed.clip.name, f"{listed.clip.name}{error}"))
+        clips, lengths = unzipped(kept)
+        return replace(self, clips=clips, lengths=lengths, excluded=tuple(bad))
 
 
-def looked_at(clip: Clip, attribute: Attribute) -> tuple[Listed, int] | str:
-    """The clip with its hash and its length, or why it is left out."""
+def unzipped(pairs: Sequence[tuple[Listed, int]]) -> tuple[tuple[Listed, ...], tuple[int, ...]]:
+    return tuple(listed for listed, _ in pairs), tuple(n for _, n in pairs)
+
+
+def swapped(kept: Sequence[tuple[Listed, int]], seed: int) -> list[tuple[Listed, int]]:
+    """What is seen of each with the sound of another, as long as its own. Raises what `swap_audio` does."""
+    lengths = {listed.clip.name: n for listed, n in kept}
+    clips = swap_clips([listed.clip for listed, _ in kept if isinstance(listed.clip, SeenClip)], seed)
+    return [(Listed(clip, clip.digest), lengths[clip.seen.name]) for clip in clips]
+
+
+def looked_at(row: Row) -> tuple[Listed, int] | Refused:
+    """A clip with its hash and its length, or why it is left out."""
+    if isinstance(row, Refused):
+        return row
     try:
-        (clip,) = cleaned([clip], attribute)
-        sample, digest = clip.read(), clip.digest
-        check_audible(sample.waveform, len(sample.waveform), clip.name)
-        refuse_silence(sample)
-    except (AudioError, DataError, OSError) as error:
-        return reason(error)
-    return Listed(clip, digest), len(sample.waveform)
-
-
-def refuse_silence(sample: Sample) -> None:
-    if not sample.waveform.any():
-        raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it.")
+        sample, digest = row.read(), row.digest
+        check_audible(sample.waveform, len(sample.waveform), row.name)
+        check_sounding(sample.waveform, row.name)
+    except (AudioError, DataError, OSError) as error:  # DataError: of a picture
+        return Refused(row.name, reason(error))
+    return Listed(row, digest), len(sample.waveform)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """The units of a study in their order, and the clips and models that are left out of it."""
+    """The units of a study in their order, and what is left out of it: clips; models by their paths, datasets with the
+    attribute that is asked about, and the pair where a model hears none of its clips."""
 
     study: Study
     units: tuple[Unit, ...]
     excluded: pd.DataFrame  # model, dataset, attribute, sample, reason
-    failed: Mapping[str, str] = field(default_factory=dict)  # why models cannot be opened, by their paths
+    failed: Mapping[str, str] = field(default_factory=dict)  # what is left out altogether, and why
 
     @cached_property
     def n_clips(self) -> int:
@@ -300,14 +342,13 @@ class Planned:
 def planned(study: Study, conversion_named: Callable[[str | None], Conversion | None] = lambda name: None) -> Planned:
     """Read all clips and the files of all models once, and no weights into memory.
 
-    Models that cannot be opened are left out. Raises `InputError` if that is all of them, and `DataError` for a dataset
-    without a clip that a model can be asked about."""
-    screened = [
-        Screened.of(dataset, attribute, dataset.list(attribute, study.path.parent))
-        for dataset in study.datasets
-        for attribute in map(study.attribute, dataset.attributes)
-    ]
-    units, left_out, failed = {}, [], {}
+    Models that cannot be opened, datasets that cannot be listed or have no good clip, and what cannot be asked of them
+    are left out, and the rest is planned. Raises `InputError` if no model can be opened, and `DataError` if nothing is
+    left for another reason, with all reasons."""
+    failed: dict[str, str] = {}
+    screened = screened_of(study, failed)
+    refuse_nothing(study, failed, [each for each in screened if each.clips])
+    units, left_out, n_opened = {}, [], 0
     for table in study.models:
         opened = study.opened(table, conversion_named)
         try:
@@ -316,20 +357,50 @@ def planned(study: Study, conversion_named: Callable[[str | None], Conversion | 
             failed[table.path] = str(error)
             continue
         assert model.processor is not None
+        n_opened += 1
         heard = [each.heard_by(model.processor) for each in screened]
+        failed |= {
+            f"{table.path}, {after.called}": after.lack
+            for before, after in zip(screened, heard, strict=True)
+            if before.clips and not after.clips
+        }
         left_out += [
             {"model": model.cfg.model_name, "dataset": each.dataset.called, "attribute": each.attribute.name}
-            | {"sample": name, "reason": why}
+            | {"sample": its.name, "reason": its.reason}
             for each in heard
-            for name, why in each.excluded.items()
+            for its in each.excluded
         ]
         for chosen, each in product(study.experiments, heard):
-            if chosen.is_about(table.path, each.attribute.name):
-                units |= {unit.hash: unit for unit in units_of(chosen, each, opened, model, weights)}
-    if len(failed) == len(study.models):
-        raise InputError(f"No model of {study.path} can be opened. {'; '.join(failed.values())}")
+            if each.clips and chosen.is_about(table.path, each.attribute.name):
+                try:
+                    units |= {unit.hash: unit for unit in units_of(chosen, each, opened, model, weights)}
+                except LensError as error:
+                    failed[f"{chosen.experiment.name}, {table.path}, {each.called}"] = str(error)
+    if not n_opened:
+        reasons = "; ".join(why for what, why in failed.items() if what in {table.path for table in study.models})
+        raise InputError(f"No model of {study.path} can be opened. {reasons}")
+    refuse_nothing(study, failed, units)
     columns = ["model", "dataset", "attribute", "sample", "reason"]
     return Planned(study, tuple(units.values()), pd.DataFrame(left_out, columns=columns, dtype="str"), failed)
+
+
+def screened_of(study: Study, failed: dict[str, str]) -> list[Screened]:
+    """Each dataset about each of its attributes; `failed` is told which cannot be listed, or have no good clip."""
+    found = []
+    for dataset in study.datasets:
+        for attribute in map(study.attribute, dataset.attributes):
+            try:
+                found.append(Screened.of(dataset, attribute, dataset.list(attribute, study.path.parent)))
+            except (LensError, OSError) as error:
+                failed[f"{dataset.called}, {attribute.name}"] = str(error)
+    failed |= {each.called: each.lack for each in found if not each.clips}
+    return found
+
+
+def refuse_nothing(study: Study, failed: Mapping[str, str], left: Collection) -> None:
+    if not left:
+        reasons = "; ".join(dict.fromkeys(failed.values())) or "No experiment is about its models and attributes."
+        raise DataError(f"Nothing of {study.path} can be run. {reasons}")
 
 
 def that_hears(opened: Opened) -> HookedLALM:

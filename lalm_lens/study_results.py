@@ -32,7 +32,8 @@ class Results:
     """The finished units of the studies in a folder. `units` has a row each: what it is of, its `settings` and `seed`,
     how many clips and rows it has, how it ran (`wall_s`, `device`, `device_map`, `threads`, `versions`, `command`) and
     its `path`. `excluded` are the clips that were left out, and why: of all experiments where none is named.
-    `n_unfinished` units are not there yet, and `failed` says of models by their paths why they could not be opened."""
+    `n_unfinished` units are not there yet, and `failed` says what is left out altogether, and why: models by their
+    paths, datasets with an attribute."""
 
     units: pd.DataFrame
     excluded: pd.DataFrame
@@ -74,7 +75,7 @@ class Results:
         parts += [f"computed on {' and '.join(kinds)}"] if len(kinds := self.machines) > 1 else []
         parts += [f"{self.n_unfinished} units unfinished"] if self.n_unfinished else []
         parts += [f"{len(self.excluded)} clips left out"] if len(self.excluded) else []
-        parts += [f"{path} left out" for path in self.failed]
+        parts += [f"{what} left out" for what in self.failed]
         return f"Results({'; '.join(parts)})"
 
 
@@ -126,7 +127,7 @@ def load_results(folder: str | Path) -> Results:
     columns = [*SHOWN, "settings", "seed", "n_clips", "n_rows", *RAN, "path"]
     left_out = [each for its in lists for each in its["excluded"]] + [each for unit in units for each in refused(unit)]
     excluded = pd.DataFrame(left_out, columns=EXCLUDED).drop_duplicates(ignore_index=True)
-    failed = {path: why for each in lists for path, why in each.get("failed", {}).items()}
+    failed = {what: why for each in lists for what, why in each.get("failed", {}).items()}
     return Results(pd.DataFrame(units).reindex(columns=columns), excluded, len(names) - len(paths), failed)
 
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from torch.testing import assert_close
 
 from lalm_lens.attributes import ATTRIBUTES
-from lalm_lens.audio import check_audible, decode_audio, read_audio
+from lalm_lens.audio import Waveform, check_audible, check_sounding, decode_audio, read_audio
+from lalm_lens.audio_length import READ, end_of_mp3, size_of_frame
 from lalm_lens.datasets import Sample, cut_to, read_folder, read_sample
 from lalm_lens.errors import AudioError, DataError
 from lalm_lens.prompts import OneWindow
@@ -203,3 +205,126 @@ def test_samples_far_beyond_full_scale_are_refused(tmp_path):
     soundfile.write(tmp_path / "loud.wav", np.full(8000, 1e30), 16_000, "FLOAT")
     with pytest.raises(AudioError, match=r"reaches 1e\+30"):
         read_audio(tmp_path / "loud.wav")
+
+
+def content(path: Path, kind: str, subtype: str, n: int = 5001, endian: str = "FILE") -> bytes:
+    """A file of a tone and some noise."""
+    samples = tone(16_000, n / 16_000) + np.random.default_rng(0).normal(scale=0.02, size=n)
+    soundfile.write(path, samples, 16_000, subtype, format=kind, endian=endian)
+    return path.read_bytes()
+
+
+def decoded(data: bytes) -> Waveform:
+    return decode_audio(data, "a clip")
+
+
+def put(data: bytes, *changes: tuple[int, bytes]) -> bytes:
+    """With other bytes at some places."""
+    changed = bytearray(data)
+    for at, new in changes:
+        changed[at : at + len(new)] = new
+    return bytes(changed)
+
+
+UNWRITTEN = {
+    "DWVW_12",
+    "DWVW_16",
+    "DWVW_24",
+    "MPEG_LAYER_I",
+    "MPEG_LAYER_II",
+}  # libsndfile does not write and read them
+KINDS = [
+    (kind, subtype, "BIG" if (kind, subtype) == ("WAV", "PCM_16") else "FILE")
+    for kind in READ
+    for subtype in soundfile.available_subtypes(kind)
+    if subtype not in UNWRITTEN and (kind, subtype) != ("WAV", "MPEG_LAYER_III")
+] + [("AU", "PCM_16", "LITTLE")]
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_file_that_breaks_off_is_refused_and_a_whole_one_is_read(tmp_path, kind):
+    """Wherever it does: at any of its last bytes, and before; what stands behind the whole is none of it."""
+    path = tmp_path / "a"
+    for _, subtype, endian in (its for its in KINDS if its[0] == kind):
+        whole = content(path, kind, subtype, endian=endian)
+        expected = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+        for data in (whole, whole + bytes(100), b"ID3\x04\x00\x00\x00\x00\x02\x01" + bytes(257) + whole):
+            if kind in ("MP3", "WAV") or not data.startswith(b"ID3"):  # libsndfile knows no others that begin so
+                assert torch.equal(decoded(data)[:5001], expected[:5001]), subtype
+        for n in (*(int(len(whole) * share) for share in (0.1, 0.4, 0.7, 0.95)), len(whole) - 9, len(whole) - 2):
+            try:
+                read = decoded(whole[:n])
+            except AudioError:
+                continue
+            assert torch.equal(read, expected), (subtype, n, len(whole))  # what is missing was behind the sound
+            assert n == len(whole) - 2
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 16_000, 44_100])
+def test_an_mp3_that_does_not_say_its_length_is_known_by_its_frames(tmp_path, rate_hz):
+    samples = tone(rate_hz, 2) + np.random.default_rng(0).normal(scale=0.05, size=2 * rate_hz)
+    for mode in ("CONSTANT", "VARIABLE"):
+        soundfile.write(tmp_path / "a.mp3", samples, rate_hz, bitrate_mode=mode, compression_level=0.5)
+        whole = (tmp_path / "a.mp3").read_bytes()
+        assert len(decoded(whole)) == 32_000
+        with pytest.raises(AudioError, match=rf"ends after .* of ({2 * rate_hz} samples|\d* bytes)"):
+            decoded(whole[: len(whole) // 2])
+        without = whole[size_of_frame(whole) :]
+        assert end_of_mp3(without)[0] == len(without)
+        if mode == "VARIABLE":
+            with pytest.raises(AudioError, match="bit rate changes and that does not say its length"):
+                decoded(without)
+            continue
+        assert len(decoded(without)) > 32_000
+        assert torch.equal(decoded(without + b"TAG" + bytes(125)), decoded(without))
+        for n in (1, 40):
+            with pytest.raises(AudioError, match="a clip ends after"):
+                decoded(without[:-n])
+
+
+def test_what_was_written_to_a_pipe_is_read(tmp_path):
+    path, endless, unsaid = tmp_path / "a", b"\xff" * 4, bytes(4)
+    wav, aiff, au = (content(path, kind, "PCM_16") for kind in ("WAV", "AIFF", "AU"))
+    sizes = 4, wav.index(b"data") + 4
+    at = 4, aiff.index(b"SSND") + 4
+    for data, expected in (
+        (put(wav, (4, unsaid)), wav),
+        (put(wav, *((its, endless) for its in sizes)), wav),
+        (put(wav, *((its, b"\x00\xf0\xff\x7f") for its in sizes)), wav),
+        (put(aiff, *((its, endless) for its in at)), aiff),
+        (put(aiff, *((its, unsaid) for its in at)), aiff),
+        (put(au, (8, endless)), au),
+    ):
+        assert data != expected
+        assert torch.equal(decoded(data), decoded(expected))
+    flac = content(path, "FLAC", "PCM_16")
+    with pytest.raises(AudioError, match="does not say how long it is"):
+        decoded(put(flac, (21, bytes([flac[21] & 0xF0])), (22, unsaid)))
+
+
+def test_kinds_of_which_nobody_can_say_whether_they_are_whole_are_refused(tmp_path):
+    for kind in ("VOC", "PVF", "IRCAM"):
+        with pytest.raises(AudioError, match=f"a clip is {kind}, where a missing end is not seen"):
+            decoded(content(tmp_path / "a", kind, "PCM_16"))
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 16_000, 44_100])
+def test_what_does_not_move_is_silence(tmp_path, rate_hz):
+    step, n = 2.0**-15, 2 * rate_hz
+    for n_clip, samples in enumerate((np.zeros(n), np.full(n, 1e-30), np.full(n, 0.9), np.full(n, -0.25) + 1e-6)):
+        soundfile.write(tmp_path / f"{n_clip}.wav", samples, rate_hz, "FLOAT")
+        with pytest.raises(AudioError, match="a is digital silence"):
+            check_sounding(read_audio(tmp_path / f"{n_clip}.wav"), "a")
+    soundfile.write(tmp_path / "soft.wav", step * np.sign(tone(rate_hz)) + 0.3, rate_hz, "FLOAT")
+    check_sounding(read_audio(tmp_path / "soft.wav"), "a")  # one step of 16 bits
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", tone(16_000), 16_000)
+
+    def denied(path: Path, mode: str):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(AudioError, match=r"a\.wav cannot be read \(Permission denied\)"):
+        read_audio(tmp_path / "a.wav")

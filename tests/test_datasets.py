@@ -34,6 +34,7 @@ from lalm_lens.datasets import (
     sakura,
     split,
 )
+from lalm_lens.datasets.clip import accepted
 from lalm_lens.datasets.folder import LISTS
 from lalm_lens.errors import AudioError, DataError, PromptError
 from lalm_lens.experiments.asked import Question
@@ -140,7 +141,7 @@ def test_a_study_reads_any_copy_of_sakura_beside_it(tmp_path, hub, github, monke
     (downloaded(hub, tmp_path) / "github").symlink_to(github)
     (tmp_path / "study.toml").write_text(STUDY.replace("{where}", where))
     study = Study.read(tmp_path / "study.toml")
-    clips = study.datasets[0].list(ATTRIBUTES["animal"], study.path.parent)
+    clips = accepted(study.datasets[0].list(ATTRIBUTES["animal"], study.path.parent))
     expected = sakura("animal", hub)
     assert [(its.name, its.label, its.digest) for its in clips] == [
         (its.name, its.label, its.digest) for its in expected
@@ -169,7 +170,7 @@ def test_a_folder_may_list_its_clips_in_a_csv(tmp_path):
     about = (clip.name, clip.label, clip.speaker, clip.transcript, clip.question)
     assert about == ("a, b.wav", "male", "7", 'He said "hi".', None)
     (tmp_path / "metadata.csv").write_text('file_name,label\n"a.wav,male\n')
-    with pytest.raises(DataError, match=r"metadata.csv, line 1 is not CSV"):
+    with pytest.raises(DataError, match=r"metadata.csv, line 2 is not CSV"):
         list_folder(tmp_path)
     (tmp_path / "metadata.csv").write_text("name,label\na.wav,male\n")
     with pytest.raises(DataError, match="line 2 needs the keys file_name and label"):

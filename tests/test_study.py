@@ -279,7 +279,8 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "empty.wav": lambda path: soundfile.write(path, np.zeros(0), 16_000),
     "silent.wav": lambda path: soundfile.write(path, np.zeros(16_000), 16_000),
     "short.wav": lambda path: soundfile.write(path, np.ones(100), 16_000),
-    "long.wav": lambda path: soundfile.write(path, 0.1 * np.ones(16_000 * 40), 16_000),
+    "constant.wav": lambda path: soundfile.write(path, np.full(16_000, 0.3), 16_000),
+    "long.wav": lambda path: soundfile.write(path, 0.1 * np.sin(np.arange(16_000 * 40)), 16_000),
     "nan.wav": lambda path: soundfile.write(path, np.full(16_000, np.nan), 16_000, "FLOAT"),
     "cut.wav": lambda path: (soundfile.write(path, np.ones(16_000) / 2, 16_000), os.truncate(path, 9000)),
     "folder.wav": lambda path: path.mkdir(),
@@ -289,12 +290,13 @@ REASONS = {
     "text.wav": "not readable audio",
     "empty.wav": "no samples",
     "silent.wav": "digital silence",
+    "constant.wav": "digital silence",
     "short.wav": "too short",
     "long.wav": "too long",
     "nan.wav": "NaN",
     "cut.wav": "ends after",
     "folder.wav": "no audio file",
-    "odd.wav": "Not options of gender",
+    "odd.wav": "none of the options of gender",
 }
 
 
@@ -656,8 +658,8 @@ def test_a_model_that_cannot_be_opened_stops_no_other(study, undisturbed, tmp_pa
         cli.main()
     assert ended.value.code == 1
     said = capsys.readouterr().out
-    assert "Left out, the model gone: There is no model at gone" in said
-    assert "Left out, the model bare: " in said
+    assert "Left out, gone: There is no model at gone" in said
+    assert "Left out, bare: " in said
     assert "Failed, 12 units" in said
     assert "torn cannot be opened: " in said
     assert "12 of 24 units are finished" in said

@@ -207,8 +207,8 @@ def show_balance(plan: "Planned") -> None:
 
 
 def show_excluded(plan: "Planned") -> None:
-    for path, why in plan.failed.items():
-        print(f"Left out, the model {path}: {why}")
+    for what, why in plan.failed.items():
+        print(f"Left out, {what}: {why}")
     for row in plan.excluded.drop_duplicates(["dataset", "attribute", "sample", "reason"]).to_dict("records"):
         print(f"Left out of {row['dataset']}, {row['attribute']}: {row['sample']}: {row['reason']}")
 

@@ -1,18 +1,21 @@
 """Labelled sounds that have not been read yet: a list of thousands is short, and one that is broken stops no other."""
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
 from lalm_lens.attributes import Attribute
 from lalm_lens.audio import decode_audio, read_audio
-from lalm_lens.datasets.sample import Sample, digest, refuse_repeated
+from lalm_lens.datasets.sample import Sample, digest, refuse_repeated, repeated
 from lalm_lens.errors import DataError
 from lalm_lens.prompts import Processor
 
+T = TypeVar("T")
 LETTER = re.compile(r"^\s*\([a-z]\)\s*", re.IGNORECASE)  # of an option, as in "(a) Female"
 
 
@@ -46,6 +49,51 @@ class Clip:
         return digest(content, *(repr(each).encode() for each in told))
 
 
+@dataclass(frozen=True)
+class Refused:
+    """What a list has in the place of a clip: its file's name, or where it stands if it has none, and what is wrong."""
+
+    name: str
+    reason: str
+
+
+Row = Clip | Refused
+C = TypeVar("C", bound=Clip)
+
+
+def accepted(rows: Iterable[T | Refused]) -> list[T]:
+    """All of them. Raises `DataError` for the first that is refused."""
+    found = []
+    for row in rows:
+        if isinstance(row, Refused):
+            raise DataError(row.reason)
+        found.append(row)
+    return found
+
+
+def told_once(rows: Iterable[C | Refused]) -> list[C]:
+    """The clips. Raises `DataError` for the first row that is none, and for a clip that is listed twice."""
+    clips = accepted(rows)
+    refuse_repeated(clips)
+    return clips
+
+
+def told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one name have one clip where they are the same in all, its first; else none of them is one."""
+    named: dict[str, list[Clip]] = defaultdict(list)
+    for row in rows:
+        if isinstance(row, Clip):
+            named[row.name].append(row)
+    kept = {name: its[0] for name, its in named.items() if all(clip == its[0] for clip in its)}
+
+    def told(row: Row) -> Row:
+        if isinstance(row, Refused) or row is kept.get(row.name):
+            return row
+        return Refused(row.name, repeated(named[row.name]) + (" One is kept." if row.name in kept else ""))
+
+    return [told(row) for row in rows]
+
+
 def read_clips(clips: Sequence[Clip]) -> list[Sample]:
     """All of them. Raises what `Clip.read` does for the first that cannot be read."""
     samples = [clip.read() for clip in clips]
@@ -53,18 +101,35 @@ def read_clips(clips: Sequence[Clip]) -> list[Sample]:
     return samples
 
 
+def spelled(rows: Iterable[Row], attribute: Attribute) -> list[Row]:
+    """With labels as the attribute spells them, without spaces around, "(a)" before or other capitals; a clip with
+    another label is none."""
+    spelling = {label.casefold(): label for label in attribute.labels}
+    options = f"the options of {attribute.name} ({', '.join(attribute.labels)})"
+
+    def told(row: Row) -> Row:
+        if isinstance(row, Refused):
+            return row
+        label = spelling.get(LETTER.sub("", row.label).strip().casefold())
+        if label is None:
+            return Refused(row.name, f"{row.name} is labelled {row.label!r}, which is none of {options}.")
+        return replace(row, label=label)
+
+    return [told(row) for row in rows]
+
+
 def cleaned(clips: Sequence[Clip], attribute: Attribute) -> list[Clip]:
-    """With labels as the attribute spells them, without spaces around, "(a)" before or other capitals.
+    """With labels as the attribute spells them, as `spelled` does.
 
     Raises `DataError` for labels that are none of the attribute's even so, with how many clips have each.
     """
-    spelled = {label.casefold(): label for label in attribute.labels}
-    found = [spelled.get(LETTER.sub("", clip.label).strip().casefold()) for clip in clips]
-    unknown = pd.Series([clip.label for clip, label in zip(clips, found, strict=True) if label is None], dtype=object)
-    if len(unknown):
-        counted = ", ".join(f"{label!r} ({n})" for label, n in unknown.value_counts().items())
+    found = spelled(clips, attribute)
+    unknown = [clip.label for clip, its in zip(clips, found, strict=True) if isinstance(its, Refused)]
+    if unknown:
+        counts = pd.Series(unknown, dtype=object).value_counts()
+        counted = ", ".join(f"{label!r} ({n})" for label, n in counts.items())
         raise DataError(f"Not options of {attribute.name} ({', '.join(attribute.labels)}): {counted}.")
-    return [replace(clip, label=label) for clip, label in zip(clips, found, strict=True) if label is not None]
+    return accepted(found)
 
 
 def balance(clips: Sequence[Clip] | Sequence[Sample]) -> pd.DataFrame:

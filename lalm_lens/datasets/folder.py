@@ -3,12 +3,16 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from lalm_lens.attributes import ATTRIBUTES, Attribute
-from lalm_lens.datasets.clip import Clip, cleaned, read_clips
-from lalm_lens.datasets.sample import Sample, refuse_repeated
+from lalm_lens.datasets.clip import Clip, Refused, Row, accepted, cleaned, read_clips, told_once
+from lalm_lens.datasets.sample import Sample
 from lalm_lens.errors import DataError
 
 LISTS = ("metadata.jsonl", "metadata.csv")
@@ -33,66 +37,127 @@ def list_folder(folder: str | Path) -> list[Clip]:
 
     Raises `DataError` for a row that is not that or a clip that is listed twice.
     """
-    clips = [clip_of(Path(folder), where, row) for where, row in list_rows(Path(folder))]
-    refuse_repeated(clips)
-    return clips
+    return told_once(rows_of_folder(Path(folder)))
 
 
-def list_rows(folder: Path) -> list[tuple[str, dict]]:
-    """What a folder says of each clip, and where it says so."""
+def rows_of_folder(folder: Path) -> list[Row]:
+    """What a folder lists, clips or not. Raises `DataError` where there is no list."""
+    return [line if isinstance(line, Refused) else clip_of(folder, line) for line in lines_of(folder)]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a list says of a clip, and where."""
+
+    path: Path
+    number: int
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}, line {self.number}"
+
+    def refused(self, why: str) -> Refused:
+        """By the file that it names, if it does."""
+        file = first_of(self.told, FILE)
+        name = file if isinstance(file, str) and file else f"{self.path.name}, line {self.number}"
+        return Refused(name, f"{self.where}{why}")
+
+
+def lines_of(folder: Path) -> Iterator[Line | Refused]:
+    """What a folder says of each clip. Raises `DataError` where it has no list, and for one without a first line that
+    names its columns."""
     if not is_listed(folder):
         raise DataError(
             f"{folder} has no metadata.jsonl, and no metadata.csv. Write one JSON object a line: "
             '{"file_name": "clip.wav", "label": "male"}.'
         )
     path = next(folder / name for name in LISTS if (folder / name).is_file())
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
-    return list(json_rows(path, text) if path.suffix == ".jsonl" else csv_rows(path, text))
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    return json_lines(path, text) if path.suffix == ".jsonl" else csv_lines(path, text)
 
 
-def json_rows(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+def json_lines(path: Path, text: str) -> Iterator[Line | Refused]:
     for number, line in enumerate(text.split("\n"), 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON ({error}).") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where} needs the keys file_name and label, got: {line[:80]}")
-        yield where, row
+        if line.strip():
+            yield json_line(Line(path, number), line)
 
 
-def csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def json_line(line: Line, text: str) -> Line | Refused:
     try:
-        for row in table:
-            yield f"{path}, line {table.line_num}", {name: value or None for name, value in row.items()}
-    except csv.Error as error:
-        raise DataError(f"{path}, line {table.line_num} is not CSV ({error}).") from None
+        told = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return line.refused(f" is not JSON ({error}).")
+    if not isinstance(told, dict):
+        return line.refused(f" needs the keys file_name and label, got: {ascii(told)[:80]}")
+    return of_text(replace(line, told=told))
 
 
-def clip_of(folder: Path, where: str, row: dict) -> Clip:
-    file, label, question = (next((row[key] for key in keys if key in row), None) for keys in (FILE, LABEL, QUESTION))
-    shown = json.dumps(row, ensure_ascii=False)[:80]
-    if file is None or label is None:
-        raise DataError(f"{where} needs the keys file_name and label, got: {shown}")
+def csv_lines(path: Path, text: str) -> Iterator[Line | Refused]:
+    records = csv_records(io.StringIO(text, newline="").readlines())
+    header = next((of_record(Line(path, number), record) for number, record in records if record), None)
+    names = [] if header is None else list(accepted([header])[0].told)
+    for number, record in records:
+        if record:
+            yield of_record(Line(path, number), record, names)
+
+
+def csv_records(lines: Sequence[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """Each record, or why there is none, and the line on which it begins. What is behind a broken line is read."""
+    at = 0
+    while at < len(lines):
+        begin, table = at, csv.reader(islice(lines, at, None), strict=True)
+        try:
+            for record in table:
+                yield begin + 1, record
+                begin = at + table.line_num
+            return
+        except csv.Error as error:
+            yield begin + 1, error
+            at = begin + 1
+
+
+def of_record(line: Line, record: list[str] | csv.Error, names: Sequence[str] | None = None) -> Line | Refused:
+    """By the names of its columns, or of the first record, whose fields they are."""
+    if isinstance(record, csv.Error):
+        return line.refused(f" is not CSV ({record}).")
+    names = record if names is None else names
+    told = replace(line, told={name: value or None for name, value in zip(names, record, strict=False)})
+    if any(record[len(names) :]):
+        return told.refused(f" has {len(record)} fields for {len(names)} columns. Put text that has commas in quotes.")
+    return of_text(told)
+
+
+def of_text(line: Line) -> Line | Refused:
+    """If all that it says can be written."""
+    try:
+        json.dumps(line.told, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return Line(line.path, line.number).refused(" is not UTF-8 text. Save it as UTF-8.")
+    return line
+
+
+def clip_of(folder: Path, line: Line) -> Row:
+    file, label, question = (first_of(line.told, keys) for keys in (FILE, LABEL, QUESTION))
+    got = json.dumps(line.told, ensure_ascii=False)[:80]
+    if file in (None, "") or label is None:
+        return line.refused(f" needs the keys file_name and label, got: {got}")
     if not isinstance(file, str) or not isinstance(label, str):
-        raise DataError(f"{where}: file_name and label must be text, got: {shown}")
+        return line.refused(f": file_name and label must be text, got: {got}")
     for key in TEXTS:
-        if not isinstance(row.get(key), str | None):
-            raise DataError(f"{where}: {key} must be text, got: {shown}")
+        if not isinstance(line.told.get(key), str | None):
+            return line.refused(f": {key} must be text, got: {got}")
     name = Path(file)
     if name.is_absolute() or ".." in name.parts:
-        raise DataError(f"{where}: file_name must be a path inside the folder, got {file}")
+        return line.refused(f": file_name must be a path inside the folder, got {file}")
     beside, inside = folder / name, folder / AUDIO / name
-    source = inside if inside.is_file() and not beside.is_file() else beside
-    speaker = None if row.get("speaker") is None else str(row["speaker"])
-    return Clip(name.as_posix(), label, source, row.get("transcript"), speaker, question)
+    source = inside if os.path.isfile(inside) and not os.path.isfile(beside) else beside  # of any name at all
+    speaker = None if line.told.get("speaker") is None else str(line.told["speaker"])
+    return Clip(name.as_posix(), label, source, line.told.get("transcript"), speaker, question)
+
+
+def first_of(told: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    return next((told[key] for key in keys if key in told), None)
 
 
 def read_attributes(folder: str | Path, names: Sequence[str]) -> dict[str, list[Sample]]:
@@ -120,10 +185,10 @@ def folders_named(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     return {name: inside[name] for name in names if name in inside}
 
 
-def list_track(folder: Path, attribute: Attribute) -> list[Clip]:
-    """The clips that a folder lists, or else the folder in it that has the attribute's name, as in SAKURA's."""
+def folder_of(folder: Path, attribute: Attribute) -> Path:
+    """Where the list is: in a folder, or else in the one in it that has the attribute's name, as in SAKURA's."""
     inside = {} if is_listed(folder) else folders_named(folder, [attribute.name])
-    return list_folder(inside.get(attribute.name, folder))
+    return inside.get(attribute.name, folder)
 
 
 def list_as(folder: Path, attribute: Attribute) -> list[Clip]:

@@ -128,5 +128,10 @@ def refuse_repeated(samples: Sequence[Named]) -> None:
         raise DataError("There is nothing to trace: no clip is listed.")
     name, n = Counter(sample.name for sample in samples).most_common(1)[0]
     if n > 1:
-        labels = sorted({sample.label for sample in samples if sample.name == name})
-        raise DataError(f"{name} is listed {n} times, labelled {', '.join(labels)}. Name every clip once.")
+        raise DataError(repeated([sample for sample in samples if sample.name == name]))
+
+
+def repeated(samples: Sequence[Named]) -> str:
+    """What is wrong with samples of one name."""
+    labels = ", ".join(sorted({sample.label for sample in samples}))
+    return f"{samples[0].name} is listed {len(samples)} times, labelled {labels}. Name every clip once."

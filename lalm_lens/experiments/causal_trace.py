@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from lalm_lens.attributes import Attribute, Form, attribute_named
-from lalm_lens.audio import Waveform
+from lalm_lens.audio import Waveform, check_sounding
 from lalm_lens.corrupt import Corrupted, Corruption, Silence
 from lalm_lens.datasets import Sample, seen
 from lalm_lens.engine.plan import Engine
@@ -180,12 +180,7 @@ def refuse_unaligned(sample: Sample, clean: Prompt, corrupted: Prompt, grid: Gri
 def refuse_unheard(sample: Sample) -> None:
     if not sample.is_heard:
         raise AudioError(f"{sample.name} has no clip that could be corrupted. Leave it out.")
-    refuse_silence(sample)
-
-
-def refuse_silence(sample: Sample) -> None:
-    if not sample.waveform.any():
-        raise AudioError(f"{sample.name} is digital silence, so there is nothing to hear in it. Leave it out.")
+    check_sounding(sample.waveform, sample.name)
 
 
 def prompts_of(processor: Processor, sample: Sample, heard: Corrupted, settings: Settings) -> tuple[Prompt, Prompt]:

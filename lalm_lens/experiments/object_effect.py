@@ -16,13 +16,13 @@ from scipy.stats import bootstrap, rankdata
 from tqdm import tqdm
 
 from lalm_lens.attributes import Attribute
+from lalm_lens.audio import check_sounding
 from lalm_lens.corrupt import Corruption, Silence
 from lalm_lens.datasets import Sample
 from lalm_lens.engine.plan import Engine
 from lalm_lens.engine.recorded import Recorded
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.asked import Question, Told, read_of
-from lalm_lens.experiments.causal_trace import refuse_silence
 from lalm_lens.experiments.cells import Cell
 from lalm_lens.experiments.recovery import Case, Direction, Recovery, recover
 from lalm_lens.interventions import hook_name
@@ -62,7 +62,7 @@ def object_effect(
     read = read_of(model, transcript)
     for sample in samples:
         if isinstance(corruption, Silence):
-            refuse_silence(sample)
+            check_sounding(sample.waveform, sample.name)
     frames = []
     how: dict = {"metric": metric, "direction": direction}
     for sample in tqdm(samples, f"tracing options, {question.attribute.name}", unit="clip", disable=not progress):
