@@ -1,5 +1,6 @@
 """The examples run, and say what they are there to show."""
 
+import json
 import runpy
 import shutil
 import sys
@@ -9,7 +10,8 @@ import pytest
 from test_report import Page
 
 from lalm_lens import cli, study
-from lalm_lens.assets import TINY_LALM
+from lalm_lens.assets import TINY_LALM, TINY_LALM_AV
+from lalm_lens.assets.audio_visual.clips import write_av_clips
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.datasets import list_folder
@@ -24,8 +26,12 @@ SAYS = {
     "transformer_lens_hears.py": "silence, one state of the clean run: (' hen.',)",
 }
 
-# What the tiny model cannot do: it reads no transcript, and its tokens without a space are letters.
-UNLIKE_TINY = {"audiolens.toml": ("keys='transcript'", "their first token cannot tell them apart")}
+# What the tiny models cannot do: one reads no transcript, and its tokens without a space are letters; in most blocks of
+# the other a position looks at itself alone.
+UNLIKE_TINY = {
+    "audiolens.toml": ("keys='transcript'", "their first token cannot tell them apart"),
+    "audio_visual.toml": ("no key to look at",),
+}
 
 
 def test_every_example_is_tested():
@@ -39,16 +45,25 @@ def test_every_study_can_be_read(path):
     assert {name for dataset in its.datasets for name in dataset.attributes} <= set(its.attributes)
 
 
+def videos(folder: Path) -> None:
+    """Clips with one frame each."""
+    path = write_av_clips(folder, 9, duration_s=0.5) / "metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    shown = [{**row, "frames": [row["image"]], "fps": 1, "image": None, "seen_label": None} for row in rows]
+    path.write_text("\n".join(map(json.dumps, shown)))
+
+
 def not_measured(name: str, folder: Path, monkeypatch, capsys) -> list[str]:
     """What a dry run of a study says it could not measure, the tiny model in place of all of its models."""
     clips = {
         name: list_folder(write_clips(folder / "clips" / name, name, 2, seed=5, duration_s=0.5)) for name in ATTRIBUTES
     }
-    monkeypatch.setattr(study, "sakura", lambda attribute, root: clips[attribute.name])
+    monkeypatch.setattr(study, "rows_of_sakura", lambda attribute, root: clips[attribute.name])
+    videos(folder / "videos")
     path = Path(shutil.copy(EXAMPLES / name, folder))
     for model in Study.read(path).models:
         (folder / model.path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / model.path).symlink_to(TINY_LALM)
+        (folder / model.path).symlink_to(TINY_LALM_AV if "Omni" in model.path else TINY_LALM)
     monkeypatch.setattr(sys, "argv", ["lalm-lens", "run", str(path), "--dry-run"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
