@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = (
-    "errors shapes attributes config nn placement offload fingerprints encoders adapters audio transcribe inputs "
+    "errors draws shapes attributes config nn placement offload fingerprints encoders adapters audio transcribe inputs "
     "positions pieces prompts datasets corrupt counterfactual audio_visual conflict alme transcripts axes hooks "
     "bridge_config words named_weights generation transformer light_cone model marked seeing weights loading verify "
     "golden info runs windows interventions readouts engine patching attribution metrics aggregates similarity "

@@ -27,6 +27,7 @@ from lalm_lens.aggregates import interval
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS
 from lalm_lens.datasets import Sample
+from lalm_lens.draws import drawing, refuse_seed
 from lalm_lens.engine.branches import check
 from lalm_lens.engine.plan import Engine
 from lalm_lens.errors import DataError, InputError
@@ -127,6 +128,7 @@ def back_patch(
     `n_together` clips share a sweep. Raises what `attention_knockout` raises, and `InputError` for layers without a
     pair, and for items without a clip where its states are to be patched.
     """
+    refuse_seed(seed)
     asked = questions(model, samples, attribute, form, label_space)
     pairs = grid(model.decoder_cfg.n_layers, sources, targets, windows)
     if max_loops < 1:
@@ -201,7 +203,7 @@ def where(run: Run, place: Regions, seed: int) -> tuple[int, ...]:
     if place != MATCHED:
         return positions(run, place)
     audio, n_control = positions(run, "audio"), len(positions(run, CONTROL))
-    drawn = np.random.default_rng(seed).choice(audio, min(n_control, len(audio)), replace=False)
+    drawn = drawing(seed).choice(audio, min(n_control, len(audio)), replace=False)
     return tuple(sorted(drawn.tolist()))
 
 
@@ -430,6 +432,7 @@ class BackPatch(Changed):
         BackPatch(rows).refuse_mixed(ONE_WAY)
         return rows
 
+    @typed
     def scores(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> pd.DataFrame:
         """The pairs of each place, best first, over the clips that a pair is chosen on: accuracy, probability of the
         true label among the labels, and text dominance ratio (the lower the better) of the `n_clear` answers that
@@ -449,6 +452,7 @@ class BackPatch(Changed):
         scores = scores.sort_values(order, ascending=rising, ignore_index=True, key=level).astype({"place": "str"})
         return clear_enough(scores, rows, min_clear) if by == "tdr" else scores
 
+    @typed
     def chosen(
         self, on: On = "held_out", by: By = "accuracy", place: str | None = None, min_clear: float | int = 0.5
     ) -> BackPatchChoice:
@@ -480,6 +484,7 @@ class BackPatch(Changed):
         its = {"split": "test", "place": place_name(choice.place), **asdict(choice.pair)}
         return self.frame[np.logical_and.reduce([self.frame[name] == value for name, value in its.items()])]
 
+    @typed
     def summary(
         self,
         by: By = "accuracy",

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from lalm_lens.aggregates import intervals
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.datasets import Sample
+from lalm_lens.draws import drawing
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import names_of, questions
 from lalm_lens.experiments.cuts import Place
@@ -208,7 +209,7 @@ class Probing:
 
     def shuffled(self, labels: np.ndarray, seed: int) -> np.ndarray:
         """Labels that have changed places: between whole groups where each has one label, else between clips."""
-        rng = np.random.default_rng(seed)
+        rng = drawing(seed)
         if self.groups is None or any(len(its) > 1 for its in labels_by(self.groups, labels).values()):
             return rng.permutation(labels)
         names, members = np.unique(self.groups, return_inverse=True)
