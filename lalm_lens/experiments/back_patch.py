@@ -62,6 +62,8 @@ CONTROL, MATCHED = "control", "audio_matched"
 SAVE_ONE = "save one with `BackPatch.chosen().save(path)`."
 LEAST = {"n_layers": 1, "source": 0, "target": 0, "window": 1, "seed": 0, "n_clips": 1}  # of a choice
 CELL = ("place", "source", "target", "window", "later", "max_loops")
+SHOWN = ("order", "place", "layers", "picked_on", "condition", "n", "accuracy_before", "accuracy_after", "accuracy_p")
+SHOWN += ("tdr_before", "tdr_after", "repairs")  # of a summary
 ONE_WAY = ("model", "attribute", "form", "label_space", "predict", "order", "framing", "strength", "later", "max_loops")
 ONE_WAY += ("fingerprint", "seed")
 
@@ -526,6 +528,19 @@ class BackPatch(Changed):
         return table.assign(repairs=repairs(table)).dropna(axis="columns", how="all")
 
     @typed
+    def table(
+        self,
+        by: By = "accuracy",
+        control: str | None = None,
+        min_clear: float | int = 0.5,
+        n_resamples: int = 1000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """What of `summary` says whether there is a repair: the chosen layers, accuracy and text dominance before and
+        after, and McNemar's p of accuracy."""
+        return in_short(self.summary(by, control, min_clear, n_resamples, seed))
+
+    @typed
     def plot(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> "Figure":
         """How accuracy, label probability or text dominance change by source and target, over the clips that a pair is
         chosen on: a panel for each place and window, and a frame around the best pair of each place."""
@@ -539,6 +554,13 @@ class BackPatch(Changed):
             self.frame.drop_duplicates(["place", "source", "target", "window"]).groupby("place", sort=False).size()
         )
         return ", ".join(f"{n} pairs of layers at {place}" for place, n in n_pairs.items())
+
+
+def in_short(summary: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a summary that are read first."""
+    pairs = [f"{its.source} -> {its.target}, window {its.window}" for its in summary.itertuples()]
+    shown = summary.assign(layers=pairs)
+    return shown[[name for name in SHOWN if name in shown]]
 
 
 def level(column: pd.Series) -> pd.Series:

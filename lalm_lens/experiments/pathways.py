@@ -27,7 +27,7 @@ from lalm_lens.draws import drawing
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, run_branches
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.contrasts import MODALITIES, Contrasts, Modality, Task, Within
+from lalm_lens.experiments.contrasts import MODALITIES, STATUS, Contrasts, Modality, Task, Within
 from lalm_lens.model import HookedLALM
 from lalm_lens.pieces import Order
 from lalm_lens.readouts import Logits
@@ -95,9 +95,10 @@ class Pathways(Table):
         return self.frame[self.frame.component.isin(components)]
 
     def counts(self) -> pd.DataFrame:
-        """Tasks by modality and status."""
+        """Tasks by modality and status, those that no task has among them."""
         tasks = self.frame.drop_duplicates(["modality", "sample"])
-        return tasks.groupby(["modality", "status"]).size().unstack(fill_value=0)
+        counts = tasks.groupby(["modality", "status"]).size().unstack(fill_value=0)
+        return counts.reindex(index=sorted(MODALITIES), columns=STATUS, fill_value=0).rename_axis(columns="status")
 
     def nodes(self) -> pd.DataFrame:
         """Heads and MLPs by modality, the mean of what is attributed to them over the clips that have them, the largest
