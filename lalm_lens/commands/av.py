@@ -11,13 +11,14 @@ import typer
 from lalm_lens.attributes import Attribute
 from lalm_lens.commands.base import app, ready
 from lalm_lens.commands.clips import asked_about
-from lalm_lens.commands.opening import imported, opened
+from lalm_lens.commands.opening import function_named, opened
 from lalm_lens.commands.options import (
     Device,
     DeviceMap,
     Dtype,
     Labels,
     Model,
+    NControls,
     Own,
     Part,
     Prefix,
@@ -32,7 +33,7 @@ from lalm_lens.errors import DataError, InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lalm_lens.counterfactual import Swapped
+    from lalm_lens.counterfactual import Distance, Swapped
     from lalm_lens.model import HookedLALM
     from lalm_lens.tables import Table
 
@@ -323,10 +324,14 @@ def av_command(
         str | None,
         typer.Option(help="Your own judge of texts, as module:NAME; else whether they name what is heard or seen."),
     ] = None,
+    distance: Annotated[
+        str | None,
+        typer.Option(help="How far what is seen is from another clip, as module:NAME; else counterfactuals are drawn."),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="A base with the same tokens, which hears nothing; else the model itself.")
     ] = None,
-    n_controls: Annotated[int, typer.Option(min=0, help="Draws of shuffled labels for probes.")] = 5,
+    n_controls: NControls = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the counterfactuals, folds and bootstraps.")] = 0,
     device: Device = "cpu",
     device_map: DeviceMap = None,
@@ -343,14 +348,13 @@ def av_command(
     its, one_form = asked_about(attribute, question, labels, prefix), one_of("form", form)
     if not data.is_dir():
         raise DataError(f"{data} is no folder. Give one with metadata.jsonl.")
-    judging: Any = names if judge is None else imported("judge", judge)
-    if not callable(judging):
-        raise InputError(f"--judge names a function as module:NAME, as my_judge:judge; {judge} is none.")
+    judging = names if judge is None else function_named("judge", judge)
+    apart = None if distance is None else function_named("distance", distance)
     ready(out)
     how = {"conversion": conversion, "device": device, "device_map": device_map, "dtype": dtype}
     lens = opened(model, part=part, **how)
     other = lens if base is None else opened(base, part=None, **how)
-    samples = read_pairs(lens, data, seed)
+    samples = read_pairs(lens, data, seed, apart)
     from lalm_lens.experiments.concepts import ExactWord, FirstToken
 
     about = Asked(
@@ -374,7 +378,7 @@ def av_command(
     run_steps(steps, [about], f"What {lens.cfg.model_name} hears and sees", out / "av.md")
 
 
-def read_pairs(lens: "HookedLALM", data: Path, seed: int) -> "list[Swapped]":
+def read_pairs(lens: "HookedLALM", data: Path, seed: int = 0, distance: "Distance | None" = None) -> "list[Swapped]":
     """What is listed, and where nothing of it is a counterfactual, as many of those."""
     from lalm_lens.audio_visual import read_audio_visual
     from lalm_lens.counterfactual import swap_audio
@@ -384,5 +388,7 @@ def read_pairs(lens: "HookedLALM", data: Path, seed: int) -> "list[Swapped]":
     if len({sample.images is None for sample in samples}) > 1:
         raise DataError(f"Some rows of {data} have an image and others frames: give a folder for each.")
     if any(sample.seen_label != sample.label for sample in samples):
+        if distance is not None:
+            raise InputError(f"{data} lists counterfactuals, so none are made: leave out --distance, or their rows.")
         return samples
-    return [*samples, *swap_audio(samples, seed=seed)]
+    return [*samples, *swap_audio(samples, distance, seed)]
