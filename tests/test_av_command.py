@@ -12,13 +12,14 @@ import pytest
 import soundfile
 import torch
 from families import FAMILIES
+from matplotlib.figure import Figure
 from reference import chirps
 from test_omni import photos
 
 from lalm_lens import caption_fidelity, cli, from_pretrained, knockout_generation, read_audio_visual
 from lalm_lens.assets import TINY_LALM_AV
 from lalm_lens.assets.audio_visual.clips import write_av_clips
-from lalm_lens.commands.av import independent, read_pairs
+from lalm_lens.commands.av import drawn, independent, read_pairs
 from lalm_lens.counterfactual import Swapped
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.attention_share import AttentionShare
@@ -59,6 +60,17 @@ def av(monkeypatch, *args: object) -> int:
     with pytest.raises(SystemExit) as end:
         cli.main()
     return int(end.value.code or 0)
+
+
+def test_a_figure_says_of_which_pairs_it_is():
+    figures = {half: Figure() for half in ("counterfactual", "factual")}
+    for figure in figures.values():
+        figure.suptitle("shares")
+    named = drawn("shares", figures)
+    assert {name: its.get_suptitle() for name, its in named.items()} == {
+        "shares_counterfactual": "shares\ncounterfactual pairs: another is seen than is heard",
+        "shares_factual": "shares\nfactual pairs: the same is heard and seen",
+    }
 
 
 def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):

@@ -32,6 +32,7 @@ from lalm_lens.errors import DataError, InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from lalm_lens.counterfactual import Distance, Swapped
     from lalm_lens.model import HookedLALM
@@ -46,6 +47,7 @@ lalm-lens av ./checkpoint ./videos --attribute animal --only shares,knockout --w
 lalm-lens av ./checkpoint ./videos --attribute animal --judge my_judge:judge --out av
 """
 
+HALVES = {"counterfactual": "another is seen than is heard", "factual": "the same is heard and seen"}
 EYES = ("image", "video")
 MOST = 3  # tokens that a table of the lens names of a layer
 T = TypeVar("T", bound="Table")
@@ -105,8 +107,8 @@ def shares(asked: Asked) -> Shown:
     found = attention_share(asked.model, asked.samples, max_new_tokens=asked.max_new_tokens, **how)
     found.save(asked.out / "shares.parquet")
     halves = asked.halves(found)
-    figures = {f"shares_{half}": its.plot() for half, its in halves.items()}
-    figures |= {f"shares_per_token_{half}": its.plot("per_token") for half, its in halves.items()}
+    figures = drawn("shares", {half: its.plot() for half, its in halves.items()})
+    figures |= drawn("shares_per_token", {half: its.plot("per_token") for half, its in halves.items()})
     return {"shares": by_half({half: its.means() for half, its in halves.items()})}, figures
 
 
@@ -115,6 +117,13 @@ def by_half(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
     import pandas as pd
 
     return pd.concat([its.assign(half=half) for half, its in tables.items()], ignore_index=True)
+
+
+def drawn(name: str, figures: "Mapping[str, Figure]") -> "dict[str, Figure]":
+    """The figures of both by their names; what is above each says which it is of."""
+    for half, figure in figures.items():
+        figure.suptitle(f"{figure.get_suptitle()}\n{half} pairs: {HALVES[half]}", fontsize=10)
+    return {f"{name}_{half}": figure for half, figure in figures.items()}
 
 
 def latent(asked: Asked) -> Shown:
@@ -134,7 +143,7 @@ def latent(asked: Asked) -> Shown:
         scores = {half: its.scores(seed=asked.seed) for half, its in halves.items()}
         layers = {half: its.by_layer(seed=asked.seed) for half, its in halves.items()}
         tables |= {f"latent_{name}": by_half(scores), f"latent_{name}_by_layer": by_half(layers)}
-        figures |= {f"latent_{name}_{half}": its.plot() for half, its in halves.items()}
+        figures |= drawn(f"latent_{name}", {half: its.plot() for half, its in halves.items()})
     return tables, figures
 
 
@@ -217,12 +226,11 @@ def knockout(asked: Asked) -> Shown:
     found = caption_fidelity(asked.model, asked.samples, judge=asked.judge, max_new_tokens=asked.max_new_tokens, **how)
     found.save(asked.out / "knockout.parquet")
     what = "texts that name it" if asked.judge is names else "fidelity of the text"
-    tables, figures = {}, {}
-    for name, its in asked.halves(found).items():
+    tables, halves = {}, asked.halves(found)
+    for name, its in halves.items():
         effects = its.effects(seed=asked.seed)
         tables |= {f"said_{name}": said(effects), f"knockout_{name}": effects}
-        figures[f"knockout_{name}"] = its.plot(what)
-    return tables, figures
+    return tables, drawn("knockout", {half: its.plot(what) for half, its in halves.items()})
 
 
 def said(effects: Any) -> Any:
@@ -256,10 +264,10 @@ def pairs(asked: Asked) -> Shown:
         asked.model, asked.samples, chains=chains, max_new_tokens=asked.max_new_tokens, **asked.how
     )
     found.save(asked.out / "pairs.parquet")
-    halves, draw = asked.halves(found), plots_module("heard_plots").pair_map
+    halves, pair_map = asked.halves(found), plots_module("heard_plots").pair_map
     effects = {half: its.effects("log_probability", seed=asked.seed) for half, its in halves.items()}
-    figures = {f"pairs_{half}": draw(effects[half], places, its.frame) for half, its in halves.items()}
-    return {"pairs": by_half(effects)}, figures
+    figures = {half: pair_map(effects[half], places, its.frame) for half, its in halves.items()}
+    return {"pairs": by_half(effects)}, drawn("pairs", figures)
 
 
 def shift(asked: Asked) -> Shown:
@@ -272,7 +280,7 @@ def shift(asked: Asked) -> Shown:
     tables = {"token_shift": by_half({half: its.shares(seed=asked.seed) for half, its in halves.items()})}
     if named:
         tables["token_shift_named"] = by_half({half: its.shares(seed=asked.seed) for half, its in named.items()})
-    return tables, {f"token_shift_{half}": its.plot() for half, its in halves.items()}
+    return tables, drawn("token_shift", {half: its.plot() for half, its in halves.items()})
 
 
 STEPS: Steps = {
