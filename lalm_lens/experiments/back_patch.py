@@ -26,6 +26,7 @@ from transformer_lens.hook_points import HookPoint
 from lalm_lens.aggregates import interval
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS
+from lalm_lens.counterfactual import heard_clip
 from lalm_lens.datasets import Sample
 from lalm_lens.draws import drawing, refuse_seed
 from lalm_lens.engine.branches import check
@@ -139,7 +140,7 @@ def back_patch(
         raise InputError(f'Places are a list of regions, one or more, as ["audio"]; got {places!r}.')
     refuse_unheard(samples, places)
     spots = [Spot(place, pair, later, seed) for place, pair in product(places, pairs)]
-    n_choosing = len(set(map(clip_of, samples))) // 2 if n_choosing is None else n_choosing
+    n_choosing = len(set(map(heard_clip, samples))) // 2 if n_choosing is None else n_choosing
     held_out = names(samples, n_choosing, seed) if n_choosing else set()
     how = How(predict, engine, token_budget, n_together, progress and len(asked) == 1)
     frames = []
@@ -191,13 +192,9 @@ def refuse_unheard(samples: Sequence[Sample], places: Sequence[Regions]) -> None
 
 def names(samples: Sequence[Sample], n_choosing: int, seed: int) -> set[str]:
     """Of what is there for the choice: all that is made of some clips."""
-    clips = {clip_of(sample): replace(sample, name=clip_of(sample)) for sample in samples}
+    clips = {heard_clip(sample): replace(sample, name=heard_clip(sample)) for sample in samples}
     chosen = {clip.name for clip in split(list(clips.values()), n_choosing, seed)[0]}
-    return {sample.name for sample in samples if clip_of(sample) in chosen}
-
-
-def clip_of(sample: Sample) -> str:
-    return sample.columns.get("clip") or sample.name
+    return {sample.name for sample in samples if heard_clip(sample) in chosen}
 
 
 def where(run: Run, place: Regions, seed: int) -> tuple[int, ...]:
