@@ -8,6 +8,7 @@ import pandas as pd
 from jaxtyping import Float, Int, Shaped
 from scipy.stats import DegenerateDataWarning, bootstrap
 
+from lalm_lens.draws import drawing_again
 from lalm_lens.errors import DataError
 
 BY_SAMPLE = ["model", "attribute", "sample"]
@@ -54,9 +55,7 @@ def aggregate(
     means. `ratio_of_means`: mean difference over mean gap. Samples with a gap below `min_gap` are left out, and rows
     that have nothing in a column of `by` (a `segment`, say). Raises `DataError` if other settings than `by` vary.
     """
-    unknown = [name for name in by if name not in frame]
-    if unknown or not by:
-        raise DataError(f"Rows are grouped by columns of the table, not by {unknown}: {', '.join(frame.columns)}.")
+    refuse_columns(frame, by)
     rows = frame.dropna(subset=[*by, "recovery"])
     refuse_mixed(rows, by)
     gap = rows.m_clean - rows.m_corrupted
@@ -73,6 +72,13 @@ def aggregate(
     ]
     types = {**{name: frame[name].dtype for name in by}, **AVERAGES}
     return pd.DataFrame(records, columns=list(types)).astype(types)
+
+
+def refuse_columns(frame: pd.DataFrame, by: Sequence[str]) -> None:
+    """Raise `DataError` for none, or some that the table has not."""
+    unknown = [name for name in by if name not in frame]
+    if unknown or not by:
+        raise DataError(f"Rows are grouped by columns of the table, not by {unknown}: {', '.join(frame.columns)}.")
 
 
 def averaged(group: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, int | float]:
@@ -93,9 +99,9 @@ def averaged(group: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, int 
 
 def interval(values: np.ndarray, n_resamples: int, seed: int) -> tuple[float, float]:
     """95 % of the means of samples drawn again. One value says nothing about how values vary: NaN."""
+    rng = drawing_again(n_resamples, seed)
     if len(values) < 2:
         return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
     found = bootstrap((values,), np.mean, n_resamples=n_resamples, method="percentile", rng=rng)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
@@ -118,10 +124,10 @@ def intervals_of(
     seed: int,
 ) -> tuple[Float[np.ndarray, "*found"], Float[np.ndarray, "*found"]]:
     """The same of several groups of samples, each drawn again by itself: `of` takes the means of each."""
+    rng = drawing_again(n_resamples, seed)
     if min(map(len, groups)) < 2:
         nothing = np.full(of(*(values[:1].astype(float) for values in groups)).shape[1:], np.nan)
         return nothing, nothing
-    rng = np.random.default_rng(seed)
 
     def statistic(*drawn: np.ndarray, axis: int) -> np.ndarray:
         return np.moveaxis(of(*map(means_of, groups, drawn)), 0, -1)

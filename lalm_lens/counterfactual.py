@@ -81,6 +81,11 @@ def seen_label(sample: Named) -> str:
     return getattr(sample, "seen_label", sample.label)
 
 
+def heard_clip(sample: Sample) -> str:
+    """The name of the clip that is heard, which several samples may have in common."""
+    return sample.heard_clip if isinstance(sample, Swapped) else sample.columns.get("clip") or sample.name
+
+
 def swapped(sample: Sample, other: Sample) -> Swapped:
     n_samples = len(sample.waveform)
     clip = other.waveform[:n_samples]
@@ -88,5 +93,4 @@ def swapped(sample: Sample, other: Sample) -> Swapped:
     its |= {"name": f"{sample.name} | {other.name}", "label": other.label, "speaker": other.speaker}
     its |= {"waveform": pad(clip, (0, n_samples - len(clip)))}
     its |= {"transcript": other.transcript if len(clip) == len(other.waveform) else None}  # a part of a clip says less
-    heard_clip = other.heard_clip if isinstance(other, Swapped) else other.name
-    return Swapped(**its, seen_label=seen_label(sample), heard_clip=heard_clip)
+    return Swapped(**its, seen_label=seen_label(sample), heard_clip=heard_clip(other))

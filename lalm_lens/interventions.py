@@ -9,7 +9,7 @@ ScaleAttention((9, 10), queries=(-1,), keys="audio", factor=2.0)       it looks 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from math import log
+from math import isfinite, log
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -48,6 +48,11 @@ def some(name: str, chosen: Iterable[int]) -> tuple[int, ...]:
     if not (numbers := whole_numbers(name, chosen)):
         raise InputError(f"A change of no {name} changes nothing: give one or more, or leave them out for all.")
     return numbers
+
+
+def refuse_endless(factor: float) -> None:
+    if not isfinite(factor):
+        raise InputError(f"A factor is a finite number; got {factor}.")
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,10 @@ class Add(Valued):
     _: KW_ONLY
     factor: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_endless(self.factor)
+
     def change(self, states: Tensor, here: list[int] | slice) -> Tensor:
         return states + self.factor * self.rows(states, here)
 
@@ -234,6 +243,10 @@ class Scale(Edit):
 
     _: KW_ONLY
     factor: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_endless(self.factor)
 
     def change(self, states: Tensor, here: list[int] | slice) -> Tensor:
         return states * self.factor

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import permutation_test
 
+from lalm_lens.draws import drawing
 from lalm_lens.errors import InputError
 from lalm_lens.shapes import typed
 
@@ -145,7 +146,7 @@ def cka_test(
         return np.array([(of_x[np.ix_(its, its)] * of_y).sum() for its in drawn]).reshape(items.shape[:-1])
 
     items = (np.arange(len(x)),)
-    how = {"n_resamples": n_permutations, "batch": 100, "alternative": "greater", "rng": np.random.default_rng(seed)}
+    how = {"n_resamples": n_permutations, "batch": 100, "alternative": "greater", "rng": drawing(seed)}
     found = permutation_test(items, statistic, permutation_type="pairings", vectorized=True, **how)
     null = found.null_distribution
     return Tested(float(found.statistic), float(found.pvalue), float(null.mean()), float(np.quantile(null, 0.95)))

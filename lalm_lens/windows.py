@@ -15,10 +15,15 @@ class Window(NamedTuple):
     row: int | None = None  # of the encoder's states, where a clip has several
 
 
+def refuse_window(window_s: float) -> None:
+    """Raise `InputError` for a length that no stretch of a clip has."""
+    if not 0 < window_s < float("inf"):
+        raise InputError(f"A window is longer than 0 s, and not endless; got {window_s}.")
+
+
 def windows(positions: Sequence[int], each_s: float, window_s: float) -> list[Window]:
     """Consecutive positions of `window_s` together, at least one, with the seconds that they hold."""
-    if window_s <= 0:
-        raise InputError(f"A window is longer than 0 s; got {window_s}.")
+    refuse_window(window_s)
     size = max(1, round(window_s / each_s))
     parts = [tuple(positions[start : start + size]) for start in range(0, len(positions), size)]
     return [Window(its, (n * size * each_s, (n * size + len(its)) * each_s)) for n, its in enumerate(parts)]

@@ -8,7 +8,7 @@ from reference import hf_cut
 from torch.testing import assert_close
 from transformers import Qwen2AudioForConditionalGeneration
 
-from lalm_lens.assets import TINY_LALM, TINY_LALM_PLANTED
+from lalm_lens.assets import TINY_LALM, TINY_LALM_PLANTED, TINY_LALM_RELAY
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.datasets import read_folder
 from lalm_lens.errors import DataError, InputError
@@ -116,6 +116,22 @@ def test_where_windows_are_closed_nothing_is_seen(samples):
     assert (opened[opened.region == "audio"].share > 0).all()
     blind = attention_share(planted, samples[:1], queries=(0,), exclude_sink=1, **HOW).frame
     assert blind.share.isna().all(), "the first position sees itself alone"
+
+
+def test_per_token_counts_the_keys_of_a_window_alone(samples):
+    """In the relay model every position sees 20, so that the last sees some of the options and none of the audio."""
+    relay = from_pretrained(TINY_LALM_RELAY)
+    run = Question.about(relay, samples, "animal", "P3", True).run(samples[0])
+    region = np.array([its.region for its in run.prompt.positions])
+    shares = attention_share(relay, samples[:1], **HOW)
+    heard, options = (shares.frame[shares.frame.region == name] for name in ("audio", "object"))
+    n_seen = int((region[-20:] == "object").sum())
+    assert 0 < n_seen < (region == "object").sum()
+    assert set(options.n_keys) == {n_seen}
+    assert options.per_token.to_numpy() == pytest.approx(options.share.to_numpy() / n_seen)
+    assert set(heard.n_keys) == {0}
+    assert heard.per_token.isna().all()
+    shares.plot("per_token").canvas.draw()
 
 
 def test_no_pattern_is_kept(tiny_lalm, samples, monkeypatch):

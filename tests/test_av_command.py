@@ -12,13 +12,14 @@ import pytest
 import soundfile
 import torch
 from families import FAMILIES
+from matplotlib.figure import Figure
 from reference import chirps
 from test_omni import photos
 
 from lalm_lens import caption_fidelity, cli, from_pretrained, knockout_generation, read_audio_visual
 from lalm_lens.assets import TINY_LALM_AV
 from lalm_lens.assets.audio_visual.clips import write_av_clips
-from lalm_lens.commands.av import independent
+from lalm_lens.commands.av import drawn, independent, read_pairs
 from lalm_lens.counterfactual import Swapped
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.attention_share import AttentionShare
@@ -59,6 +60,17 @@ def av(monkeypatch, *args: object) -> int:
     with pytest.raises(SystemExit) as end:
         cli.main()
     return int(end.value.code or 0)
+
+
+def test_a_figure_says_of_which_pairs_it_is():
+    figures = {half: Figure() for half in ("counterfactual", "factual")}
+    for figure in figures.values():
+        figure.suptitle("shares")
+    named = drawn("shares", figures)
+    assert {name: its.get_suptitle() for name, its in named.items()} == {
+        "shares_counterfactual": "shares\ncounterfactual pairs: another is seen than is heard",
+        "shares_factual": "shares\nfactual pairs: the same is heard and seen",
+    }
 
 
 def test_a_folder_becomes_a_page(monkeypatch, checkpoint, tmp_path, capsys):
@@ -122,6 +134,25 @@ def test_counterfactuals_of_heard_videos_are_made_where_none_are_listed(monkeypa
     assert not (out / "animal" / "probe_heard.png").exists()
 
 
+def test_counterfactuals_are_those_of_ones_own_distance(checkpoint, tmp_path):
+    """Each picture with the sound that is furthest from it; beside counterfactuals that are listed there are none."""
+    model, data = from_pretrained(checkpoint), clips(tmp_path / "data", 4)
+
+    def distance(seen, heard):
+        return float((int(heard.name[0]) - int(seen.name[0])) % 4 == 3)
+
+    made = [its for its in read_pairs(model, data, distance=distance) if its.seen_label != its.label]
+    assert [its.heard_clip for its in made] == ["3.wav", "0.wav", "1.wav", "2.wav"]
+
+
+def test_a_distance_beside_listed_counterfactuals_is_refused(monkeypatch, checkpoint, tmp_path, capfd):
+    (tmp_path / "far.py").write_text("def far(seen, heard):\n    return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    how = ("--attribute", "animal", "--distance", "far:far", "--only", "lens", "--out", tmp_path / "out")
+    assert av(monkeypatch, checkpoint, clips(tmp_path / "data", 2, is_false=True), *how) == 2
+    assert "lists counterfactuals, so none are made: leave out --distance" in capfd.readouterr().err
+
+
 def pair(name: str, heard: str, seen: str) -> Swapped:
     return Swapped(name=name, label=heard, waveform=torch.zeros(0), seen_label=seen, heard_clip=name)
 
@@ -158,6 +189,7 @@ def test_cuts_of_what_is_not_seen_anyway_change_nothing_in_bfloat16(checkpoint, 
     ("args", "says"),
     [
         (("--attribute", "animal", "--judge", "json:nothing"), "--judge names a function as module:NAME"),
+        (("--attribute", "animal", "--distance", "json:dumps2"), "--distance names a function as module:NAME"),
         (("--attribute", "animal", "--window", 2), "--window is odd"),
         (("--attribute", "animal", "--only", "sights"), "--only is 'sights'"),
         ((), "Say what is asked"),

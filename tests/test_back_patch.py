@@ -17,11 +17,12 @@ from lalm_lens import BackPatch, BackPatchChoice, HookedLALM, Logits, back_patch
 from lalm_lens.assets import TINY_LALM_PLANTED
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.conflict import make_conflict
+from lalm_lens.counterfactual import heard_clip
 from lalm_lens.datasets import Sample, read_folder
 from lalm_lens.engine.branches import Branch
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.back_patch import Pair, Spot, clip_of, grid, where
+from lalm_lens.experiments.back_patch import Pair, Spot, grid, where
 from lalm_lens.fingerprints import weights_fingerprint
 from lalm_lens.loading import from_pretrained
 from lalm_lens.proportions import change_interval
@@ -471,12 +472,16 @@ def test_conditions_of_one_clip_are_on_one_side(tiny_lalm, samples):
     sides = table.frame.groupby("clip").split.agg(["nunique", "size"])
     assert (sides == [1, 2]).all(axis=None)
     assert (table.frame.drop_duplicates("clip").split == "choosing").sum() == 2
-    assert {clip_of(item) for item in items} == {sample.name for sample in samples}
+    assert {heard_clip(item) for item in items} == {sample.name for sample in samples}
     assert table.chosen().n_clips == 2, "conflicts alone"
     summary = table.summary(n_resamples=50)
     assert summary.condition.tolist() == ["audio_only", "conflict"] * 2
     assert summary.n.tolist() == [2] * 4
     assert summary.tdr_before.notna().tolist() == [False, True] * 2
+    short = table.table(n_resamples=50)
+    assert len(short.columns) <= 12 < len(summary.columns)
+    assert short.layers[0] == f"{summary.source[0]} -> {summary.target[0]}, window {summary.window[0]}"
+    pd.testing.assert_frame_equal(short.drop(columns="layers"), summary[short.columns.drop("layers")])
     assert set(table.frame.text_label.dropna()) <= set(items[0].attribute.labels)
 
 

@@ -93,6 +93,14 @@ def test_a_judge_gives_two_numbers_from_0_to_1(seeing, samples, wrong):  # noqa:
         caption_fidelity(seeing[1], samples[:1], judge=wrong, max_new_tokens=1, progress=False)
 
 
+def test_an_error_of_a_judge_is_its_own(seeing, samples):  # noqa: F811
+    def judge(caption, sample):
+        return len(caption) + sample.label, 0.5
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        caption_fidelity(seeing[1], samples[:1], judge=judge, max_new_tokens=1, progress=False)
+
+
 def test_what_is_not_changed_or_not_to_be_heard_is_refused(seeing, samples):  # noqa: F811
     with pytest.raises(InputError, match="Nothing is changed"):
         caption_fidelity(seeing[1], samples[:1], judge=judge, chains=(), progress=False)

@@ -337,6 +337,7 @@ def test_tasks_that_fail_are_told_and_left_out_on_request(paths):
     one = paths.frame.assign(status=np.where(paths.frame.modality == "audio", "kept", "clean_wrong"))
     with pytest.raises(DataError, match="No answer is kept that comes from the text"):
         _ = Pathways(one).kept
+    assert Pathways(one).counts().to_dict("list") == {"kept": [2, 0], "clean_wrong": [0, 2], "corrupted_right": [0, 0]}
     some = paths.frame.assign(status=np.where(paths.frame["sample"] == paths.frame["sample"][0], "kept", "clean_wrong"))
     assert Pathways(some).kept.frame["sample"].nunique() == 1
     assert Pathways(some).counts().kept.tolist() == [1, 1]

@@ -13,6 +13,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 from lalm_lens.assets import TINY_LALM, TINY_LALM_PLANTED
 from lalm_lens.assets.clips import write_clips
+from lalm_lens.counterfactual import swap_audio
 from lalm_lens.datasets import Sample, read_folder
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question
@@ -209,6 +210,17 @@ def test_targets_may_be_others_than_what_is_asked(tiny_lalm, samples):
     assert rows.set_index("sample").target[[sample.name for sample in samples]].tolist() == halves
     assert rows.set_index("sample").group[[sample.name for sample in samples]].tolist() == list("abcdabcd")
     assert set(found.frame["stack"]) == {"adapter"}
+
+
+def test_samples_in_which_one_clip_is_heard_stay_together(tiny_lalm, samples):
+    again = swap_audio(samples)
+    found = probe(tiny_lalm, [*samples, *again], stacks=["adapter"], **HOW).frame
+    heard = {sample.name: sample.name for sample in samples} | {pair.name: pair.heard_clip for pair in again}
+    assert (found.group == found["sample"].map(heard)).all()
+    rows = found.groupby(["layer", "labels", "seed", "group"], dropna=False)
+    assert (rows["sample"].nunique() == 2).all()
+    assert (rows.fold.nunique() == 1).all()
+    assert probe(tiny_lalm, samples, stacks=["adapter"], **HOW).frame.group.isna().all()
 
 
 def test_the_table_and_its_picture(probed, tmp_path):

@@ -1,5 +1,6 @@
 """Ablation, steering, scaled attention, multiplied neurons and patchscopes: against plain HF hooks."""
 
+from dataclasses import replace
 from math import log
 from pathlib import Path
 
@@ -274,6 +275,12 @@ def test_steering_is_plain_hf_with_hooks(random_pair, asked, samples, tmp_path):
     assert "audio - silence" in repr(table)
 
 
+def test_a_direction_of_other_weights_is_refused(random_pair, tiny_lalm, samples):
+    of_random = audio_minus_silence(random_pair[1], samples[:1], attribute="emotion")
+    with pytest.raises(InputError, match=r"The direction is of .*, and tiny_lalm has other weights.* Make one of this"):
+        steer(tiny_lalm, samples[:1], direction=of_random, **QUIET)
+
+
 def test_directions_of_two_sets_and_of_two_prompts(tiny_lalm, samples, asked):
     runs = [Question.about(tiny_lalm, samples, "emotion", "P3", True).run(sample) for sample in samples]
     there, back = (mean_difference(tiny_lalm, *its) for its in ((runs[:2], runs[2:]), (runs[2:], runs[:2])))
@@ -290,7 +297,7 @@ def test_directions_of_two_sets_and_of_two_prompts(tiny_lalm, samples, asked):
     assert (still.p_before == still.p_after).all()
     with pytest.raises(InputError, match="A difference of means needs one run or more"):
         mean_difference(tiny_lalm, runs, [])
-    narrow = type(same)("narrow", same.vectors[:, :5], same.stream, (1, 1))
+    narrow = replace(same, vectors=same.vectors[:, :5])
     with pytest.raises(InputError, match="The direction has 8 x 5 numbers, and this model 8 layers x 128"):
         steer(tiny_lalm, samples[:1], direction=narrow, **QUIET)
 

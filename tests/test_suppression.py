@@ -206,6 +206,13 @@ def test_the_command_writes_what_it_finds_and_says_what_it_leaves_out(monkeypatc
         assert BackPatchChoice.load(tmp_path / "gender" / f"back_patch_{order}.json").place == "audio"
         assert set(BackPatch.load(tmp_path / "gender" / f"back_patch_{order}.parquet").frame.order.dropna()) == {order}
     tables = {path.stem for path in (tmp_path / "gender" / "tables").glob("*.csv")}
+    repair, whole = (pd.read_csv(tmp_path / "gender" / "tables" / f"{name}.csv") for name in ("repair", "back_patch"))
+    assert len(repair.columns) <= 12 < len(whole.columns)
+    assert "accuracy_minus_control" not in page
+    assert set(repair.order) == {"audio_first", "text_first"}
+    kept = pd.read_csv(tmp_path / "gender" / "tables" / "kept.csv").set_index("modality")
+    assert kept.kept["text"] == 0
+    assert (kept.sum(axis="columns") == 2).all()
     assert {
         "dominance",
         "accuracies",
@@ -240,7 +247,7 @@ def test_circuits_are_tried_on_clips_that_did_not_choose_them(monkeypatch, tmp_p
     [
         (
             ["--only", "dominance,mood"],
-            "--only is 'mood'. Choose some of dominance, sensitivity, convergence, pathways",
+            "--only is 'mood'. Choose some of dominance, sensitivity, convergence, kept, pathways",
         ),
         (["--framing", "hear this"], "There is no framing 'hear this'"),
         (["--windows", "1,2"], "--windows are odd numbers of layers, as 1,3,5; got 1,2."),

@@ -11,13 +11,14 @@ import typer
 from lalm_lens.attributes import Attribute
 from lalm_lens.commands.base import app, ready
 from lalm_lens.commands.clips import asked_about
-from lalm_lens.commands.opening import imported, opened
+from lalm_lens.commands.opening import function_named, opened
 from lalm_lens.commands.options import (
     Device,
     DeviceMap,
     Dtype,
     Labels,
     Model,
+    NControls,
     Own,
     Part,
     Prefix,
@@ -31,8 +32,9 @@ from lalm_lens.errors import DataError, InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
-    from lalm_lens.counterfactual import Swapped
+    from lalm_lens.counterfactual import Distance, Swapped
     from lalm_lens.model import HookedLALM
     from lalm_lens.tables import Table
 
@@ -45,6 +47,7 @@ lalm-lens av ./checkpoint ./videos --attribute animal --only shares,knockout --w
 lalm-lens av ./checkpoint ./videos --attribute animal --judge my_judge:judge --out av
 """
 
+HALVES = {"counterfactual": "another is seen than is heard", "factual": "the same is heard and seen"}
 EYES = ("image", "video")
 MOST = 3  # tokens that a table of the lens names of a layer
 T = TypeVar("T", bound="Table")
@@ -104,8 +107,8 @@ def shares(asked: Asked) -> Shown:
     found = attention_share(asked.model, asked.samples, max_new_tokens=asked.max_new_tokens, **how)
     found.save(asked.out / "shares.parquet")
     halves = asked.halves(found)
-    figures = {f"shares_{half}": its.plot() for half, its in halves.items()}
-    figures |= {f"shares_per_token_{half}": its.plot("per_token") for half, its in halves.items()}
+    figures = drawn("shares", {half: its.plot() for half, its in halves.items()})
+    figures |= drawn("shares_per_token", {half: its.plot("per_token") for half, its in halves.items()})
     return {"shares": by_half({half: its.means() for half, its in halves.items()})}, figures
 
 
@@ -114,6 +117,13 @@ def by_half(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
     import pandas as pd
 
     return pd.concat([its.assign(half=half) for half, its in tables.items()], ignore_index=True)
+
+
+def drawn(name: str, figures: "Mapping[str, Figure]") -> "dict[str, Figure]":
+    """The figures of both by their names; what is above each says which it is of."""
+    for half, figure in figures.items():
+        figure.suptitle(f"{figure.get_suptitle()}\n{half} pairs: {HALVES[half]}", fontsize=10)
+    return {f"{name}_{half}": figure for half, figure in figures.items()}
 
 
 def latent(asked: Asked) -> Shown:
@@ -133,7 +143,7 @@ def latent(asked: Asked) -> Shown:
         scores = {half: its.scores(seed=asked.seed) for half, its in halves.items()}
         layers = {half: its.by_layer(seed=asked.seed) for half, its in halves.items()}
         tables |= {f"latent_{name}": by_half(scores), f"latent_{name}_by_layer": by_half(layers)}
-        figures |= {f"latent_{name}_{half}": its.plot() for half, its in halves.items()}
+        figures |= drawn(f"latent_{name}", {half: its.plot() for half, its in halves.items()})
     return tables, figures
 
 
@@ -216,12 +226,11 @@ def knockout(asked: Asked) -> Shown:
     found = caption_fidelity(asked.model, asked.samples, judge=asked.judge, max_new_tokens=asked.max_new_tokens, **how)
     found.save(asked.out / "knockout.parquet")
     what = "texts that name it" if asked.judge is names else "fidelity of the text"
-    tables, figures = {}, {}
-    for name, its in asked.halves(found).items():
+    tables, halves = {}, asked.halves(found)
+    for name, its in halves.items():
         effects = its.effects(seed=asked.seed)
         tables |= {f"said_{name}": said(effects), f"knockout_{name}": effects}
-        figures[f"knockout_{name}"] = its.plot(what)
-    return tables, figures
+    return tables, drawn("knockout", {half: its.plot(what) for half, its in halves.items()})
 
 
 def said(effects: Any) -> Any:
@@ -255,10 +264,10 @@ def pairs(asked: Asked) -> Shown:
         asked.model, asked.samples, chains=chains, max_new_tokens=asked.max_new_tokens, **asked.how
     )
     found.save(asked.out / "pairs.parquet")
-    halves, draw = asked.halves(found), plots_module("heard_plots").pair_map
+    halves, pair_map = asked.halves(found), plots_module("heard_plots").pair_map
     effects = {half: its.effects("log_probability", seed=asked.seed) for half, its in halves.items()}
-    figures = {f"pairs_{half}": draw(effects[half], places, its.frame) for half, its in halves.items()}
-    return {"pairs": by_half(effects)}, figures
+    figures = {half: pair_map(effects[half], places, its.frame) for half, its in halves.items()}
+    return {"pairs": by_half(effects)}, drawn("pairs", figures)
 
 
 def shift(asked: Asked) -> Shown:
@@ -271,7 +280,7 @@ def shift(asked: Asked) -> Shown:
     tables = {"token_shift": by_half({half: its.shares(seed=asked.seed) for half, its in halves.items()})}
     if named:
         tables["token_shift_named"] = by_half({half: its.shares(seed=asked.seed) for half, its in named.items()})
-    return tables, {f"token_shift_{half}": its.plot() for half, its in halves.items()}
+    return tables, drawn("token_shift", {half: its.plot() for half, its in halves.items()})
 
 
 STEPS: Steps = {
@@ -323,10 +332,14 @@ def av_command(
         str | None,
         typer.Option(help="Your own judge of texts, as module:NAME; else whether they name what is heard or seen."),
     ] = None,
+    distance: Annotated[
+        str | None,
+        typer.Option(help="How far what is seen is from another clip, as module:NAME; else counterfactuals are drawn."),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="A base with the same tokens, which hears nothing; else the model itself.")
     ] = None,
-    n_controls: Annotated[int, typer.Option(min=0, help="Draws of shuffled labels for probes.")] = 5,
+    n_controls: NControls = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the counterfactuals, folds and bootstraps.")] = 0,
     device: Device = "cpu",
     device_map: DeviceMap = None,
@@ -343,14 +356,13 @@ def av_command(
     its, one_form = asked_about(attribute, question, labels, prefix), one_of("form", form)
     if not data.is_dir():
         raise DataError(f"{data} is no folder. Give one with metadata.jsonl.")
-    judging: Any = names if judge is None else imported("judge", judge)
-    if not callable(judging):
-        raise InputError(f"--judge names a function as module:NAME, as my_judge:judge; {judge} is none.")
+    judging = names if judge is None else function_named("judge", judge)
+    apart = None if distance is None else function_named("distance", distance)
     ready(out)
     how = {"conversion": conversion, "device": device, "device_map": device_map, "dtype": dtype}
     lens = opened(model, part=part, **how)
     other = lens if base is None else opened(base, part=None, **how)
-    samples = read_pairs(lens, data, seed)
+    samples = read_pairs(lens, data, seed, apart)
     from lalm_lens.experiments.concepts import ExactWord, FirstToken
 
     about = Asked(
@@ -374,7 +386,7 @@ def av_command(
     run_steps(steps, [about], f"What {lens.cfg.model_name} hears and sees", out / "av.md")
 
 
-def read_pairs(lens: "HookedLALM", data: Path, seed: int) -> "list[Swapped]":
+def read_pairs(lens: "HookedLALM", data: Path, seed: int = 0, distance: "Distance | None" = None) -> "list[Swapped]":
     """What is listed, and where nothing of it is a counterfactual, as many of those."""
     from lalm_lens.audio_visual import read_audio_visual
     from lalm_lens.counterfactual import swap_audio
@@ -384,5 +396,7 @@ def read_pairs(lens: "HookedLALM", data: Path, seed: int) -> "list[Swapped]":
     if len({sample.images is None for sample in samples}) > 1:
         raise DataError(f"Some rows of {data} have an image and others frames: give a folder for each.")
     if any(sample.seen_label != sample.label for sample in samples):
+        if distance is not None:
+            raise InputError(f"{data} lists counterfactuals, so none are made: leave out --distance, or their rows.")
         return samples
-    return [*samples, *swap_audio(samples, seed=seed)]
+    return [*samples, *swap_audio(samples, distance, seed)]

@@ -20,6 +20,7 @@ from lalm_lens.commands.options import (
     Dtype,
     Labels,
     Model,
+    NControls,
     Own,
     Part,
     Prefix,
@@ -135,11 +136,15 @@ def meeting(asked: Asked) -> Shown:
     return tables, {"convergence": met.plot()}
 
 
+def kept(asked: Asked) -> Shown:
+    """Finding 2: how many answers are those of what is read, and of what is heard, and another's where that is?"""
+    return {"kept": asked.pathways.counts().reset_index()}, {}
+
+
 def paths(asked: Asked) -> Shown:
     """Finding 2: are the pathways of text and audio distinct?"""
-    every = asked.pathways
-    found = every.kept  # tasks whose answer is that of their modality: else there is no pathway of it
-    tables = {"counts": every.counts().reset_index(), "overlap": found.overlap(), "agreement": found.agreement()}
+    found = asked.pathways.kept  # tasks whose answer is that of their modality: else there is no pathway of it
+    tables = {"overlap": found.overlap(), "agreement": found.agreement()}
     return tables, {f"pathways_{view}": found.plot(view) for view in ("map", "nodes", "overlap")}
 
 
@@ -215,7 +220,8 @@ def repair(asked: Asked) -> Shown:
     import pandas as pd
 
     from lalm_lens.conflict import make_conflict
-    from lalm_lens.experiments.back_patch import back_patch
+    from lalm_lens.experiments.back_patch import back_patch, in_short
+    from lalm_lens.tables import write_tables
 
     summaries, pictures = [], {}
     for order in ORDERS:
@@ -226,13 +232,16 @@ def repair(asked: Asked) -> Shown:
         found.chosen().save(asked.out / f"back_patch_{order}.json")
         summaries.append(found.summary(seed=asked.seed).assign(order=order))
         pictures[f"back_patch_{order}"] = found.plot()
-    return {"back_patch": pd.concat(summaries, ignore_index=True)}, pictures
+    summary = pd.concat(summaries, ignore_index=True)
+    write_tables(asked.out / "tables", {"back_patch": summary})
+    return {"repair": in_short(summary)}, pictures
 
 
 STEPS: Steps = {
     "dominance": dominance,
     "sensitivity": listening,
     "convergence": meeting,
+    "kept": kept,
     "pathways": paths,
     "circuits": tried,
     "nearest": near,
@@ -263,7 +272,7 @@ def conflict_command(
         int, typer.Option(min=1, help="Clips whose pathways are looked for, which is dear; half at most.")
     ] = 32,
     windows: Annotated[str, typer.Option(help="Layers that are back-patched together, odd, with commas.")] = "1,3,5",
-    n_controls: Annotated[int, typer.Option(min=0, help="Draws of shuffled labels for probes.")] = 5,
+    n_controls: NControls = 5,
     seed: Annotated[int, typer.Option(help="Of the stated labels, splits and bootstraps.")] = 0,
     cut: Cut = False,
     transcript: Transcript = None,

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,14 @@ def conversion_named(named: str | None) -> "Conversion | None":
     found = imported("conversion", named)
     if not isinstance(found, Conversion):
         raise InputError(f"--conversion names a Conversion as module:NAME, as my_model:MINE; {named} is none.")
+    return found
+
+
+def function_named(option: str, named: str) -> Callable:
+    """A function of the user's own, which is found in the same way."""
+    found = imported(option, named)
+    if not callable(found):
+        raise InputError(f"--{option} names a function as module:NAME, as my_{option}:{option}; {named} is none.")
     return found
 
 

@@ -48,6 +48,7 @@ Question = Annotated[str | None, typer.Option(help="Your own question, in place 
 Labels = Annotated[str | None, typer.Option(help="Its answers, with commas between.")]
 Prefix = Annotated[str | None, typer.Option(help="How its answer is forced to begin, as 'The animal is'.")]
 Cut = Annotated[bool, typer.Option("--cut", help="Cut clips that are longer than the model hears.")]
+NControls = Annotated[int, typer.Option(min=0, help="Draws of shuffled labels for probes.")]
 Transcript = Annotated[str | None, typer.Option(help="What DeSTA reads of every clip; else what it says.")]
 VoiceActivity = Annotated[bool, typer.Option("--voice-activity", help="No speech, no transcript.")]
 

@@ -18,6 +18,7 @@ from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS
 from lalm_lens.corrupt import OtherClip
 from lalm_lens.datasets import Sample
+from lalm_lens.engine.branches import check
 from lalm_lens.engine.plan import Engine
 from lalm_lens.errors import InputError
 from lalm_lens.experiments.asked import Question
@@ -75,12 +76,16 @@ def ablate(
     question = Question.about(model, samples, attribute, form, label_space)
     cfg = model.decoder_cfg
     site: BlockSite = "z" if of == "heads" else "post"
+    if n_neurons < 1:
+        raise InputError(f"Groups of {n_neurons} neurons hold nothing.")
+    n, size = (cfg.n_heads, 1) if of == "heads" else (cfg.d_mlp, n_neurons)
     if units is None:
-        n, size = (cfg.n_heads, 1) if of == "heads" else (cfg.d_mlp, n_neurons)
         groups = [tuple(range(start, min(start + size, n))) for start in range(0, n, size)]
         units = [(layer, group) for layer in range(cfg.n_layers) for group in groups]
-    if not units:
+    if not units or not all(group for _, group in units):
         raise InputError(f"Nothing is taken out: name layers and {of}, or leave units out for all of them.")
+    check([layer for layer, _ in units], cfg.n_layers, "layers")
+    check([unit for _, group in units for unit in group], n, of)
     layers = sorted({layer for layer, _ in units})
     means = Means.over(question, samples, site, layers, progress) if method == "mean" else None
     other = OtherClip(seed)

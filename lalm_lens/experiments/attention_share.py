@@ -2,7 +2,8 @@
 
 A share is the attention of one query to all keys of a region; over all regions it sums to 1. Regions are of different
 sizes, 750 audio positions against 20 words: `per_token` is the share divided by the number of keys of the region that
-are not behind the query. Both are averaged over the queries, `per_token` over those that have such keys.
+the query can see: not behind it, nor outside of its window where a layer has one. Both are averaged over the queries,
+`per_token` over those that have such keys.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,11 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
+from lalm_lens.aggregates import refuse_columns
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.datasets import Sample
 from lalm_lens.errors import InputError
@@ -75,7 +78,8 @@ def attention_share(
     frames = []
     for sample in tqdm(samples, f"looking, {question.attribute.name}", unit="clip", disable=not progress):
         run = question.run(sample)
-        shares = Shares.of(run, queries, exclude_sink, max_new_tokens, REGIONS[regions])
+        windows = tuple(model.decoder_cfg.windows)
+        shares = Shares.of(run, queries, exclude_sink, max_new_tokens, REGIONS[regions], windows)
         shares.look(model, run, max_new_tokens)
         said = {"queries": GENERATED if max_new_tokens else place_name(queries), "exclude_sink": exclude_sink}
         frames.append(pd.DataFrame(list(shares.rows())).assign(**question.columns(sample), **said))
@@ -90,7 +94,7 @@ class Sums:
     per_token: Float[Tensor, "head region"]
     n_queries: int
     n_with_keys: Int[Tensor, " region"]  # queries that have a key of the region
-    n_keys: Float[Tensor, " region"]  # of the last query
+    n_keys: Float[Tensor, " region"]  # that the last query can see
 
     def plus(self, new: "Sums") -> "Sums":
         return Sums(
@@ -109,10 +113,19 @@ class Shares:
     queries: tuple[int, ...]
     regions: list[str]
     is_in: Float[Tensor, "key_pos region"]
+    windows: tuple[int | None, ...]  # of each layer
     layers: dict[int, Sums] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: Run, queries: Place, exclude_sink: int, n_new: int, name: Callable[[str], str] = str) -> "Shares":
+    def of(
+        cls,
+        run: Run,
+        queries: Place,
+        exclude_sink: int,
+        n_new: int,
+        name: Callable[[str], str],
+        windows: tuple[int | None, ...],
+    ) -> "Shares":
         assert run.prompt is not None
         region_of = [name(its) for its in (*(each.region for each in run.prompt.positions), *[GENERATED] * n_new)]
         kept = region_of[exclude_sink:]
@@ -123,7 +136,7 @@ class Shares:
         for n, region in enumerate(kept, exclude_sink):
             is_in[n, regions.index(region)] = 1
         asked = positions(run, GENERATED, n_new - 1) if n_new else positions(run, queries)
-        return cls(asked, regions, is_in)
+        return cls(asked, regions, is_in, windows)
 
     def look(self, model: HookedLALM, run: Run, max_new_tokens: int) -> None:
         hooks = [(f"blocks.{layer}.attn.hook_pattern", self.add) for layer in range(model.decoder_cfg.n_layers)]
@@ -142,12 +155,18 @@ class Shares:
         seen = at_least_float32(pattern[0][:, [query - offset for query in here]]).cpu()
         share = seen @ self.is_in[:n_key].to(seen)
         share = share / share.sum(-1, keepdim=True)
-        n_keys = self.is_in.cumsum(0)[here].to(seen)  # [query, region], up to the query itself
+        layer = hook.layer()
+        n_keys = self.n_visible(here, self.windows[layer]).to(seen)
         has_keys = n_keys > 0
         per_token = (share / n_keys).where(has_keys, 0.0)
         new = Sums(share.sum(1), per_token.sum(1), len(here), has_keys.sum(0), n_keys[-1])
-        layer = hook.layer()
         self.layers[layer] = self.layers[layer].plus(new) if layer in self.layers else new
+
+    def n_visible(self, queries: Sequence[int], window: int | None) -> Float[Tensor, "query region"]:
+        """How many keys of each region a query can see, itself among them."""
+        up_to = pad(self.is_in.cumsum(0), (0, 0, 1, 0))  # [position, region], before it
+        begin = [0 if window is None else max(0, query + 1 - window) for query in queries]
+        return up_to[[query + 1 for query in queries]] - up_to[begin]
 
     def rows(self) -> Iterator[dict]:
         for layer, sums in self.layers.items():
@@ -180,7 +199,7 @@ class AttentionShare(Table):
         "head": "int64",
         "region": "str",
         "n_queries": "int64",
-        "n_keys": "int64",  # of the region, not behind the last of the queries
+        "n_keys": "int64",  # of the region, that the last of the queries can see
         "share": "float64",
         "per_token": "float64",
     }
@@ -188,6 +207,7 @@ class AttentionShare(Table):
     def means(self, by: Sequence[str] = ("attribute", "layer", "region")) -> pd.DataFrame:
         """Mean `share` and `per_token` over clips and heads, and layers unless they are in `by`; n is that of clips.
         Raises `DataError` if other settings vary."""
+        refuse_columns(self.frame, by)
         self.refuse_mixed(["model", "attribute", "form", "queries", "exclude_sink"], by)
         groups = self.frame.groupby(list(by), sort=False)
         means = groups[["share", "per_token"]].mean()

@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 from tqdm import tqdm
 
-from lalm_lens.aggregates import intervals
+from lalm_lens.aggregates import intervals, refuse_columns
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS
 from lalm_lens.corrupt import OtherClip, Silence
@@ -55,8 +55,7 @@ class AudioSensitivity(Table):
         """`sensitivity` with its 95 % bootstrap interval over clips, all three runs of one together, and the accuracies
         with their 95 % Wilson intervals; one row per group of `by`. Raises `DataError` if other settings vary, and for
         a clip without its three runs."""
-        if unknown := [name for name in by if name not in self.frame]:
-            raise DataError(f"Rows are grouped by columns of the table, not by {unknown}.")
+        refuse_columns(self.frame, by)
         self.refuse_mixed(SETTINGS, by)
         groups = self.frame.groupby(list(by), sort=False, dropna=False)
         found = [{**dict(zip(by, key, strict=True)), **summarised(rows, n_resamples, seed)} for key, rows in groups]

@@ -26,7 +26,9 @@ from transformer_lens.hook_points import HookPoint
 from lalm_lens.aggregates import interval
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS
+from lalm_lens.counterfactual import heard_clip
 from lalm_lens.datasets import Sample
+from lalm_lens.draws import drawing, refuse_seed
 from lalm_lens.engine.branches import check
 from lalm_lens.engine.plan import Engine
 from lalm_lens.errors import DataError, InputError
@@ -61,6 +63,8 @@ CONTROL, MATCHED = "control", "audio_matched"
 SAVE_ONE = "save one with `BackPatch.chosen().save(path)`."
 LEAST = {"n_layers": 1, "source": 0, "target": 0, "window": 1, "seed": 0, "n_clips": 1}  # of a choice
 CELL = ("place", "source", "target", "window", "later", "max_loops")
+SHOWN = ("order", "place", "layers", "picked_on", "condition", "n", "accuracy_before", "accuracy_after", "accuracy_p")
+SHOWN += ("tdr_before", "tdr_after", "repairs")  # of a summary
 ONE_WAY = ("model", "attribute", "form", "label_space", "predict", "order", "framing", "strength", "later", "max_loops")
 ONE_WAY += ("fingerprint", "seed")
 
@@ -127,6 +131,7 @@ def back_patch(
     `n_together` clips share a sweep. Raises what `attention_knockout` raises, and `InputError` for layers without a
     pair, and for items without a clip where its states are to be patched.
     """
+    refuse_seed(seed)
     asked = questions(model, samples, attribute, form, label_space)
     pairs = grid(model.decoder_cfg.n_layers, sources, targets, windows)
     if max_loops < 1:
@@ -135,7 +140,7 @@ def back_patch(
         raise InputError(f'Places are a list of regions, one or more, as ["audio"]; got {places!r}.')
     refuse_unheard(samples, places)
     spots = [Spot(place, pair, later, seed) for place, pair in product(places, pairs)]
-    n_choosing = len(set(map(clip_of, samples))) // 2 if n_choosing is None else n_choosing
+    n_choosing = len(set(map(heard_clip, samples))) // 2 if n_choosing is None else n_choosing
     held_out = names(samples, n_choosing, seed) if n_choosing else set()
     how = How(predict, engine, token_budget, n_together, progress and len(asked) == 1)
     frames = []
@@ -187,13 +192,9 @@ def refuse_unheard(samples: Sequence[Sample], places: Sequence[Regions]) -> None
 
 def names(samples: Sequence[Sample], n_choosing: int, seed: int) -> set[str]:
     """Of what is there for the choice: all that is made of some clips."""
-    clips = {clip_of(sample): replace(sample, name=clip_of(sample)) for sample in samples}
+    clips = {heard_clip(sample): replace(sample, name=heard_clip(sample)) for sample in samples}
     chosen = {clip.name for clip in split(list(clips.values()), n_choosing, seed)[0]}
-    return {sample.name for sample in samples if clip_of(sample) in chosen}
-
-
-def clip_of(sample: Sample) -> str:
-    return sample.columns.get("clip") or sample.name
+    return {sample.name for sample in samples if heard_clip(sample) in chosen}
 
 
 def where(run: Run, place: Regions, seed: int) -> tuple[int, ...]:
@@ -201,7 +202,7 @@ def where(run: Run, place: Regions, seed: int) -> tuple[int, ...]:
     if place != MATCHED:
         return positions(run, place)
     audio, n_control = positions(run, "audio"), len(positions(run, CONTROL))
-    drawn = np.random.default_rng(seed).choice(audio, min(n_control, len(audio)), replace=False)
+    drawn = drawing(seed).choice(audio, min(n_control, len(audio)), replace=False)
     return tuple(sorted(drawn.tolist()))
 
 
@@ -430,6 +431,7 @@ class BackPatch(Changed):
         BackPatch(rows).refuse_mixed(ONE_WAY)
         return rows
 
+    @typed
     def scores(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> pd.DataFrame:
         """The pairs of each place, best first, over the clips that a pair is chosen on: accuracy, probability of the
         true label among the labels, and text dominance ratio (the lower the better) of the `n_clear` answers that
@@ -449,6 +451,7 @@ class BackPatch(Changed):
         scores = scores.sort_values(order, ascending=rising, ignore_index=True, key=level).astype({"place": "str"})
         return clear_enough(scores, rows, min_clear) if by == "tdr" else scores
 
+    @typed
     def chosen(
         self, on: On = "held_out", by: By = "accuracy", place: str | None = None, min_clear: float | int = 0.5
     ) -> BackPatchChoice:
@@ -480,6 +483,7 @@ class BackPatch(Changed):
         its = {"split": "test", "place": place_name(choice.place), **asdict(choice.pair)}
         return self.frame[np.logical_and.reduce([self.frame[name] == value for name, value in its.items()])]
 
+    @typed
     def summary(
         self,
         by: By = "accuracy",
@@ -521,6 +525,19 @@ class BackPatch(Changed):
         return table.assign(repairs=repairs(table)).dropna(axis="columns", how="all")
 
     @typed
+    def table(
+        self,
+        by: By = "accuracy",
+        control: str | None = None,
+        min_clear: float | int = 0.5,
+        n_resamples: int = 1000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """What of `summary` says whether there is a repair: the chosen layers, accuracy and text dominance before and
+        after, and McNemar's p of accuracy."""
+        return in_short(self.summary(by, control, min_clear, n_resamples, seed))
+
+    @typed
     def plot(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> "Figure":
         """How accuracy, label probability or text dominance change by source and target, over the clips that a pair is
         chosen on: a panel for each place and window, and a frame around the best pair of each place."""
@@ -534,6 +551,13 @@ class BackPatch(Changed):
             self.frame.drop_duplicates(["place", "source", "target", "window"]).groupby("place", sort=False).size()
         )
         return ", ".join(f"{n} pairs of layers at {place}" for place, n in n_pairs.items())
+
+
+def in_short(summary: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a summary that are read first."""
+    pairs = [f"{its.source} -> {its.target}, window {its.window}" for its in summary.itertuples()]
+    shown = summary.assign(layers=pairs)
+    return shown[[name for name in SHOWN if name in shown]]
 
 
 def level(column: pd.Series) -> pd.Series:

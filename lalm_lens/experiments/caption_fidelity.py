@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from lalm_lens.aggregates import interval
+from lalm_lens.aggregates import interval, refuse_columns
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.counterfactual import seen_label
 from lalm_lens.datasets import Sample, refuse_repeated
@@ -114,10 +114,13 @@ def written(generated: Generated) -> str:
 
 
 def scores(judge: Judge, caption: str, sample: Sample) -> tuple[float, float]:
+    given = judge(caption, sample)
     try:
-        audio, video = map(float, judge(caption, sample))
-    except (TypeError, ValueError) as error:
-        raise DataError(f"A judge gives two numbers, of audio and of video; of {sample.name}: {error}.") from None
+        audio, video = map(float, given)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"A judge gives two numbers, of audio and of video; of {sample.name} it gave {given!r}."
+        ) from None
     if not (0 <= audio <= 1 and 0 <= video <= 1):
         raise DataError(f"A judge gives numbers from 0 to 1; got {audio} and {video} for {sample.name}.")
     return audio, video
@@ -149,6 +152,7 @@ class CaptionFidelity(Table):
         `DataError` if other settings vary, and where no clip is left."""
         if not len(self.frame):
             raise DataError("No clip is left to average over.")
+        refuse_columns(self.frame, by)
         self.refuse_mixed(("model", "attribute", "form", *CELL), by)
         found = []
         for key, rows in self.frame.groupby(list(by), sort=False, dropna=False):

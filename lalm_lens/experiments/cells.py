@@ -10,7 +10,7 @@ from lalm_lens.model import HookedLALM
 from lalm_lens.results import EMBED_LAYER, GridKind, Kind
 from lalm_lens.runs import Run, Source
 from lalm_lens.transcripts import SIDES, Side
-from lalm_lens.windows import audio_windows, encoder_windows
+from lalm_lens.windows import audio_windows, encoder_windows, refuse_window
 
 Units = dict[str, tuple[int, ...]]  # `heads` or `neurons`; empty for the whole state
 
@@ -55,8 +55,7 @@ class Grid:
     transcript_is: Side = "audio"
 
     def __post_init__(self) -> None:
-        if self.window_s <= 0:
-            raise InputError(f"A window of {self.window_s} s holds nothing.")
+        refuse_window(self.window_s)
         if self.n_neurons < 1:
             raise InputError(f"Groups of {self.n_neurons} neurons hold nothing.")
         if self.transcript_is not in SIDES:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lalm_lens.aggregates import interval
+from lalm_lens.aggregates import interval, refuse_columns
 from lalm_lens.datasets import Sample
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, Outcome, Plan
@@ -80,6 +80,8 @@ def answers(
             together = samples[start : start + how.n_together]
             runs = [question.run(sample) for sample in together]
             its = [variants(sample, run) for sample, run in zip(together, runs, strict=True)]
+            if not all(its):
+                raise InputError("Nothing is changed: give one layer, factor or gain, or more, of what varies.")
             outcome = run_all(question, runs, its, how, bar)
             yield from frames_of(question, together, its, outcome, how.predict)
             bar.update(len(together))
@@ -180,8 +182,7 @@ class Changed(Table):
 
 def changes(frame: pd.DataFrame, by: Sequence[str], cell: Sequence[str], n_resamples: int, seed: int) -> pd.DataFrame:
     """Means over clips of `before`, `after` and `change`, one row per group of `by`."""
-    if unknown := [name for name in by if name not in frame]:
-        raise DataError(f"Rows are grouped by columns of the table, not by {unknown}: {', '.join(frame.columns)}.")
+    refuse_columns(frame, by)
     twice = frame.duplicated([name for name in (*QUESTION_COLUMNS, "predict", *cell) if name in frame])
     if twice.any():
         raise DataError(f"{twice.sum()} runs, as of {frame[twice]['sample'].iloc[0]}, are in the table twice.")

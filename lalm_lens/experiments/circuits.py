@@ -20,6 +20,7 @@ from lalm_lens.attribution import Node, only
 from lalm_lens.conflict import Framing
 from lalm_lens.corrupt import Corruption, OtherClip
 from lalm_lens.datasets import Sample
+from lalm_lens.draws import drawing
 from lalm_lens.engine.plan import Engine, run_branches
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.contrasts import MODALITIES, Contrasts, Modality, Task, Within
@@ -184,7 +185,7 @@ def frame_of(
         (its, None): [node for node in ranked[its] if node in set(every)] for its in MODALITIES
     }
     for n in range(n_random):
-        drawn = np.random.default_rng([seed, n]).permutation(len(every))
+        drawn = drawing([seed, n]).permutation(len(every))
         rankings[RANDOM, seed + n] = [every[place] for place in drawn]
     tried = [(*whose, k) for whose, nodes in rankings.items() for k in sorted(set(ks)) if k <= len(nodes)]
     branches = [only(task.contrast, rankings[whose, drawn][:k], every) for whose, drawn, k in tried]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+from lalm_lens.engine.branches import check
 from lalm_lens.errors import InputError
 from lalm_lens.experiments.cells import len_prompt
 from lalm_lens.interventions import Knockout, OnScores
@@ -52,15 +53,12 @@ def cuts(
 ) -> list[Cut]:
     """Every chain, and every edge of one by itself, in each of the sets of layers and heads. `n_new` is how many
     positions will be generated behind the prompt and looked from."""
-    n_layers, n_heads = model.decoder_cfg.n_layers, model.decoder_cfg.n_heads
-    sets = [each for choice in layers for each in layer_sets(choice, n_layers)]
-    found = []
+    found, sets = [], sets_of(model, layers, heads)
     for edge, pairs in edges(chains).items():
         keys_of = [(positions(run, source, n_new), positions(run, target, n_new)) for source, target in pairs]
-        for kind, layer, chosen in sets:
-            for its in head_sets(heads, n_heads):
-                knockouts = tuple(Knockout(chosen, queries, keys, heads=its) for keys, queries in keys_of)
-                found.append(Cut(edge, kind, layer, chosen, its, knockouts))
+        for kind, layer, chosen, its in sets:
+            knockouts = tuple(Knockout(chosen, queries, keys, heads=its) for keys, queries in keys_of)
+            found.append(Cut(edge, kind, layer, chosen, its, knockouts))
     return found
 
 
@@ -142,6 +140,23 @@ def leaves_blind(model: HookedLALM, cut: Cut) -> bool:
         for query in knockout.queries_at
         for window in windows
     )
+
+
+def sets_of(
+    model: HookedLALM, layers: Sequence[LayerSets], heads: Heads
+) -> list[tuple[str, int | None, tuple[int, ...], tuple[int, ...] | None]]:
+    """Sets of layers, as `layer_sets` has them, and heads (None is all). Raises `InputError` for none, and for layers
+    and heads that there are not."""
+    n_layers, n_heads = model.decoder_cfg.n_layers, model.decoder_cfg.n_heads
+    found = [
+        (*each, its) for choice in layers for each in layer_sets(choice, n_layers) for its in head_sets(heads, n_heads)
+    ]
+    if not found:
+        raise InputError('No layers are chosen: name one way or more to choose them, as layers=["all"].')
+    for _, _, chosen, its in found:
+        check(chosen, n_layers, "layers")
+        check(its or (), n_heads, "heads")
+    return found
 
 
 def layer_sets(choice: LayerSets, n_layers: int) -> list[tuple[str, int | None, tuple[int, ...]]]:

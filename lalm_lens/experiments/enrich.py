@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lalm_lens.aggregates import interval, intervals
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.datasets import Sample, split
+from lalm_lens.draws import drawing, refuse_seed
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, Plan
 from lalm_lens.errors import DataError, InputError
@@ -180,6 +181,7 @@ def enrich(
     Raises `DataError` if a split would be empty or no probing clip is answered wrongly, `InputError` for a gap that
     leaves no layer; and what `information_score` raises.
     """
+    refuse_seed(seed)
     attribute = attribute_named(attribute) if isinstance(attribute, str) else attribute
     n_layers, tried = model.decoder_cfg.n_layers, tuple(sorted({0.0, *map(float, factors)}))
     if not np.isfinite(tried).all():
@@ -191,7 +193,7 @@ def enrich(
     check_asked(model, samples, attribute, [label_space])
     probing, test = split(samples, n_probing, seed)
     layer = chosen_layer(model, probing, attribute, form, label_space, gap, token_budget, progress)
-    drawn = [np.random.default_rng([seed, n]).integers(0, n_layers - gap, len(test)).tolist() for n in range(n_seeds)]
+    drawn = [drawing([seed, n]).integers(0, n_layers - gap, len(test)).tolist() for n in range(n_seeds)]
     clips = [Clip("probing", sample, {None: layer}) for sample in probing]
     clips += [
         Clip("test", sample, {None: layer, **{n: its[at] for n, its in enumerate(drawn)}})

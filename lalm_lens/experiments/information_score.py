@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lalm_lens.aggregates import intervals
 from lalm_lens.attributes import Attribute, Form, attribute_named
 from lalm_lens.datasets import Sample
+from lalm_lens.draws import drawing
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import check_asked, processor_of
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, run_of, told
@@ -100,7 +101,7 @@ class InformationScore(Table):
         """The same predictions of clips whose labels have changed places: what chance alone would score."""
         clips = self.frame[["model", "attribute", "sample", "label"]].drop_duplicates()
         of_attribute = clips.groupby(["model", "attribute"], sort=False).label
-        drawn = np.random.default_rng(seed)
+        drawn = drawing(seed)
         new = clips.assign(label=of_attribute.transform(lambda labels: drawn.permutation(labels.to_numpy())))
         frame = self.frame.drop(columns="label").merge(new, on=["model", "attribute", "sample"])
         frame = frame.assign(is_right=frame.predicted == frame.label, probability=np.nan)

@@ -134,6 +134,8 @@ class Asked:
             processor.check_audible(sample.waveform, sample.name)
         prompt = prompt_of(processor, sample, attribute, form)
         run = run_of(prompt)
+        if not positions:
+            raise InputError('Nothing is read: name one place or more, as ("audio",).')
         return cls(sample, prompt, tuple(sorted({index for its in positions for index in run.indices(its)})))
 
 

@@ -7,6 +7,7 @@ block; so this costs a few dozen forwards, where every single position would cos
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 
@@ -32,7 +33,7 @@ class Search:
     n_best: int = 2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n_best, int) or self.n_best < 1 or not self.window_s > 0:
+        if not isinstance(self.n_best, int) or self.n_best < 1 or not 0 < self.window_s < inf:
             raise InputError(f"A search needs windows longer than 0 s and 1 best or more; got {self}.")
 
     def n_most(self, n_pos: int, each_s: float) -> int:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS
 from lalm_lens.datasets import Sample
+from lalm_lens.draws import drawing, refuse_seed
 from lalm_lens.engine.plan import Engine
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question
@@ -87,7 +88,7 @@ def largest(score: Float[Tensor, "layer neuron"], k: int) -> Chosen:
 
 
 def drawn(n_layers: int, n_neurons: int, k: int, seed: int) -> Chosen:
-    return by_layer(np.random.default_rng(seed).permutation(n_layers * n_neurons)[:k].tolist(), n_neurons)
+    return by_layer(drawing(seed).permutation(n_layers * n_neurons)[:k].tolist(), n_neurons)
 
 
 def by_layer(flat: Sequence[int], n_neurons: int) -> Chosen:
@@ -125,6 +126,9 @@ def neuron_gain(
     and with `n_seeds` times as many that were drawn. Raises what `attention_knockout` raises, and `DataError` for a
     label that no clip has.
     """
+    refuse_seed(seed)
+    if n_seeds < 0:
+        raise InputError(f"n_seeds is 0 or more; got {n_seeds}.")
     question = Question.about(model, samples, attribute, form, label_space)
     choosing, test = split(samples, len(samples) // 2 if n_choosing is None else n_choosing, seed)
     active = activations(question, choosing, place, progress)

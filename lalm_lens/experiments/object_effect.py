@@ -19,6 +19,7 @@ from lalm_lens.attributes import Attribute
 from lalm_lens.audio import check_sounding
 from lalm_lens.corrupt import Corruption, Silence
 from lalm_lens.datasets import Sample
+from lalm_lens.draws import drawing_again
 from lalm_lens.engine.plan import Engine
 from lalm_lens.engine.recorded import Recorded
 from lalm_lens.errors import DataError
@@ -206,8 +207,8 @@ def auroc_interval(
         return found if rival is None else found - auroc(rival[right], rival[wrong])
 
     clips = np.flatnonzero(is_right), np.flatnonzero(~is_right)
+    rng = drawing_again(n_resamples, seed)
     if min(map(len, clips)) < 2:
         return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
     found = bootstrap(clips, statistic, n_resamples=n_resamples, method="percentile", vectorized=True, rng=rng)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -93,13 +93,19 @@ def patchscope(
     n_layers = model.decoder_cfg.n_layers
     layers = range(n_layers) if layers is None else layers
     check(layers, n_layers, "layers in the decoder")
+    check(target_layers or (), there.decoder_cfg.n_layers, "layers in the decoder that reads")
+    if not layers or (target_layers is not None and not target_layers):
+        raise InputError("No state is put anywhere: name one layer or more, or leave layers and target_layers out.")
+    if not 1 <= top_k <= there.decoder_cfg.d_vocab:
+        raise InputError(f"top_k is 1 or more, of {there.decoder_cfg.d_vocab} tokens; got {top_k}.")
     where = source.indices(positions)
     states = states_of(model, source, layers, where)
-    cells = [
+    every = (
         (layer, position, target_layer)
         for position, layer in product(where, layers)
         for target_layer in ([layer] if target_layers is None else target_layers)
-    ]
+    )
+    cells = list(dict.fromkeys(every))
     patches = [Patch("resid_post", at, (to,), states[layer, position]) for layer, position, at in cells]
     branches = [Branch(target, (patch,)) for patch in patches]
     outcome = Plan(there, branches, LogProbs((read,)), engine=engine, token_budget=token_budget).run(progress)

@@ -23,10 +23,11 @@ from lalm_lens.attribution import EVERYWHERE, Contrast, Node, attribution, node_
 from lalm_lens.conflict import Framing
 from lalm_lens.corrupt import Corruption, OtherClip
 from lalm_lens.datasets import Sample
+from lalm_lens.draws import drawing
 from lalm_lens.engine.branches import Branch
 from lalm_lens.engine.plan import Engine, run_branches
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.contrasts import MODALITIES, Contrasts, Modality, Task, Within
+from lalm_lens.experiments.contrasts import MODALITIES, STATUS, Contrasts, Modality, Task, Within
 from lalm_lens.model import HookedLALM
 from lalm_lens.pieces import Order
 from lalm_lens.readouts import Logits
@@ -94,9 +95,10 @@ class Pathways(Table):
         return self.frame[self.frame.component.isin(components)]
 
     def counts(self) -> pd.DataFrame:
-        """Tasks by modality and status."""
+        """Tasks by modality and status, those that no task has among them."""
         tasks = self.frame.drop_duplicates(["modality", "sample"])
-        return tasks.groupby(["modality", "status"]).size().unstack(fill_value=0)
+        counts = tasks.groupby(["modality", "status"]).size().unstack(fill_value=0)
+        return counts.reindex(index=sorted(MODALITIES), columns=STATUS, fill_value=0).rename_axis(columns="status")
 
     def nodes(self) -> pd.DataFrame:
         """Heads and MLPs by modality, the mean of what is attributed to them over the clips that have them, the largest
@@ -119,7 +121,10 @@ class Pathways(Table):
         """How many nodes the circuits of the two modalities share, for each k: `jaccard`, what it is on average for two
         circuits of k drawn at random (`expected`), and how often those share as many (`p`).
 
-        Both are of nodes that both modalities have. Larger k than there are nodes are left out."""
+        Both are of nodes that both modalities have. Larger k than there are nodes are left out. Raises `InputError` for
+        k below 1."""
+        if not ks or min(ks) < 1:
+            raise InputError(f"Circuits that are compared have one node or more; got ks={tuple(ks)}.")
         nodes = self.nodes()
         ranked = [[node_of(row) for row in nodes[nodes.modality == its].to_dict("records")] for its in MODALITIES]
         shared = set(ranked[0]) & set(ranked[1])
@@ -249,7 +254,7 @@ def pathways(
         raise InputError(f"n_exact is 0 or more, or None for all; got {n_exact}.")
     how = {"form": form, "within": within, "order": order, "corruption": corruption, "states": states}
     contrasts = Contrasts.of(attribute, framing, **how, label_space=label_space, seed=seed)
-    rng, frames = np.random.default_rng(seed), []
+    rng, frames = drawing(seed), []
     shown = {"total": 2 * len(samples), "unit": "task", "disable": not progress}
     for task in tqdm(contrasts.tasks(model, samples), "attributing", **shown):
         frame = frame_of(model, task, granularity, ig_steps, n_exact, engine, rng)

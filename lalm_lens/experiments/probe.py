@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from lalm_lens.aggregates import intervals
 from lalm_lens.attributes import Attribute, Form
+from lalm_lens.counterfactual import heard_clip
 from lalm_lens.datasets import Sample
+from lalm_lens.draws import drawing
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import names_of, questions
 from lalm_lens.experiments.cuts import Place
@@ -208,7 +210,7 @@ class Probing:
 
     def shuffled(self, labels: np.ndarray, seed: int) -> np.ndarray:
         """Labels that have changed places: between whole groups where each has one label, else between clips."""
-        rng = np.random.default_rng(seed)
+        rng = drawing(seed)
         if self.groups is None or any(len(its) > 1 for its in labels_by(self.groups, labels).values()):
             return rng.permutation(labels)
         names, members = np.unique(self.groups, return_inverse=True)
@@ -241,8 +243,9 @@ class Probing:
 
 
 def of_one_clip(samples: Sequence[Sample]) -> tuple[str, ...] | None:
-    """The clips that items of a conflict were made of, where several are of one: they are never told apart."""
-    clips = tuple(str(sample.columns.get("clip", sample.name)) for sample in samples)
+    """What is heard in samples, where several have one clip, as items of a conflict or counterfactuals have: these are
+    never told apart."""
+    clips = tuple(map(heard_clip, samples))
     return clips if len(set(clips)) < len(clips) else None
 
 
@@ -289,8 +292,8 @@ def probe(
     positions); in an encoder over the states that belong to the clip, or to the pictures, and behind an adapter over
     what it makes. One forward per clip. They are scaled to variance 1 and fitted with `StandardScaler` and
     `LogisticRegression(C)` of scikit-learn, in `n_folds` that keep the proportions of the classes and, with `groups`,
-    no group apart. `n_controls` draws of shuffled labels are the control. Items made of one clip are a group, unless
-    `groups` says otherwise.
+    no group apart. `n_controls` draws of shuffled labels are the control. Items made of one clip are a group,
+    as are counterfactuals in which one is heard (`swap_audio`), unless `groups` says otherwise.
 
     Raises `DataError` for one class alone, for a class of fewer clips (or groups) than folds, for targets or groups
     that are not as many as clips; `InputError` for states that are not finite; and what `causal_trace` raises.

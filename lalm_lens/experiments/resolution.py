@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import pearsonr
 
-from lalm_lens.errors import DataError
+from lalm_lens.errors import DataError, InputError
 from lalm_lens.shapes import typed
 
 
@@ -25,6 +25,8 @@ def critical_layer(
 
     The first layer is counted as `layer_base`. NaN where no layer has more than that.
     """
+    if n_labels < 1:
+        raise InputError(f"Information scores are of one label or more; got {n_labels}.")
     weights = np.maximum(0, scores - (1 + alpha) / n_labels)
     layers = np.arange(scores.shape[-1]) + layer_base
     total = weights.sum(-1)

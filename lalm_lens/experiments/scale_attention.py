@@ -15,9 +15,10 @@ from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS
 from lalm_lens.datasets import Sample
 from lalm_lens.engine.plan import Engine
+from lalm_lens.errors import InputError
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.changed import ANSWER_COLUMNS, Changed, Effect, How, Variant, answers
-from lalm_lens.experiments.cuts import Heads, LayerSets, Place, head_sets, layer_sets, place_name, positions, spelled
+from lalm_lens.experiments.cuts import Heads, LayerSets, Place, place_name, positions, sets_of, spelled
 from lalm_lens.interventions import Change, Scale, ScaleAttention
 from lalm_lens.metrics import Predict
 from lalm_lens.model import HookedLALM
@@ -54,13 +55,13 @@ def scale_attention(
     """Multiply attention from `queries` to `keys`, and read the answer at the last position, before and after.
 
     Places, `layers` and `heads` are those of `attention_knockout`, which takes attention away where a factor of 0
-    would. Both ways run on both engines. Raises what `attention_knockout` raises.
+    would. Both ways run on both engines. Raises what `attention_knockout` raises, and `InputError` for factors below 0,
+    or of 0 before the normalisation.
     """
     question = Question.about(model, samples, attribute, form, label_space)
-    n_layers, n_heads = model.decoder_cfg.n_layers, model.decoder_cfg.n_heads
-    sets = [
-        (*each, its) for choice in layers for each in layer_sets(choice, n_layers) for its in head_sets(heads, n_heads)
-    ]
+    sets = sets_of(model, layers, heads)
+    if min(factors, default=0) < 0:
+        raise InputError(f"Attention is multiplied by 0 or more: below 0 it would be none; got {min(factors)}.")
 
     def variants(sample: Sample, run: Run) -> list[Variant]:
         of, to = positions(run, queries), positions(run, keys)

@@ -18,11 +18,13 @@ from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS
 from lalm_lens.corrupt import silence
 from lalm_lens.datasets import Sample
+from lalm_lens.engine.branches import check
 from lalm_lens.engine.plan import Engine
 from lalm_lens.errors import InputError
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.changed import ANSWER_COLUMNS, Changed, Effect, How, Variant, answers
 from lalm_lens.experiments.cuts import Place, place_name, positions
+from lalm_lens.fingerprints import weights_fingerprint
 from lalm_lens.interventions import Add, NamedHook, hook_name
 from lalm_lens.metrics import Predict
 from lalm_lens.model import HookedLALM
@@ -37,16 +39,32 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Direction:
     """One vector for each layer, to be added behind its block. `norms` are their lengths, `stream` the mean length of
-    the states they were made of."""
+    the states they were made of, `model` and `fingerprint` whose these are (`weights_fingerprint`)."""
 
     name: str
     vectors: Float[Tensor, "layer d_model"] = field(repr=False)
     stream: Float[Tensor, " layer"] = field(repr=False)
     n_runs: tuple[int, int]
+    model: str
+    fingerprint: str = field(repr=False)
 
     @property
     def norms(self) -> Float[Tensor, " layer"]:
         return self.vectors.norm(dim=-1)
+
+    def check(self, model: HookedLALM) -> None:
+        """Raise `InputError` for a model of another shape, or with other weights."""
+        cfg, advice = model.decoder_cfg, "Make one of this model, as with mean_difference."
+        if self.vectors.shape != (cfg.n_layers, cfg.d_model):
+            raise InputError(
+                f"The direction has {' x '.join(map(str, self.vectors.shape))} numbers, and this model {cfg.n_layers} "
+                f"layers x {cfg.d_model}. {advice}"
+            )
+        if weights_fingerprint(model) != self.fingerprint:
+            raise InputError(
+                f"The direction is of {self.model}, and {model.cfg.model_name} has other weights, or the same rounded "
+                f"otherwise than to bfloat16. {advice}"
+            )
 
     def add(self, layer: int, where: tuple[int, ...], factor: float) -> Add:
         return Add("resid_post", layer, where, self.vectors[layer].expand(len(where), -1), factor=factor)
@@ -65,7 +83,8 @@ def mean_difference(
     if not runs or not minus:
         raise InputError("A difference of means needs one run or more on both sides.")
     (mean, norm), (other, its_norm) = (means(model, its, place) for its in (runs, minus))
-    return Direction(name, mean - other, (norm + its_norm) / 2, (len(runs), len(minus)))
+    of = {"model": model.cfg.model_name, "fingerprint": weights_fingerprint(model)}
+    return Direction(name, mean - other, (norm + its_norm) / 2, (len(runs), len(minus)), **of)
 
 
 def means(
@@ -137,15 +156,13 @@ def steer(
     """Add a direction behind single blocks (all by default), `factors` times, and read the answer before and after.
 
     A direction that was made of the same clips knows them: make it of others. Raises what `attention_knockout` raises,
-    and `InputError` for a direction of a model of another shape.
+    and `InputError` for a direction of another model.
     """
     question = Question.about(model, samples, attribute, form, label_space)
     cfg = model.decoder_cfg
-    if direction.vectors.shape != (cfg.n_layers, cfg.d_model):
-        raise InputError(
-            f"The direction has {' x '.join(map(str, direction.vectors.shape))} numbers, and this model {cfg.n_layers} "
-            f"layers x {cfg.d_model}: make it of this model."
-        )
+    direction.check(model)
+    layers = range(cfg.n_layers) if layers is None else layers
+    check(layers, cfg.n_layers, "layers")
     norms, stream = direction.norms.tolist(), direction.stream.tolist()
 
     def variants(sample: Sample, run: Run) -> list[Variant]:
@@ -162,7 +179,7 @@ def steer(
                 },
                 (direction.add(layer, where, float(factor)),),
             )
-            for layer in (range(cfg.n_layers) if layers is None else layers)
+            for layer in layers
             for factor in factors
         ]
 

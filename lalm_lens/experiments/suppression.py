@@ -26,7 +26,7 @@ from lalm_lens.aggregates import intervals
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS, ConflictItem, Framing, Order, audio_only, make_conflict
 from lalm_lens.datasets import Sample
-from lalm_lens.errors import DataError
+from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question, own_items, processor_of, questions
 from lalm_lens.experiments.lens import Asked, Reading, Words, read_all, told
 from lalm_lens.interventions import Knockout
@@ -214,8 +214,11 @@ def suppression(
     and `seed`; or items of `make_conflict` or `read_alme`, each with its own text and question, of which those in
     conflict are taken. In the run `cut`, the last position cannot look at the text in any of `layers`, by default all,
     in `hidden` no position of another region can. At `object`, the labels' log-probabilities are averaged over the
-    options' tokens. Raises as `make_conflict` and `causal_trace` do, and `DataError` for items without a conflict.
+    options' tokens. Raises as `make_conflict` and `causal_trace` do, `DataError` for items without a conflict, and
+    `InputError` without `last` among the places.
     """
+    if "last" not in places:
+        raise InputError('The verdict is read at the last position: give places=("last",), or ("last", "object").')
     items = conflicts_of(samples, attribute, {"framing": framing, "order": order, "seed": seed})
     asked = questions(model, items, attribute, form, label_space)
     cut_layers = tuple(range(model.decoder_cfg.n_layers)) if layers is None else tuple(layers)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lalm_lens.aggregates import intervals
+from lalm_lens.aggregates import intervals, refuse_columns
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.corrupt import silence
 from lalm_lens.datasets import Sample, unheard
@@ -200,10 +200,7 @@ class TokenShift(Table):
         """The shares of tokens that are `unshifted`, `marginal` and `shifted`, and the mean `kl` over tokens, one row
         per group of `by`; `_low` and `_high` are 95 % bootstrap intervals over clips, all tokens of one
         together. Raises `DataError` if other settings vary, and where there is no token."""
-        if unknown := [name for name in by if name not in self.frame]:
-            raise DataError(
-                f"Rows are grouped by columns of the table, not by {unknown}: {', '.join(self.frame.columns)}."
-            )
+        refuse_columns(self.frame, by)
         if not len(self.frame):
             raise DataError("No token is left, so there are no shares.")
         self.refuse_mixed(SETTINGS, by)
