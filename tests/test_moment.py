@@ -152,7 +152,7 @@ def test_windows_and_units_cover_everything_once(tiny_lalm):
 
 def test_grids_and_searches_that_hold_nothing_are_refused():
     for settings in ({"window_s": 0.0}, {"n_neurons": 0}):
-        with pytest.raises(InputError, match="longer than 0 s|hold nothing"):
+        with pytest.raises(InputError, match=r"longer than 0 s|hold nothing"):
             Grid(**settings)
     for settings in ({"window_s": -1.0}, {"n_best": 0}):
         with pytest.raises(InputError, match="A search needs"):
