@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from lalm_lens.experiments.attention_share import AttentionShare, attention_share
     from lalm_lens.experiments.audio_sensitivity import AudioSensitivity, audio_sensitivity
     from lalm_lens.experiments.audiolens import AudioLens, audiolens
-    from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
+    from lalm_lens.experiments.back_patch import BackPatch, back_patch
+    from lalm_lens.experiments.back_patch_choice import BackPatchChoice
     from lalm_lens.experiments.caption_fidelity import CaptionFidelity, caption_fidelity
     from lalm_lens.experiments.causal_trace import causal_trace
     from lalm_lens.experiments.circuits import Circuits, circuits
@@ -96,7 +97,7 @@ _HOME = {
     "AudioLens": "experiments.audiolens",
     "AudioSensitivity": "experiments.audio_sensitivity",
     "BackPatch": "experiments.back_patch",
-    "BackPatchChoice": "experiments.back_patch",
+    "BackPatchChoice": "experiments.back_patch_choice",
     "Branch": "engine.branches",
     "CaptionFidelity": "experiments.caption_fidelity",
     "CausalTrace": "results",

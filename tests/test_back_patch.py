@@ -22,7 +22,8 @@ from lalm_lens.datasets import Sample, read_folder
 from lalm_lens.engine.branches import Branch
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.back_patch import Pair, Spot, grid, where
+from lalm_lens.experiments.back_patch import grid
+from lalm_lens.experiments.layer_pairs import Pair, Spot, where
 from lalm_lens.fingerprints import weights_fingerprint
 from lalm_lens.loading import from_pretrained
 from lalm_lens.proportions import change_interval

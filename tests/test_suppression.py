@@ -16,7 +16,8 @@ from lalm_lens.conflict import make_conflict
 from lalm_lens.datasets import read_folder
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.asked import Question
-from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice
+from lalm_lens.experiments.back_patch import BackPatch
+from lalm_lens.experiments.back_patch_choice import BackPatchChoice
 from lalm_lens.experiments.circuits import Circuits
 from lalm_lens.experiments.pathways import Pathways
 from lalm_lens.experiments.suppression import RUNS, Suppression, suppression

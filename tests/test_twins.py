@@ -21,7 +21,8 @@ from lalm_lens.conflict import ConflictItem, make_conflict
 from lalm_lens.corrupt import silence
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.attention_knockout import attention_knockout
-from lalm_lens.experiments.back_patch import BackPatch, BackPatchChoice, back_patch
+from lalm_lens.experiments.back_patch import BackPatch, back_patch
+from lalm_lens.experiments.back_patch_choice import BackPatchChoice
 from lalm_lens.experiments.cuts import name_of
 from lalm_lens.inputs import Inputs
 from lalm_lens.interventions import Patch, hook_name

@@ -220,7 +220,8 @@ def repair(asked: Asked) -> Shown:
     import pandas as pd
 
     from lalm_lens.conflict import make_conflict
-    from lalm_lens.experiments.back_patch import back_patch, in_short
+    from lalm_lens.experiments.back_patch import back_patch
+    from lalm_lens.experiments.repair import in_short
     from lalm_lens.tables import write_tables
 
     summaries, pictures = [], {}

@@ -8,86 +8,47 @@ positions of images; one position alone is arXiv 2406.12775. The pair of layers 
 measured on, and, as published, on the same.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 from tqdm import tqdm
-from transformer_lens.hook_points import HookPoint
 
-from lalm_lens.aggregates import interval
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.conflict import CONFLICT_COLUMNS
 from lalm_lens.counterfactual import heard_clip
 from lalm_lens.datasets import Sample
-from lalm_lens.draws import drawing, refuse_seed
+from lalm_lens.draws import refuse_seed
 from lalm_lens.engine.branches import check
 from lalm_lens.engine.plan import Engine
 from lalm_lens.errors import DataError, InputError
-from lalm_lens.experiments.asked import Question, Told, questions
-from lalm_lens.experiments.changed import ANSWER_COLUMNS, Changed, How, Variant, answers, frame_of
-from lalm_lens.experiments.cuts import place_name, positions
+from lalm_lens.experiments.asked import Question, questions
+from lalm_lens.experiments.back_patch_choice import BackPatchChoice, By, On
+from lalm_lens.experiments.changed import ANSWER_COLUMNS, Changed, How, Variant, answers
+from lalm_lens.experiments.cuts import place_name
 from lalm_lens.experiments.enrich import split
-from lalm_lens.experiments.text_dominance import SIDES, WHEN, Comparison, Outcome, comparison
+from lalm_lens.experiments.layer_pairs import CONTROL, MATCHED, Later, Pair, Regions, Spot
+from lalm_lens.experiments.loops import looped
+from lalm_lens.experiments.repair import before_and_after, followed, in_short, minus_control, pair_scores, repairs
+from lalm_lens.experiments.text_dominance import SIDES
 from lalm_lens.fingerprints import weights_fingerprint
-from lalm_lens.generation import Generated
-from lalm_lens.interventions import NamedHook, Patch, hook_name
 from lalm_lens.metrics import Predict
 from lalm_lens.model import HookedLALM
-from lalm_lens.proportions import wilson
 from lalm_lens.results import QUESTION_COLUMNS, plots_module
-from lalm_lens.runs import Run, Source
+from lalm_lens.runs import Run
 from lalm_lens.shapes import typed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Regions = str | tuple[str, ...]
-Later = Literal["recomputed", "pinned"]
-On = Literal["held_out", "same"]
-By = Literal["accuracy", "label_probability", "tdr"]
-States = Mapping[int, Float[Tensor, "at d_model"]]  # behind some blocks, at the positions that are patched
-
 N_LAYERS = 8  # of a grid, where no layers are asked for
-ALPHA = 0.05  # a change is one where its exact p is below
 ROUNDING = 1e-6  # probabilities that are no further apart are the same
-CONTROL, MATCHED = "control", "audio_matched"
-SAVE_ONE = "save one with `BackPatch.chosen().save(path)`."
-LEAST = {"n_layers": 1, "source": 0, "target": 0, "window": 1, "seed": 0, "n_clips": 1}  # of a choice
 CELL = ("place", "source", "target", "window", "later", "max_loops")
-SHOWN = ("order", "place", "layers", "picked_on", "condition", "n", "accuracy_before", "accuracy_after", "accuracy_p")
-SHOWN += ("tdr_before", "tdr_after", "repairs")  # of a summary
 ONE_WAY = ("model", "attribute", "form", "label_space", "predict", "order", "framing", "strength", "later", "max_loops")
 ONE_WAY += ("fingerprint", "seed")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Where states go: of the blocks around `source` to as many around `target`."""
-
-    source: int
-    target: int
-    window: int = 1
-
-    def __post_init__(self) -> None:
-        if self.window < 1 or not self.window % 2:
-            raise InputError(f"A window is an odd number of layers, around each of the two; got {self.window}.")
-
-    def put(self, n_layers: int, later: Later) -> dict[int, int]:
-        """Behind which blocks the states are replaced, and by those behind which blocks of run 1."""
-        check((self.source, self.target), n_layers, "layers in the decoder")
-        half = self.window // 2
-        pairs = [(self.target + k, self.source + k) for k in range(-half, half + 1)]
-        put = {to: source for to, source in pairs if min(to, source) >= 0 and max(to, source) < n_layers}
-        return put if later == "recomputed" else put | {layer: layer for layer in range(max(put) + 1, n_layers)}
 
 
 @typed
@@ -195,199 +156,6 @@ def names(samples: Sequence[Sample], n_choosing: int, seed: int) -> set[str]:
     clips = {heard_clip(sample): replace(sample, name=heard_clip(sample)) for sample in samples}
     chosen = {clip.name for clip in split(list(clips.values()), n_choosing, seed)[0]}
     return {sample.name for sample in samples if heard_clip(sample) in chosen}
-
-
-def where(run: Run, place: Regions, seed: int) -> tuple[int, ...]:
-    """The positions of a place, `audio_matched` among the places."""
-    if place != MATCHED:
-        return positions(run, place)
-    audio, n_control = positions(run, "audio"), len(positions(run, CONTROL))
-    drawn = drawing(seed).choice(audio, min(n_control, len(audio)), replace=False)
-    return tuple(sorted(drawn.tolist()))
-
-
-@dataclass(frozen=True)
-class Spot:
-    """One back-patched run of a clip."""
-
-    place: Regions
-    pair: Pair
-    later: Later
-    seed: int = 0
-
-    def columns(self) -> dict[str, Any]:
-        return {"place": place_name(self.place), **asdict(self.pair), "later": self.later, "loops": 1}
-
-    def variant(self, model: HookedLALM, run: Run) -> Variant:
-        at, put = where(run, self.place, self.seed), self.pair.put(model.decoder_cfg.n_layers, self.later)
-        changes = tuple(Patch("resid_post", to, at, Source(run, layer=source)) for to, source in put.items())
-        return Variant({**self.columns(), "n_positions": len(at)}, changes)
-
-
-@torch.no_grad()
-def states_of(model: HookedLALM, run: Run, layers: Sequence[int], at: tuple[int, ...]) -> dict[int, Tensor]:
-    """Of the unchanged run."""
-    by_name = {hook_name("resid_post", layer): layer for layer in layers}
-    _, cache = model.run_with_cache(run.inputs.to(model.device), names_filter=list(by_name), logits_at=-1)
-    return {layer: cache[name][0, list(at)] for name, layer in by_name.items()}
-
-
-def hooks_of(put: Mapping[int, int], states: States, at: tuple[int, ...]) -> list[NamedHook]:
-    return [Patch("resid_post", to, at, states[source]).hook() for to, source in put.items()]
-
-
-# --- loops ----------------------------------------------------------------------------------------------------------
-
-
-def looped(
-    question: Question, samples: Sequence[Sample], spots: Sequence[Spot], max_loops: int, how: How
-) -> Iterator[pd.DataFrame]:
-    """One table for each clip: of each spot, the last loop."""
-    readout = Told.readout(question.tokens)
-    for sample in tqdm(samples, f"looping, {question.attribute.name}", unit="clip", disable=not how.progress):
-        run = question.run(sample)
-        with torch.no_grad():
-            base = readout(question.model(run.inputs.to(question.model.device), logits_at=-1))
-        rows, values = [], []
-        for spot in spots:
-            value, n_loops = last_loop(question, run, spot, base[0], max_loops)
-            variant = spot.variant(question.model, run)
-            rows.append(Variant({**variant.columns, "loops": n_loops}, variant.changes))
-            values.append(value)
-        values, before = torch.stack([*values, base[0]]), base.expand(len(rows) + 1, -1, -1)
-        frame = frame_of(question, sample, rows, values, before, how.predict)
-        yield frame.assign(predict=how.predict, engine="hooks")
-
-
-@torch.no_grad()
-def last_loop(
-    question: Question, run: Run, spot: Spot, value: Float[Tensor, "at twice"], max_loops: int
-) -> tuple[Float[Tensor, "at twice"], int]:
-    """What the last loop says, and which one it is. `value` is what the unchanged run says."""
-    model, readout, loop = question.model, Told.readout(question.tokens), 0
-    put, at = spot.pair.put(model.decoder_cfg.n_layers, spot.later), where(run, spot.place, spot.seed)
-    patched = set(spot.pair.put(model.decoder_cfg.n_layers, "recomputed"))
-    first = states_of(model, run, sorted(set(put.values())), at)
-    own, before = dict(first), None
-    while loop < max_loops and said(value) != before:
-        loop, before = loop + 1, said(value)
-        states = {to: own[source] if to in patched else first[source] for to, source in put.items()}
-        patches = [Patch("resid_post", to, at, state).hook() for to, state in states.items()]
-        takes = [(hook_name("resid_post", put[to]), taking(own, put[to], at)) for to in patched]
-        logits = model.run_with_hooks(run.inputs.to(model.device), fwd_hooks=[*patches, *takes], logits_at=-1)
-        value = readout(logits)[0]
-    return value, loop
-
-
-def taking(states: dict[int, Tensor], layer: int, at: tuple[int, ...]) -> Any:
-    """A hook that keeps what the run has there."""
-
-    def take(state: Float[Tensor, "batch pos d_model"], hook: HookPoint) -> None:
-        states[layer] = state[0, list(at)].clone()
-
-    return take
-
-
-def said(value: Float[Tensor, "at twice"]) -> int:
-    return int(Told.of(value).log_p[0].argmax())
-
-
-# --- the choice -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BackPatchChoice:
-    """A pair of layers that was chosen, to be applied to other runs of the same weights; `save` writes it as JSON."""
-
-    model: str
-    n_layers: int
-    fingerprint: str  # of the model's weights: `weights_fingerprint`
-    attribute: str
-    place: Regions
-    source: int
-    target: int
-    window: int
-    later: Later
-    picked_on: On
-    picked_by: By
-    seed: int  # of the positions of `audio_matched`
-    n_clips: int = field(compare=False)
-
-    @property
-    def pair(self) -> Pair:
-        return Pair(self.source, self.target, self.window)
-
-    def hooks(self, model: HookedLALM, run: Run) -> list[NamedHook]:
-        """For `model.run_with_hooks` and `model.generate`; run 1 runs here. Positions of the prompt alone are patched,
-        in the step that computes them; what is generated looks at them. Raises `InputError` for another model than the
-        one that the pair was chosen on."""
-        self.check(model)
-        at, put = where(run, self.place, self.seed), self.pair.put(self.n_layers, self.later)
-        return hooks_of(put, states_of(model, run, sorted(set(put.values())), at), at)
-
-    def check(self, model: HookedLALM) -> None:
-        """Raise `InputError` for a model of another number of layers, or with other weights."""
-        n_layers, advice = model.decoder_cfg.n_layers, "Choose a pair on this model: back_patch(...).chosen()."
-        if n_layers != self.n_layers:
-            raise InputError(
-                f"This pair was chosen of the {self.n_layers} layers of {self.model}, and {model.cfg.model_name} has "
-                f"{n_layers}. {advice}"
-            )
-        if weights_fingerprint(model) != self.fingerprint:
-            raise InputError(
-                f"This pair was chosen on {self.model}, and {model.cfg.model_name} has other weights, or the same "
-                f"rounded otherwise than to bfloat16. {advice}"
-            )
-
-    def generate(self, model: HookedLALM, run: Run, max_new_tokens: int = 50, **how: Any) -> Generated:
-        """`model.generate` with these hooks, which takes all other arguments."""
-        return model.generate(run.inputs, max_new_tokens, fwd_hooks=self.hooks(model, run), **how)
-
-    def save(self, path: str | Path) -> Path:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"method": "back_patch", **asdict(self)}, indent=2) + "\n", encoding="utf-8")
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> "BackPatchChoice":
-        """Raises `DataError` for a file that `save` did not write, or that is not there."""
-        try:
-            saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}): {SAVE_ONE}") from None
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON ({error}).") from None
-        if not isinstance(saved, dict) or saved.pop("method", None) != "back_patch":
-            raise DataError(f"{path} is not a choice of back-patching: {SAVE_ONE}")
-        if set(saved) != set(cls.__dataclass_fields__):
-            raise DataError(
-                f"{path} has the keys {sorted(saved)}, and a choice has {sorted(cls.__dataclass_fields__)}."
-            )
-        try:
-            check_choice(saved)
-        except InputError as error:
-            raise DataError(f"{path} holds no choice of back-patching ({str(error).rstrip('.')}): {SAVE_ONE}") from None
-        place = saved["place"]
-        return cls(**{**saved, "place": tuple(place) if isinstance(place, list) else place})
-
-
-def check_choice(saved: Mapping[str, Any]) -> None:
-    """Raise `InputError` for values that no choice has."""
-    for name, least in LEAST.items():
-        if type(saved[name]) is not int or saved[name] < least:
-            raise InputError(f"{name} is a whole number, {least} or more; got {saved[name]!r}")
-    for name, known in {"later": Later, "picked_on": On, "picked_by": By}.items():
-        if saved[name] not in get_args(known):
-            raise InputError(f"{name} is one of {', '.join(get_args(known))}; got {saved[name]!r}")
-    place = saved["place"]
-    texts = [saved["model"], saved["fingerprint"], saved["attribute"], *(place if isinstance(place, list) else [place])]
-    if not place or not all(isinstance(text, str) for text in texts):
-        raise InputError("model, fingerprint, attribute and place are texts, a place one or several")
-    pair = Pair(saved["source"], saved["target"], saved["window"])
-    check((pair.source, pair.target), saved["n_layers"], "layers in the decoder")
-    if pair.target >= pair.source:
-        raise InputError(f"the target is a layer before the source, {pair.source}; got {pair.target}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -553,13 +321,6 @@ class BackPatch(Changed):
         return ", ".join(f"{n} pairs of layers at {place}" for place, n in n_pairs.items())
 
 
-def in_short(summary: pd.DataFrame) -> pd.DataFrame:
-    """The columns of a summary that are read first."""
-    pairs = [f"{its.source} -> {its.target}, window {its.window}" for its in summary.itertuples()]
-    shown = summary.assign(layers=pairs)
-    return shown[[name for name in SHOWN if name in shown]]
-
-
 def level(column: pd.Series) -> pd.Series:
     """To be sorted by: probabilities without what rounding changes, and other columns as they are."""
     if column.name != "label_probability":
@@ -577,90 +338,3 @@ def clear_enough(scores: pd.DataFrame, rows: pd.DataFrame, min_clear: float | in
             "none is chosen by tdr. Lower min_clear, choose by accuracy, or give more clips that a text contradicts."
         )
     return left.reset_index(drop=True)
-
-
-def pair_scores(rows: pd.DataFrame, cell: Sequence[str], when: str = "after") -> pd.DataFrame:
-    """Means over clips, one row per group."""
-    follows = followed(rows, when)
-    counted = {"n": 1, "right": rows[f"right_{when}"], "label_p": rows[f"label_p_{when}"]}
-    counted |= {side: follows == side for side in SIDES}
-    sums = rows[list(cell)].assign(**counted).groupby(list(cell), sort=False).sum()
-    means = {"accuracy": sums.right / sums.n, "label_probability": sums.label_p / sums.n}
-    n_clear = sums.text + sums.audio
-    return pd.DataFrame({"n": sums.n, **means, "tdr": sums.text / n_clear, "n_clear": n_clear}).reset_index()
-
-
-def followed(rows: pd.DataFrame, when: str) -> pd.Series:
-    """Text or audio, where they disagree and one of them is the answer."""
-    disagree = rows.audio_label.notna() & rows.text_label.notna() & (rows.audio_label != rows.text_label)
-    found = pd.Series("other", rows.index)
-    for side in SIDES:
-        found[disagree & (rows[f"answer_{when}"] == rows[f"{side}_label"])] = side
-    return found
-
-
-def before_and_after(rows: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, float | int]:
-    sides = [(rows, when) for when in WHEN]
-    right, text = (compared(outcome, *sides) for outcome in ("right", "text"))
-    change = rows.label_p_after - rows.label_p_before
-    low, high = interval(change.to_numpy(), n_resamples, seed)
-    label_p = {"before": rows.label_p_before.mean(), "after": rows.label_p_after.mean(), "change": change.mean()}
-    n_clear = {"tdr_n_clear_before": text.n_clear_before, "tdr_n_clear_after": text.n_clear_after}
-    return {
-        **columns("accuracy", right),
-        **above(rows),
-        **{f"label_p_{name}": its for name, its in {**label_p, "low": low, "high": high}.items()},
-        **({**columns("tdr", text), **n_clear} if any(n_clear.values()) else {}),
-    }
-
-
-def above(rows: pd.DataFrame) -> dict[str, float | bool]:
-    """How often an answer is right that does not listen, one of the labels by chance or always the same; and whether
-    answers after are right more often than that."""
-    most = rows.label.value_counts(normalize=True).max()
-    chance = float(max((1 / rows.n_labels).mean(), most))
-    return {"chance": chance, "above_chance": wilson(int(rows.right_after.sum()), len(rows))[0] > chance}
-
-
-def repairs(summary: pd.DataFrame) -> pd.Series:
-    """Which rows of a summary tell of a repair: what breaks a model is none."""
-    rises, falls = changed(summary, "accuracy", 1), changed(summary, "accuracy", -1)
-    breaks = (falls & (summary.condition == "audio_only")).groupby([summary.place, summary.picked_on]).transform("any")
-    return summary.above_chance & (rises | changed(summary, "tdr", -1)) & ~falls & ~breaks
-
-
-def changed(summary: pd.DataFrame, name: str, sign: int) -> pd.Series:
-    """Whether a share changed to that side, by McNemar's exact test."""
-    if f"{name}_p" not in summary:
-        return pd.Series(False, summary.index)
-    return (summary[f"{name}_p"] < ALPHA) & (sign * (summary[f"{name}_won"] - summary[f"{name}_lost"]) > 0)
-
-
-def minus_control(rows: pd.DataFrame, control: pd.DataFrame, n_resamples: int, seed: int) -> dict[str, float | int]:
-    """Of the same clips, after the one minus after the other."""
-    control = control.set_index("sample").loc[rows["sample"]].set_index(rows.index)
-    sides = [(control, "after"), (rows, "after")]
-    right, text = (compared(outcome, *sides) for outcome in ("right", "text"))
-    change = rows.label_p_after - control.label_p_after
-    found = {
-        "accuracy": (right.difference, right.low, right.high),
-        "label_p": (change.mean(), *interval(change.to_numpy(), n_resamples, seed)),
-        "tdr": (text.difference, text.low, text.high),
-    }
-    ends = ("", "_low", "_high")
-    return {f"{name}_minus_control{end}": x for name, its in found.items() for end, x in zip(ends, its, strict=True)}
-
-
-def compared(outcome: Outcome, *sides: tuple[pd.DataFrame, str]) -> Comparison:
-    """Two runs of the same clips, each a table's rows before or after."""
-    if outcome == "right":
-        every = [pd.Series(True, its.index) for its, _ in sides]
-        return comparison(outcome, [its[f"right_{when}"] for its, when in sides], every)
-    follows = [followed(its, when) for its, when in sides]
-    return comparison(outcome, [its == "text" for its in follows], [its.isin(SIDES) for its in follows])
-
-
-def columns(name: str, its: Comparison) -> dict[str, float | int]:
-    change = {"before": its.before, "after": its.after, "change": its.difference, "low": its.low, "high": its.high}
-    test = {"won": its.mcnemar.won, "lost": its.mcnemar.lost, "p": its.mcnemar.exact, "h": its.h}
-    return {f"{name}_{what}": number for what, number in {**change, **test}.items()}
