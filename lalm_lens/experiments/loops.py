@@ -13,12 +13,9 @@ from transformer_lens.hook_points import HookPoint
 from lalm_lens.datasets import Sample
 from lalm_lens.experiments.asked import Question, Told
 from lalm_lens.experiments.changed import How, Variant, frame_of
+from lalm_lens.experiments.layer_pairs import Spot, states_of, where
 from lalm_lens.interventions import Patch, hook_name
 from lalm_lens.runs import Run
-
-if TYPE_CHECKING:
-    pass
-from lalm_lens.experiments.layer_pairs import Spot, states_of, where
 
 
 def looped(
