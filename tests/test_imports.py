@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = (
-    "errors shapes attributes config nn placement offload fingerprints encoders adapters audio_length audio transcribe inputs "
-    "positions pieces prompts datasets corrupt counterfactual audio_visual conflict alme transcripts axes hooks "
+    "errors shapes attributes config nn placement offload fingerprints encoders adapters audio_length audio transcribe "
+    "inputs positions pieces prompts datasets corrupt counterfactual audio_visual conflict alme transcripts axes hooks "
     "bridge_config words named_weights generation transformer light_cone model marked seeing weights loading verify "
     "golden info runs windows interventions readouts engine patching attribution metrics aggregates similarity "
     "proportions plots tables lens_plots representation_plots pathway_plots conflict_plots pair_plots heard_plots "
