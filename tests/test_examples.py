@@ -44,7 +44,7 @@ def not_measured(name: str, folder: Path, monkeypatch, capsys) -> list[str]:
     clips = {
         name: list_folder(write_clips(folder / "clips" / name, name, 2, seed=5, duration_s=0.5)) for name in ATTRIBUTES
     }
-    monkeypatch.setattr(study, "sakura", lambda attribute, root: clips[attribute.name])
+    monkeypatch.setattr(study, "rows_of_sakura", lambda attribute, root: clips[attribute.name])
     path = Path(shutil.copy(EXAMPLES / name, folder))
     for model in Study.read(path).models:
         (folder / model.path).parent.mkdir(parents=True, exist_ok=True)
