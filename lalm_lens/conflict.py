@@ -310,6 +310,7 @@ def audio_only(sample: Sample, attribute: Attribute) -> ConflictItem:
         sample.label,
         sample.waveform,
         sample.transcript,
+        speaker=sample.speaker,
         attribute=attribute,
         condition="audio_only",
         source=sample,

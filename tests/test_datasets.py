@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -22,6 +23,7 @@ from lalm_lens.audio import read_audio
 from lalm_lens.commands.clips import read_study
 from lalm_lens.datasets import (
     Clip,
+    Refused,
     Sample,
     balance,
     cleaned,
@@ -34,8 +36,9 @@ from lalm_lens.datasets import (
     sakura,
     split,
 )
-from lalm_lens.datasets.clip import accepted
-from lalm_lens.datasets.folder import LISTS
+from lalm_lens.datasets.clip import accepted, told_apart, told_once
+from lalm_lens.datasets.folder import LISTS, rows_of_folder
+from lalm_lens.datasets.hub import rows_of_dataset
 from lalm_lens.errors import AudioError, DataError, PromptError
 from lalm_lens.experiments.asked import Question
 from lalm_lens.study import Study
@@ -175,6 +178,92 @@ def test_a_folder_may_list_its_clips_in_a_csv(tmp_path):
     (tmp_path / "metadata.csv").write_text("name,label\na.wav,male\n")
     with pytest.raises(DataError, match="line 2 needs the keys file_name and label"):
         list_folder(tmp_path)
+
+
+BROKEN_LINES = {
+    '"c.wav" x,male,,': "is not CSV",
+    '"d.wav,male,,': "is not CSV",
+    "e.wav,male,He said, hi, there": "has 5 fields for 4 columns",
+    "f.wav,,,": "needs the keys file_name and label",
+    ",male,,": "needs the keys file_name and label",
+    "g\udcff.wav,male,,": "is not UTF-8 text",
+}
+
+
+def test_what_is_behind_a_broken_line_is_read(tmp_path):
+    """Of CSV, whose quotes may span lines; each broken line is refused, and named by its file or its place."""
+    good = ["a.wav,male,,", '"b, ""b"".wav",female,"two\nlines",7', "z.wav,male,,"]
+    lines = ["file_name,label,transcript,speaker", good[0], *BROKEN_LINES, good[1], *BROKEN_LINES, good[2]]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape", newline="")
+    found = rows_of_folder(tmp_path)
+    assert [(its.name, its.transcript, its.speaker) for its in found if isinstance(its, Clip)] == [
+        ("a.wav", None, None),
+        ('b, "b".wav', "two\nlines", "7"),
+        ("z.wav", None, None),
+    ]
+    refused = [its for its in found if isinstance(its, Refused)]
+    numbers = [*range(3, 9), *range(11, 17)]
+    for its, number, (line, words) in zip(refused, numbers, [*BROKEN_LINES.items()] * 2, strict=True):
+        assert f"metadata.csv, line {number}{'' if words.startswith(':') else ' '}{words}" in its.reason
+        assert its.name == (line[:5] if line[0] in "ef" else f"metadata.csv, line {number}")
+    with pytest.raises(DataError, match="line 3 is not CSV"):
+        list_folder(tmp_path)
+    (tmp_path / "metadata.csv").write_text('"file_name" x,label\na.wav,male\n')
+    with pytest.raises(DataError, match="line 1 is not CSV"):
+        rows_of_folder(tmp_path)
+
+
+def test_clips_of_one_name_are_told_apart():
+    a, b, c = Clip("a", "male", b"1"), Clip("b", "male", b"1"), Clip("c", "male", b"1")
+    contradicting, other_sound = replace(b, label="female"), replace(c, source=b"2")
+    rows = [a, b, Refused("a", "broken"), c, replace(a), contradicting, replace(a), other_sound]
+    found = told_apart(rows)
+    assert found[:1] == [a]
+    assert found[2] == rows[2]
+    assert all(isinstance(its, Refused) for its in found[1:])
+    assert [its.reason for its in found[1::2] if isinstance(its, Refused)] == [
+        "b is listed 2 times, labelled female, male. Name every clip once.",
+        "c is listed 2 times, labelled male. Name every clip once.",
+        "b is listed 2 times, labelled female, male. Name every clip once.",
+        "c is listed 2 times, labelled male. Name every clip once.",
+    ]
+    assert (
+        found[4] == found[6] == Refused("a", "a is listed 3 times, labelled male. Name every clip once. One is kept.")
+    )
+    with pytest.raises(DataError, match=r"a is listed 3 times, labelled male. Name every clip once\.$"):
+        told_once([a, a, b, a])
+
+
+def test_rows_of_a_dataset_that_are_no_clips_are_refused_one_by_one():
+    sounds = [{"bytes": b"RIFF", "path": f"{n}.wav"} for n in range(4)]
+    stored = {
+        "audio": [sounds[0], None, {"bytes": None, "path": None}, sounds[1], sounds[2], sounds[3], sounds[3]],
+        "label": [0, 0, 1, None, -1, 7, 1],
+        "speaker": [None, 1, 2, 3, 4, 5, 6],
+    }
+    features = datasets.Features(
+        {
+            "audio": datasets.Audio(decode=False),
+            "label": datasets.ClassLabel(names=["male", "female"]),
+            "speaker": datasets.Value("int64"),
+        }
+    )
+    columns = {name: pa.array(its, features.arrow_schema.field(name).type) for name, its in stored.items()}
+    dataset = datasets.Dataset(InMemoryTable(pa.table(columns)), info=datasets.DatasetInfo(features=features))
+    found = rows_of_dataset(dataset, speaker="speaker")
+    assert found == [
+        Clip("0.wav", "male", b"RIFF"),
+        Refused("row 1", "Row 1 of the dataset has no audio."),
+        Refused("row 2", "Row 2 of the dataset has no audio."),
+        Refused("1.wav", "Row 3 of the dataset has no label."),
+        Refused("2.wav", "Row 4 of the dataset has no label."),
+        Refused("3.wav", "Row 5 of the dataset has no label."),
+        Clip("3.wav", "female", b"RIFF", speaker="6"),
+    ]
+    with pytest.raises(DataError, match="Row 1 of the dataset has no audio"):
+        list_dataset(dataset)
+    with pytest.raises(DataError, match="The column 'speaker' of the dataset holds no sounds"):
+        list_dataset(dataset, audio="speaker")
 
 
 def test_a_clip_is_asked_its_own_question(tmp_path, tiny_lalm):

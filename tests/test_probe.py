@@ -1,5 +1,7 @@
 """Probes: against scikit-learn's own cross-validation, planted signals, and a model in which the layer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 from lalm_lens.assets import TINY_LALM, TINY_LALM_PLANTED
 from lalm_lens.assets.clips import write_clips
+from lalm_lens.conflict import make_conflict
 from lalm_lens.counterfactual import swap_audio
 from lalm_lens.datasets import Sample, read_folder
 from lalm_lens.errors import DataError, InputError
@@ -235,6 +238,22 @@ def test_the_table_and_its_picture(probed, tmp_path):
     mixed = Probe(pd.concat([probed.frame, probed.frame.assign(C=3.0)]))
     with pytest.raises(DataError, match="more than one C"):
         mixed.layers()
+
+
+def test_speakers_stay_together(tiny_lalm, samples):
+    told = [replace(sample, speaker=f"speaker {n // 2 % 2} {sample.label}") for n, sample in enumerate(samples)]
+    how = HOW | {"stacks": ["adapter"], "n_folds": 2}
+    found = probe(tiny_lalm, told, by_speaker=True, **how).frame
+    expected = probe(tiny_lalm, told, groups=[str(sample.speaker) for sample in told], **how).frame
+    pd.testing.assert_frame_equal(found, expected)
+    assert found[found.labels == "true"].groupby("group").fold.nunique().tolist() == [1] * 4
+    assert {its.speaker for its in make_conflict(told[:1], "gender")} == {told[0].speaker}
+    with pytest.raises(DataError, match=r"Who speaks in .* is not known \(8 such clips\)"):
+        probe(tiny_lalm, samples, by_speaker=True, **how)
+    with pytest.raises(InputError, match="give that, or groups"):
+        probe(tiny_lalm, told, by_speaker=True, groups=list("abcdabcd"), **how)
+    with pytest.raises(DataError, match="2 folds need as many groups of every class, and 'male' has 1"):
+        probe(tiny_lalm, [replace(sample, speaker=sample.label) for sample in samples], by_speaker=True, **how)
 
 
 def test_what_a_model_cannot_be_probed_for_is_refused(tiny_lalm, samples):

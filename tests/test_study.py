@@ -300,23 +300,125 @@ REASONS = {
 }
 
 
+ROWS = {
+    '{"file_name": "male_000.wav"}': ("male_000.wav", "needs the keys file_name and label"),
+    '{"file_name": "none.wav", "label": null}': ("none.wav", "needs the keys file_name and label"),
+    '{"file_name": "three.wav", "label": 3}': ("three.wav", "file_name and label must be text"),
+    '{"file_name": "", "label": "male"}': ("metadata.jsonl, line", "needs the keys file_name and label"),
+    '{"file_name": ["a"], "label": "male"}': ("metadata.jsonl, line", "file_name and label must be text"),
+    '{"file_name": "/etc/a.wav", "label": "male"}': ("/etc/a.wav", "inside the folder"),
+    '{"file_name": "../a.wav", "label": "male"}': ("../a.wav", "inside the folder"),
+    '{"file_name": "told.wav", "label": "male", "transcript": 3}': ("told.wav", "transcript must be text"),
+    '{"file_name": "asked.wav", "label": "male", "question": ["?"]}': ("asked.wav", "question must be text"),
+    '{"file_name": "a.wav", "label"': ("metadata.jsonl, line", "is not JSON"),
+    '"a.wav"': ("metadata.jsonl, line", "needs the keys file_name and label"),
+    "[" * 100_000: ("metadata.jsonl, line", "is not JSON"),
+    '{"file_name": "\\ud800.wav", "label": "male"}': ("metadata.jsonl, line", "is not UTF-8"),
+    '{"file_name": "\udce4.wav", "label": "male"}': ("metadata.jsonl, line", "is not UTF-8"),
+    f'{{"file_name": "{"a" * 5000}.wav", "label": "male"}}': ("a" * 5000 + ".wav", "no audio file"),
+    '{"file_name": "a\\u0000.wav", "label": "male"}': ("a\0.wav", "no audio file"),
+}
+
+
 def test_broken_clips_are_listed_and_change_nothing_of_the_others(study, undisturbed, tmp_path):
     shutil.copytree(study.parent / "clips", tmp_path / "clips")
     listed = (tmp_path / "clips" / "metadata.jsonl").read_text().splitlines()
+    listed += [json.dumps({"file_name": name, "label": label}) for name, label in (("both.wav", "male"),) * 2]
+    listed += [listed[0]]
     for n, (name, make) in enumerate(BROKEN.items()):
         make(tmp_path / "clips" / name)
         listed.insert(2 * n % len(listed), f'{{"file_name": "{name}", "label": "male"}}')
-    shutil.copy(study.parent / "clips" / "male_000.wav", tmp_path / "clips" / "odd.wav")
-    listed.append('{"file_name": "odd.wav", "label": "neither"}')
-    (tmp_path / "clips" / "metadata.jsonl").write_text("\n".join(listed))
+    for n, row in enumerate(ROWS):
+        listed.insert(3 * n % len(listed), row)
+    for name in ("odd.wav", "both.wav"):
+        shutil.copy(study.parent / "clips" / "male_000.wav", tmp_path / "clips" / name)
+    listed += ['{"file_name": "odd.wav", "label": "neither"}', '{"file_name": "both.wav", "label": "female"}']
+    text = "\n".join(listed).encode(errors="surrogateescape")
+    (tmp_path / "clips" / "metadata.jsonl").write_bytes(text)
     path = shutil.copy(study, tmp_path)
     out = done(planned(Study.read(path)), tmp_path / "undisturbed")
     assert_same(out, undisturbed)
-    excluded = load_results(out).excluded.set_index("sample").reason
-    assert set(excluded.index) == set(REASONS)
+    results = load_results(out)
+    assert not results.failed
+    found = [(row["sample"], row["reason"]) for row in results.excluded.to_dict("records")]
     for name, words in REASONS.items():
-        assert words in excluded[name]
-        assert name in excluded[name] or "neither" in excluded[name]
+        (why,) = [why for sample, why in found if sample == name]
+        assert words in why
+        assert name in why
+    for row, (name, words) in ROWS.items():
+        assert [why for sample, why in found if sample.startswith(name) and words in why], row
+    reasons = [why for _, why in found]
+    assert "male_000.wav is listed 2 times, labelled male. Name every clip once. One is kept." in reasons
+    assert "both.wav is listed 3 times, labelled female, male. Name every clip once." in reasons
+    assert len({why for sample, why in found if sample.startswith("metadata.jsonl, line ")}) == 7
+
+
+def drawn(folder: Path, dataset: str) -> dict[str, str | None]:
+    """The clips that a study has about gender, and who speaks."""
+    (folder / "drawn.toml").write_text(STUDY.replace('folder = "clips"', dataset))
+    units = planned(Study.read(folder / "drawn.toml")).units
+    return {its.clip.name: its.clip.speaker for unit in units for its in unit.clips}
+
+
+def test_what_is_drawn_is_drawn_of_good_clips(study, tmp_path):
+    whole, broken = (shutil.copytree(study.parent / "clips", tmp_path / name / "clips") for name in ("a", "b"))
+    rows = [json.loads(line) for line in (whole / "metadata.jsonl").read_text().splitlines()]
+    rows = [row | {"speaker": n // 2 % 2} for n, row in enumerate(rows)]
+    (whole / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    BROKEN["cut.wav"](broken / "cut.wav")
+    bad = [{"file_name": "odd.wav", "label": "neither"}, {"file_name": "cut.wav", "label": "male"}, {"label": "male"}]
+    (broken / "metadata.jsonl").write_text("\n".join(map(json.dumps, bad + rows)))
+    for seed in range(3):
+        how = f'folder = "clips"\nseed = {seed}\nn_clips = 4'
+        found = drawn(tmp_path / "a", how)
+        assert len(found) == 4
+        assert drawn(tmp_path / "b", how) == found
+    how = 'folder = "clips"\nn_clips = 3\nby_speaker = true'
+    found, others = drawn(tmp_path / "a", how), {row["file_name"]: str(row["speaker"]) for row in rows}
+    assert len(set(found.values())) == 1
+    assert found.items() == {pair for pair in others.items() if pair[1] in found.values()}
+    with pytest.raises(DataError, match=r"Nothing of .* can be run\. Who speaks in .* is not known"):
+        drawn(study.parent, how)
+
+
+def test_a_dataset_without_a_good_clip_stops_no_other(study, undisturbed, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "study"
+    shutil.copytree(study.parent / "clips", folder / "clips")
+    (folder / "bad").mkdir()
+    (folder / "bad" / "metadata.jsonl").write_text('{"label": "male"}\n{"file_name": "gone.wav", "label": "male"}')
+    for name, duration_s in (("long", 40), ("one", 0.5)):  # the model hears 2 s, and one clip has no other
+        (folder / name).mkdir()
+        soundfile.write(folder / name / "a.wav", np.sin(np.arange(int(16_000 * duration_s))) / 2, 16_000)
+        (folder / name / "metadata.jsonl").write_text('{"file_name": "a.wav", "label": "male"}')
+    where = [f'folder = "{name}"' for name in ("nowhere", "bad", "long", "one")] + ['hub = "nowhere/at_all"']
+    tables = "".join(f'[[dataset]]\n{its}\nattributes = ["gender"]\n\n' for its in where)
+    (folder / "study.toml").write_text(STUDY.replace("[[dataset]]", f"{tables}[[dataset]]"))
+    plan = planned(Study.read(folder / "study.toml", folder / "out"))
+    expected = {
+        "nowhere, gender": "no metadata.jsonl",
+        "nowhere/at_all, gender": "nowhere/at_all cannot be loaded",
+        "bad, gender": "No clip of bad can be asked about gender: .*line 1 needs the keys",
+        f"{TINY_LALM}, long, gender": "No clip of long .* is too long",
+        f"causal_trace, {TINY_LALM}, one, gender": "a.wav",
+    }
+    assert set(plan.failed) == set(expected)
+    for what, words in expected.items():
+        assert re.search(words, plan.failed[what])
+    of = {name: {unit.hash for unit in plan.units if unit.dataset == name} for name in ("clips", "one")}
+    assert of["clips"] == {path.stem[-32:] for path in load_results(undisturbed).units.path}
+    assert len(of["one"]) == 1
+    assert {"gone.wav", "metadata.jsonl, line 1", "a.wav"} == set(plan.excluded["sample"])
+    monkeypatch.setattr(sys, "argv", ["lalm-lens", "run", str(folder / "study.toml"), "--out", str(folder / "out")])
+    shutil.copytree(undisturbed, folder / "out")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said, results = capsys.readouterr().out, load_results(folder / "out")
+    assert results.failed == plan.failed
+    assert results.n_unfinished == 0
+    for what, why in plan.failed.items():
+        assert said.count(f"Left out, {what}: {why}") == 2
+        assert f"{what} left out" in repr(results)
 
 
 def test_a_clip_that_an_experiment_refuses_is_left_out_of_its_unit(plan, tiny_lalm):
@@ -431,6 +533,14 @@ def test_a_dry_run_counts_and_measures(study, undisturbed, plan, tmp_path, monke
         ("[[model]]", "[model]", InputError, "double brackets"),
         ('folder = "clips"', "", InputError, "one of a folder"),
         ('folder = "clips"', 'folder = "nowhere"', DataError, "no metadata.jsonl"),
+        ('folder = "clips"', 'folder = "clips"\nn_clips = 0', InputError, "n_clips of a dataset is 0"),
+        ('folder = "clips"', 'folder = "clips"\nby_speaker = true', InputError, "give n_clips too"),
+        (
+            '["gender"]',
+            '["animal"]',
+            DataError,
+            "Nothing of .* can be run.*labelled 'male', which is none of the options",
+        ),
         ("prompts", "prompts =", InputError, "cannot be read as a study"),
         ("shard = 2", 'models = ["other"]', InputError, "No .*model.* has the path 'other'"),
         ("shard = 2", 'form = "P3"', InputError, "no setting 'form'"),

@@ -19,6 +19,7 @@ LISTS = ("metadata.jsonl", "metadata.csv")
 FILE, LABEL = ("file_name", "file"), ("label", "attribute_label")  # keys, the second of each is SAKURA's
 QUESTION = ("question", "prompt")
 TEXTS = ("transcript", *QUESTION)
+NOT_UTF8 = " is not UTF-8 text. Save it as UTF-8."
 AUDIO = "audio"  # a folder that SAKURA's lists leave out
 
 
@@ -84,13 +85,15 @@ def json_lines(path: Path, text: str) -> Iterator[Line | Refused]:
 
 
 def json_line(line: Line, text: str) -> Line | Refused:
+    if not is_utf8(text):
+        return line.refused(NOT_UTF8)
     try:
         told = json.loads(text)
     except (ValueError, RecursionError) as error:
         return line.refused(f" is not JSON ({error}).")
     if not isinstance(told, dict):
-        return line.refused(f" needs the keys file_name and label, got: {ascii(told)[:80]}")
-    return of_text(replace(line, told=told))
+        return line.refused(f" needs the keys file_name and label, got: {text[:80]}")
+    return replace(line, told=told) if is_utf8(told) else line.refused(NOT_UTF8)
 
 
 def csv_lines(path: Path, text: str) -> Iterator[Line | Refused]:
@@ -121,20 +124,22 @@ def of_record(line: Line, record: list[str] | csv.Error, names: Sequence[str] | 
     """By the names of its columns, or of the first record, whose fields they are."""
     if isinstance(record, csv.Error):
         return line.refused(f" is not CSV ({record}).")
+    if not is_utf8(record):
+        return line.refused(NOT_UTF8)
     names = record if names is None else names
     told = replace(line, told={name: value or None for name, value in zip(names, record, strict=False)})
     if any(record[len(names) :]):
         return told.refused(f" has {len(record)} fields for {len(names)} columns. Put text that has commas in quotes.")
-    return of_text(told)
+    return told
 
 
-def of_text(line: Line) -> Line | Refused:
-    """If all that it says can be written."""
+def is_utf8(told: object) -> bool:
+    """Whether it can be written: what could not be decoded cannot, nor half of a character that JSON escapes."""
     try:
-        json.dumps(line.told, ensure_ascii=False).encode()
+        json.dumps(told, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return Line(line.path, line.number).refused(" is not UTF-8 text. Save it as UTF-8.")
-    return line
+        return False
+    return True
 
 
 def clip_of(folder: Path, line: Line) -> Row:

@@ -63,7 +63,7 @@ def rows_of_dataset(dataset: Any, *, audio: str = "audio", label: str = "label",
         raise DataError(f"The dataset has no column {missing[0]!r}, only {', '.join(dataset.column_names)}.")
     try:
         stored = dataset.cast_column(audio, Audio(decode=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # Arrow's too
         raise DataError(f"The column {audio!r} of the dataset holds no sounds ({reason(error)}).") from None
     feature = dataset.features[label]
     names = dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else None

@@ -37,10 +37,15 @@ def clips_first(samples: Sequence[T], n: int, seed: int) -> set[int]:
     return set(share.sort_values(kind="stable").index[:n])
 
 
-def speakers_first(samples: Sequence[T], n: int, seed: int) -> set[int]:
+def speakers_of(samples: Sequence[Sample | Clip]) -> list[str]:
+    """Who speaks in each. Raises `DataError` where that is not known."""
     if unknown := [sample.name for sample in samples if sample.speaker is None]:
         raise DataError(f"Who speaks in {unknown[0]} is not known ({len(unknown)} such clips): leave out by_speaker.")
-    clips = pd.DataFrame({"label": [its.label for its in samples], "speaker": [its.speaker for its in samples]})
+    return [str(sample.speaker) for sample in samples]
+
+
+def speakers_first(samples: Sequence[T], n: int, seed: int) -> set[int]:
+    clips = pd.DataFrame({"label": [its.label for its in samples], "speaker": speakers_of(samples)})
     by_speaker = pd.crosstab(clips.speaker, clips.label)
     wanted = by_speaker.sum() * n / len(clips)
     taken, speakers = 0 * wanted, []

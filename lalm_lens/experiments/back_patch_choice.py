@@ -8,15 +8,12 @@ from typing import Any, Literal, get_args
 
 from lalm_lens.engine.branches import check
 from lalm_lens.errors import DataError, InputError
+from lalm_lens.experiments.layer_pairs import Later, Pair, Regions, hooks_of, states_of, where
 from lalm_lens.fingerprints import weights_fingerprint
 from lalm_lens.generation import Generated
 from lalm_lens.interventions import NamedHook
 from lalm_lens.model import HookedLALM
 from lalm_lens.runs import Run
-
-if TYPE_CHECKING:
-    pass
-from lalm_lens.experiments.layer_pairs import Later, Pair, Regions, hooks_of, states_of, where
 
 On = Literal["held_out", "same"]
 By = Literal["accuracy", "label_probability", "tdr"]

@@ -25,6 +25,7 @@ from lalm_lens.aggregates import intervals
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.counterfactual import heard_clip
 from lalm_lens.datasets import Sample
+from lalm_lens.datasets.splits import speakers_of
 from lalm_lens.draws import drawing
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import names_of, questions
@@ -242,6 +243,14 @@ class Probing:
         return make_pipeline(StandardScaler(), LogisticRegression(C=self.C, max_iter=self.max_iter))
 
 
+def groups_of(samples: Sequence[Sample], given: Sequence[str] | None, by_speaker: bool) -> tuple[str, ...] | None:
+    if by_speaker and given is not None:
+        raise InputError("by_speaker makes a group of each speaker: give that, or groups.")
+    if by_speaker:
+        return tuple(speakers_of(samples))
+    return of_one_clip(samples) if given is None else tuple(given)
+
+
 def of_one_clip(samples: Sequence[Sample]) -> tuple[str, ...] | None:
     """What is heard in samples, where several have one clip, as items of a conflict or counterfactuals have: these are
     never told apart."""
@@ -278,6 +287,7 @@ def probe(
     places: Sequence[Place] = ("last",),
     targets: Sequence[str] | None = None,
     groups: Sequence[str] | None = None,
+    by_speaker: bool = False,
     n_folds: int = 5,
     C: float | int = 1.0,
     max_iter: int = 1000,
@@ -292,18 +302,20 @@ def probe(
     positions); in an encoder over the states that belong to the clip, or to the pictures, and behind an adapter over
     what it makes. One forward per clip. They are scaled to variance 1 and fitted with `StandardScaler` and
     `LogisticRegression(C)` of scikit-learn, in `n_folds` that keep the proportions of the classes and, with `groups`,
-    no group apart. `n_controls` draws of shuffled labels are the control. Items made of one clip are a group,
-    as are counterfactuals in which one is heard (`swap_audio`), unless `groups` says otherwise.
+    no group apart. `n_controls` draws of shuffled labels are the control. Items made of one clip are a group, as are
+    counterfactuals in which one is heard (`swap_audio`), unless `groups` says otherwise; with `by_speaker` the clips of
+    each speaker are.
 
     Raises `DataError` for one class alone, for a class of fewer clips (or groups) than folds, for targets or groups
-    that are not as many as clips; `InputError` for states that are not finite; and what `causal_trace` raises.
+    that are not as many as clips, for speakers that are not known; `InputError` for states that are not finite; and
+    what `causal_trace` raises.
     """
     asked = questions(model, samples, attribute, form, label_space=True)
     if targets is not None and len(targets) != len(samples):
         raise DataError(f"{len(samples)} clips need as many targets; got {len(targets)}.")
     labels = [sample.label for sample in samples] if targets is None else list(targets)
-    groups = of_one_clip(samples) if groups is None else tuple(groups)
-    probing = Probing(groups, n_folds, float(C), max_iter, n_controls, seed)
+    together = groups_of(samples, groups, by_speaker)
+    probing = Probing(together, n_folds, float(C), max_iter, n_controls, seed)
     probing.check(labels)
     if not stacks or ("decoder" in stacks and not places):
         raise InputError("Nothing is probed: name one stack or more, and of the decoder a place.")
@@ -316,6 +328,6 @@ def probe(
         frame = probing.of(np.stack([states[spot] for states in read]), labels)
         frames.append(frame.assign(**spot._asdict()))
     frame = pd.concat(frames)
-    clips = pd.DataFrame({"sample": [sample.name for sample in samples], "group": groups})
+    clips = pd.DataFrame({"sample": [sample.name for sample in samples], "group": together})
     about = {"model": model.cfg.model_name, "attribute": names_of(asked), "form": form, "C": float(C)}
     return Probe.concat([frame.merge(clips, left_on="clip", right_index=True).assign(**about)])
