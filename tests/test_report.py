@@ -2,7 +2,10 @@
 
 import json
 import re
+import shutil
 from base64 import b64decode
+from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -17,18 +20,22 @@ from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.corrupt import OtherClip, WhiteNoise
 from lalm_lens.datasets import Sample, read_folder
-from lalm_lens.errors import DataError
+from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.experiments.information_score import InformationScore, information_score
 from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
 from lalm_lens.loading import from_pretrained
 from lalm_lens.report import write_report
-from lalm_lens.report.found import Study
+from lalm_lens.report.clips import Given, corrupted
+from lalm_lens.report.found import Source
+from lalm_lens.report.found import Study as Traced
 from lalm_lens.report.maps import Words
 from lalm_lens.report.page import Shown
 from lalm_lens.report.page import card as card_of
-from lalm_lens.report.sounds import Clips, Sounds, compression, opus, spectrogram, text
+from lalm_lens.report.sounds import Sounds, compression, opus, spectrogram, text
 from lalm_lens.results import CausalTrace
+from lalm_lens.runner import run_local, write_list
+from lalm_lens.study import Study, planned
 from lalm_lens.study_results import load_results
 
 pytestmark = pytest.mark.numbers
@@ -202,12 +209,14 @@ def test_players_hold_the_clean_and_the_other_clip(page, clips):
 
 
 def test_what_was_heard_is_made_again_from_the_table(clips):
-    heard, (first, second) = Clips.of([clips]), read_folder(clips)
+    first, second = read_folder(clips)
+    heard, unknown = Given.of([clips]), Source(Path("t.parquet"), CausalTrace, {})
+    other = partial(heard.find, unknown, "gender")
     for corruption in (WhiteNoise(3.0, seed=7), OtherClip(1)):
         theirs = corruption.of(first, [first, second])
-        assert torch.equal(heard.corrupted(first, "gender", theirs.name, 7), theirs.waveform)
-    assert heard.corrupted(first, "gender", "other_clip gone.wav", 0) is None
-    assert not heard.corrupted(first, "gender", "silence", 0).any()
+        assert torch.equal(corrupted(first, theirs.name, 7, other), theirs.waveform)
+    assert corrupted(first, "other_clip gone.wav", 0, other) == "gone.wav is not among the clips that were given"
+    assert not corrupted(first, "silence", 0, other).any()
 
 
 def test_the_spectrogram_follows_the_pitch():
@@ -263,16 +272,14 @@ def test_twenty_long_clips_stay_under_three_megabytes(folder, tmp_path):
     said["probability"] = rng.random(len(said))
     noise = torch.from_numpy(rng.standard_normal((2, 30 * 16_000)).astype(np.float32) * 0.1)
 
-    class Noisy(Clips):
-        def find(self, attribute, name, label=None):
-            return Sample(name, "male", noise[0])
-
-        def corrupted(self, sample, attribute, corruption, seed):
-            return noise[1]
+    class Noisy:
+        def find(self, source, attribute, name, label=None):
+            return Sample(name, "male", noise[int(label is None)])
 
     words_of_page, sounds = Words(), Sounds()
-    study = Study("m", "gender", "P3", layers)
-    card = card_of(Shown(study, "a.wav", layers, said), Noisy({}), sounds, words_of_page)
+    study = Traced("m", "gender", "P3", layers)
+    source = Source(tmp_path / "t.parquet", CausalTrace, {})
+    card = card_of(Shown(study, "a.wav", source, layers, said), Noisy(), sounds, words_of_page)
     level = compression(20 * 2 * 30.0)  # all clips of a page share what there is
     n_sound = sum(len(text(opus(samples, level))) for samples in sounds.waveforms)
     n_bytes = 20 * (len(json.dumps(card, separators=(",", ":"))) + n_sound)
@@ -358,36 +365,103 @@ def written(folder: Path, text: str) -> Path:
     return folder / "study.toml"
 
 
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A folder with clips, a study and its results; one clip of the four is the corruption of another."""
+    folder = tmp_path_factory.mktemp("study")
+    write_clips(folder / "clips", "gender", 4, seed=5, duration_s=0.5)
+    other = TRACE + 'corruption = { type = "OtherClip", seed = 1 }\n'
+    plan = planned(Study.read(written(folder, STUDY + other + SCORE)))
+    write_list(plan, folder / "study")
+    assert not [its.failure for its in run_local(plan.units, folder / "study") if its.failure]
+    return folder
+
+
+def moved(study: Path, to: Path) -> Path:
+    """A copy of the whole, whose study says nothing of a place that is still there."""
+    shutil.copytree(study, to, dirs_exist_ok=True)
+    change_list(to, path="/nowhere/study.toml")
+    return to / "study"
+
+
+def change_list(folder: Path, **changed: str | None) -> None:
+    path = folder / "study" / "study.study.json"
+    told = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({name: its for name, its in told.items() if its is not None}))
+
+
+def test_a_finished_study_is_heard_without_being_told_where_its_clips_are(study, tmp_path, monkeypatch, capsys):
+    from test_cli import lalm_lens
+
+    heard = {its.name: its.waveform for its in read_folder(study / "clips")}
+    for where in (study / "study", moved(study, tmp_path)):
+        assert lalm_lens(monkeypatch, "report", where) == 0
+        page = Page(where / "report.html")
+        assert len(page.data["sounds"]) == len(page.data["cards"]) == 4
+        for card in page.data["cards"]:
+            for key, name in (("clean", card["sample"]), ("corrupted", card["corruption"].removeprefix("other clip "))):
+                sound, _ = soundfile.read(BytesIO(b64decode(page.data["sounds"][card[key]].partition(",")[2])))
+                assert np.corrcoef(sound[: len(heard[name])], heard[name])[0, 1] > 0.9
+        assert (where / "report.html").read_text().count("0.50 s") >= 4
+
+
+def test_only_what_was_analysed_is_played(study, tmp_path):
+    where, clips = moved(study, tmp_path), tmp_path / "clips"
+    listed = (clips / "metadata.jsonl").read_text().splitlines()
+    changed, gone, missing, kept = (json.loads(line)["file_name"] for line in listed)
+    (clips / changed).write_bytes((clips / kept).read_bytes())
+    (clips / gone).unlink()
+    (clips / "metadata.jsonl").write_text("\n".join(each for each in listed if f'"{missing}"' not in each))
+    page = Page(write_report(where))
+    cards = {its["sample"]: its for its in page.data["cards"]}
+    assert cards[changed]["unheard"] == f"{changed} is not what it was when it was analysed"
+    assert cards[gone]["unheard"].startswith(f"{gone} cannot be read: ")
+    assert cards[missing]["unheard"] == f"{missing} is not a clip of clips (any more)"
+    assert "clean" in cards[kept]
+    other = cards[kept]["corruption"].removeprefix("other clip ")
+    assert cards[kept]["no_corrupted"] == cards[other]["unheard"]
+    assert "clean" in Page(write_report(where, clips=[study / "clips"])).data["cards"][0]  # those that are given win
+
+
+def test_a_page_says_why_no_clip_is_played(study, tmp_path):
+    where = moved(study, tmp_path)
+    shutil.rmtree(tmp_path / "clips")
+    text = write_report(where).read_text()
+    assert "the clips of clips cannot be found: " in text
+    change_list(tmp_path, path=None, from_here=None)  # as an older version wrote it
+    assert "no clips were given (--clips), and no study says where they are" in write_report(where).read_text()
+
+
+def test_a_list_is_not_taken_from_another_study(study, tmp_path):
+    where = moved(study, tmp_path)
+    mine = planned(Study.read(study / "study.toml"))
+    write_list(mine, where)  # the same text, moved
+    text = (study / "study.toml").read_text()
+    edited = replace(mine, study=replace(mine.study, text=text + "# more"))
+    write_list(edited, where)  # the same file, edited
+    with pytest.raises(InputError, match=r"is the list of another study, .*Give .* another --out"):
+        write_list(replace(mine, study=replace(mine.study, path=tmp_path / "study.toml")), where)
+    assert json.loads((where / "study.study.json").read_text())["study"].endswith("# more")
+
+
 def test_the_page_of_a_study_shows_what_the_study_holds(tmp_path, capsys, monkeypatch):
     from test_cli import lalm_lens
 
-    clips = write_clips(tmp_path / "clips", "gender", 4, seed=5, duration_s=0.5)
+    clips = write_clips(tmp_path / "clips", "gender", 2, seed=5, duration_s=0.5)
     study = written(tmp_path, STUDY + TRACE + SCORE)
     assert lalm_lens(monkeypatch, "run", study, "--report") == 0
     page = Page(tmp_path / "study" / "report.html")
-    assert page.data["curves"][-1]["n"] == len(page.data["cards"]) == 4
+    assert page.data["curves"][-1]["n"] == len(page.data["cards"]) == len(page.data["sounds"]) - 1 == 2
     listed = (clips / "metadata.jsonl").read_text().splitlines()
-    (clips / "metadata.jsonl").write_text("\n".join(listed[::2]))
+    (clips / "metadata.jsonl").write_text(listed[0])
     assert lalm_lens(monkeypatch, "run", study, "--report") == 0
     page = Page(tmp_path / "study" / "report.html")
-    assert page.data["curves"][-1]["n"] == 2
-    left = {json.loads(line)["file_name"] for line in listed[::2]}
+    assert page.data["curves"][-1]["n"] == 1
+    left = {json.loads(listed[0])["file_name"]}
     assert {card["sample"] for card in page.data["cards"]} == left
-    assert len(list((tmp_path / "study").glob("*.parquet"))) == 8
+    assert len(list((tmp_path / "study").glob("*.parquet"))) == 4
     (tmp_path / "study" / "study.study.json").unlink()  # tables without a study are all shown
-    assert len(Page(write_report(tmp_path / "study")).data["cards"]) == 4
-
-
-def test_a_study_without_what_a_report_shows_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
-    from test_cli import lalm_lens
-
-    study = written(tmp_path, STUDY + '[[experiment]]\nname = "probe"\n')
-    assert lalm_lens(monkeypatch, "run", study, "--report") == 2
-    said = capsys.readouterr().err
-    assert "nothing that a report shows (" in said
-    assert "causal_trace, information_score, logit_lens" in said
-    assert "Traceback" not in said
-    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+    assert len(Page(write_report(tmp_path / "study")).data["cards"]) == 2
 
 
 def test_what_no_column_tells_apart_is_named(tmp_path, capsys, monkeypatch):
