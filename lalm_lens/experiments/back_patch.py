@@ -521,6 +521,18 @@ class BackPatch(Changed):
         return table.assign(repairs=repairs(table)).dropna(axis="columns", how="all")
 
     @typed
+    def overview(self) -> pd.DataFrame:
+        """The summary without controls and what follows from the rest."""
+        about = ["place", "picked_on", "source", "target", "window", "condition", "n", "chance", "repairs"]
+        summary = self.summary()
+        numbers = {
+            f"{name}_{end}": f"{name}_change_{end}" if end in ("low", "high") else f"{name}_{end}"
+            for name in ("accuracy", "label_p", "tdr")
+            for end in ("before", "after", "change", "low", "high", "p")
+        }
+        shown = [name for name in (*about[:-2], *numbers, *about[-2:]) if name in summary]
+        return summary[shown].rename(columns=numbers)
+
     def plot(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> "Figure":
         """How accuracy, label probability or text dominance change by source and target, over the clips that a pair is
         chosen on: a panel for each place and window, and a frame around the best pair of each place."""

@@ -83,7 +83,7 @@ class Source:
     @property
     def attribute(self) -> Attribute:
         told = self.told["attribute"]
-        return Attribute(**{name: tuple(its) if isinstance(its, list) else its for name, its in told.items()})
+        return Attribute(**{**told, "labels": tuple(told["labels"])})
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
@@ -12,12 +12,14 @@ from jinja2 import Environment, FileSystemLoader
 from lalm_lens.audio import RATE_HZ
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.information_score import InformationScore
+from lalm_lens.report.about import about
 from lalm_lens.report.clips import Analysed, Clips, Given, corrupted
-from lalm_lens.report.curves import overview, score_curves, trace_curves
+from lalm_lens.report.curves import score_curves, trace_curves
 from lalm_lens.report.found import Found, Source, Study, find
 from lalm_lens.report.maps import MAPPED, Words, maps_of, rounded
+from lalm_lens.report.others import others
+from lalm_lens.report.overview import Section, of_other, of_scores, of_traces
 from lalm_lens.report.sounds import Sounds, spectrogram
-from lalm_lens.results import to_read
 from lalm_lens.shapes import typed
 
 HERE = Path(__file__).parent
@@ -41,10 +43,10 @@ def write_report(
     n_samples: int = 20,
     out: str | Path | None = None,
 ) -> Path:
-    """Write one HTML file about the traces, information scores and logit lenses in `folder`, by default into it as
-    `report.html`: an overview, curves by layer, and for `n_samples` clips their maps. `clips` are the folders with the
-    sound files and their metadata.jsonl, for spectrograms and players; without them, those of a study are looked for
-    where its file says that they are. Clips that are kept come first, as many of every study.
+    """Write one HTML file about all tables in `folder`, by default into it as `report.html`: an overview, curves by
+    layer, and for `n_samples` clips their maps. `clips` are the folders with the sound files and their metadata.jsonl,
+    for spectrograms and players; without them, those of a study are looked for where its file says that they are. Clips
+    that are kept come first, as many of every study.
 
     Raises `DataError` for a folder without a table to show, and without plotly, an extra.
     """
@@ -54,9 +56,16 @@ def write_report(
     found = find(Path(folder))
     heard = Given.of([Path(each) for each in clips]) if clips else Analysed()
     studies, sounds, words = found.studies(), Sounds(), Words()
-    cards = [card(shown, heard, sounds, words) for shown in chosen(studies, found, n_samples)]
-    scores = score_curves(InformationScore(found.scores)) if len(found.scores) else []
-    traced = [curves for study in studies if (curves := trace_curves(study)) is not None]
+    places = {id(study): place for place, study in enumerate(studies)}
+    cards = [
+        card(shown, heard, sounds, words) | {"study": places[id(shown.study)]}
+        for shown in chosen(studies, found, n_samples)
+    ]
+    curves, other_sections = curves_of(studies, found), []
+    n_curves = len(curves)
+    for other in others(found):
+        other_sections.append(of_other(other, len(curves)))
+        curves += other.curves
     page = (
         environment()
         .get_template("page.html")
@@ -64,12 +73,15 @@ def write_report(
             plotly=plotly,
             style=(HERE / "page.css").read_text(encoding="utf-8"),
             script=(HERE / "page.js").read_text(encoding="utf-8"),
-            tables=tables(studies, found),
-            curves=[*traced, *scores],
+            abouts=about(found),
+            repeated=found.repeated,
+            sections=list(sections_of(studies, found)),
+            other_sections=other_sections,
+            n_curves=n_curves,
             cards=cards,
             is_traced=any(len(study.rows) for study in studies),
             unheard=common([its.get("unheard") for its in cards]),
-            data={"curves": [*traced, *scores], "cards": cards, "sounds": sounds.uris(), "words": list(words.places)},
+            data={"curves": curves, "cards": cards, "sounds": sounds.uris(), "words": list(words.places)},
         )
     )
     path = Path(folder) / "report.html" if out is None else Path(out)
@@ -94,24 +106,17 @@ def environment() -> Environment:
     return found
 
 
-def tables(studies: Sequence[Study], found: Found) -> list[tuple[str, str]]:
-    """The overview, as titles and HTML."""
-    traced = [overview(study) for study in studies if len(study.rows)]
-    shown = []
+def sections_of(studies: Sequence[Study], found: Found) -> Iterator[Section]:
+    traced = [study for study in studies if len(study.rows)]
     if traced:
-        rows = to_read(pd.DataFrame(traced).astype({"fusion_layer": "Int64"}))
-        shown.append(("Causal tracing", html(rows)))
+        yield of_traces(traced)
     if len(found.scores):
-        points = InformationScore(found.scores).table()
-        told = [name for name in ("norm", "knockout") if points[name].nunique() == 1]
-        shown.append(("Information scores, means over prompts", html(points.drop(columns=told))))
-    return shown
+        yield of_scores(found)
 
 
-def html(table: pd.DataFrame) -> str:
-    """With escaped words, numbers of three decimals and "-" for what is not known."""
-    cells = table.astype(object).where(table.notna(), "-").rename(columns=lambda name: name.replace("_", " "))
-    return cells.to_html(index=False, border=0, float_format="{:.3f}".format)
+def curves_of(studies: Sequence[Study], found: Found) -> list[dict]:
+    traced = [its for study in studies if (its := trace_curves(study)) is not None]
+    return [*traced, *(score_curves(InformationScore(found.scores)) if len(found.scores) else [])]
 
 
 def chosen(studies: Sequence[Study], found: Found, n_samples: int) -> list[Shown]:
@@ -169,6 +174,6 @@ def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words) -> dict:
     return found
 
 
-def common(reasons: Sequence[str | None]) -> str | None:
+def common(reasons: Sequence[Any]) -> str | None:
     """What is the reason of all, if one is."""
     return reasons[0] if len(set(reasons)) == 1 else None
