@@ -184,11 +184,12 @@ class Changed(Table):
             return Table.lines(self)
         rows = self.frame.dropna(subset=["layer"])
         rest = [name for name in self.CELL if name not in ("layer", "layers", "heads", "units")]
+        told = [name for name in rest if rows[name].nunique() > 1]
         found = []
         for key, its in rows.groupby([*rest, "layer"], sort=False, dropna=False):
             change = (its.label_p_after - its.label_p_before).groupby(its["sample"]).agg(["mean", "size"])
             low, high = interval(change["mean"].to_numpy(), 1000, 0) if (change["size"] == 1).all() else (np.nan,) * 2
-            line = ", ".join(str(each) for each in pd.Series(key[:-1]).dropna())
+            line = ", ".join(f"{name} {its[name].iloc[0]}" for name in told or rest)
             change_of_p = {"change of label_p": change["mean"].mean(), "low": low, "high": high}
             found.append({"line": line, "layer": key[-1], **change_of_p})
         return pd.DataFrame(found, columns=["line", "layer", "change of label_p", "low", "high"])

@@ -70,7 +70,8 @@ function drawCurve(place) {
   });
   const shapes = its.marks.map((y) => (
     { type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: colour("soft"), width: 1, dash: "dot" } }));
-  const below = 56 + 24 * Math.ceil((its.lines.length * 150) / place.clientWidth); // its axis, and rows of its legend
+  const legend = its.lines.reduce((width, line) => width + Math.max(150, 60 + 6 * line.name.length), 0);
+  const below = 56 + 24 * Math.ceil(legend / place.clientWidth); // its axis, and rows of its legend
   const about = [...wrapped(its.title, place.clientWidth / 7), `n = ${its.n}${its.heard ? `, corrupted by ${its.heard}` : ""}`];
   const above = 18 + 16 * about.length;
   plot(place, traces, {
