@@ -295,7 +295,9 @@ def test_twenty_long_clips_stay_under_three_megabytes(folder, tmp_path):
 def test_slots_of_a_q_former_have_no_time(folder, tmp_path):
     lens = LogitLens.load(folder / "a" / "lens.parquet").frame
     LogitLens(lens.assign(start_s=np.nan, end_s=np.nan)).save(tmp_path / "lens.parquet")
-    for card in Page(write_report(tmp_path)).data["cards"]:
+    path = write_report(tmp_path)
+    assert "patch brings back" not in path.read_text(encoding="utf-8").partition('id="data"')[0]  # nothing was patched
+    for card in Page(path).data["cards"]:
         found = card_map(card, "lens")
         assert found["axis"] == "slots"
         assert found["recovery"] is None

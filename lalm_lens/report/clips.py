@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tomllib import TOMLDecodeError
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.audio import Waveform
@@ -68,14 +68,15 @@ class Analysed:
     """The clips of studies, listed again as their files say. A clip is there only if it is what was analysed: if its
     hash is the one that the table holds."""
 
-    listed: dict[tuple[Path, str, str], Mapping[str, Clip] | str] = field(default_factory=dict)
+    listed: dict[tuple[str, ...], Mapping[str, Clip] | str] = field(default_factory=dict)
 
     def find(self, source: Source, attribute: str, name: str, label: str | None = None) -> Sample | str:
         if not source.told:
             return NOT_GIVEN
-        where = source.path.parent, source.told["dataset"], attribute
+        study = next((its for its in lists_in(source.path.parent) if source.path.name in its["units"]), {})
+        where = str(source.path.parent), study.get("path", ""), source.told["dataset"], attribute
         if where not in self.listed:
-            self.listed[where] = listed_again(source, attribute)
+            self.listed[where] = listed_again(study, source, attribute)
         clips, digest = self.listed[where], source.digests.get(name)
         if isinstance(clips, str):
             return clips
@@ -93,9 +94,8 @@ class Analysed:
         return sample if n_heard is None else cut_to([sample], n_heard)[0]
 
 
-def listed_again(source: Source, attribute: str) -> Mapping[str, Clip] | str:
-    """The clips of the dataset by their names, or why there are none."""
-    told = next((its for its in lists_in(source.path.parent) if source.path.name in its["units"]), {})
+def listed_again(told: Mapping[str, Any], source: Source, attribute: str) -> Mapping[str, Clip] | str:
+    """The clips of the dataset by their names, as the list of its study says where it is; or why there are none."""
     places = [Path(told[key]) for key in ("path", "from_here") if key in told]
     if not places:
         return NOT_GIVEN
