@@ -1,13 +1,13 @@
 """Folders of clips with what is seen beside them: images, or the frames of the video whose sound a clip is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from lalm_lens.counterfactual import Swapped, drawn, pairs_of, swapped
+from lalm_lens.counterfactual import BESIDE, Swapped, drawn, pairs_of, swapped
 from lalm_lens.datasets import Clip, Refused, Sample
 from lalm_lens.datasets.clip import told_once
 from lalm_lens.datasets.folder import Line, clip_of, lines_of
@@ -65,7 +65,7 @@ class SwappedClip(Clip):
     def of(cls, seen: SeenClip, other: SeenClip) -> "SwappedClip":
         heard = Clip(**{each.name: getattr(other, each.name) for each in fields(Clip)})
         about = {"speaker": other.speaker, "question": seen.question}
-        return cls(f"{seen.name} | {other.name}", other.label, other.source, **about, seen=seen, other=heard)
+        return cls(f"{seen.name}{BESIDE}{other.name}", other.label, other.source, **about, seen=seen, other=heard)
 
     def read(self) -> Swapped:
         return swapped(self.seen.read(), self.other.read())
@@ -123,6 +123,12 @@ def seen_of(folder: Path, line: Line) -> SeenClip | Refused:
 def swap_clips(clips: Sequence[SeenClip], seed: int = 0) -> list[SwappedClip]:
     """As `swap_audio` does, of clips that have not been read."""
     return [SwappedClip.of(*pair) for pair in pairs_of(clips, drawn(seed))]
+
+
+def swapped_clip(clips: Mapping[str, Clip], name: str) -> SwappedClip | None:
+    """That of a name which `swap_clips` gives, if there are both."""
+    seen, other = (clips.get(its) for its in (*name.split(BESIDE), "")[:2])
+    return SwappedClip.of(seen, other) if isinstance(seen, SeenClip) and isinstance(other, SeenClip) else None
 
 
 def picture(path: Path, clip: str) -> Image.Image:

@@ -14,6 +14,7 @@ from lalm_lens.datasets.sample import Named
 from lalm_lens.errors import DataError
 from lalm_lens.shapes import typed
 
+BESIDE = " | "  # in a name, what is seen and what is heard
 N = TypeVar("N", bound=Named)
 Distance = Callable[[Sample, Sample], float]  # of what is seen and what would be heard with it: larger is less alike
 
@@ -90,7 +91,7 @@ def swapped(sample: Sample, other: Sample) -> Swapped:
     n_samples = len(sample.waveform)
     clip = other.waveform[:n_samples]
     its = {each.name: getattr(sample, each.name) for each in fields(Sample)}
-    its |= {"name": f"{sample.name} | {other.name}", "label": other.label, "speaker": other.speaker}
+    its |= {"name": f"{sample.name}{BESIDE}{other.name}", "label": other.label, "speaker": other.speaker}
     its |= {"waveform": pad(clip, (0, n_samples - len(clip)))}
     its |= {"transcript": other.transcript if len(clip) == len(other.waveform) else None}  # a part of a clip says less
     return Swapped(**its, seen_label=seen_label(sample), heard_clip=heard_clip(other))

@@ -5,6 +5,7 @@ whoever computes them. What ends a process early leaves no file; the next run be
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,11 @@ import torch
 from pyarrow.parquet import read_metadata
 
 from lalm_lens.datasets import Sample
-from lalm_lens.errors import ConversionError, LensError, reason
+from lalm_lens.errors import ConversionError, InputError, LensError, reason
 from lalm_lens.experiments.asked import processor_of
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
-from lalm_lens.study import Planned
+from lalm_lens.study import Planned, Study
 from lalm_lens.tables import Table
 from lalm_lens.units import ABOUT, Opened, Unit, claimed, writable
 
@@ -126,11 +127,15 @@ def unfinished(units: Sequence[Unit], out: Path) -> list[Unit]:
 
 
 def write_list(plan: Planned, out: Path) -> Path:
-    """Say which units the study has, in their order, and what is left out of it."""
+    """Say which units the study has, in their order, what is left out of it, and what file it is (from the folder on
+    too: both may be moved). Raises `InputError` where the list is that of another study's file."""
     writable(out)
     path = out / f"{plan.study.path.stem}{ENDING}"
+    refuse_another(path, plan.study)
     told = {
         "study": plan.study.text,
+        "path": str(plan.study.path),
+        "from_here": os.path.relpath(plan.study.path, out),
         "units": [unit.path(out).name for unit in plan.units],
         "excluded": plan.excluded.to_dict("records"),
         "failed": plan.failed,
@@ -142,6 +147,16 @@ def write_list(plan: Planned, out: Path) -> Path:
     finally:
         new.unlink(missing_ok=True)
     return path
+
+
+def refuse_another(path: Path, study: Study) -> None:
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = told.get("path", str(study.path))
+    if told and before != str(study.path) and told["study"] != study.text:
+        raise InputError(
+            f"{path} is the list of another study, {before}. Give {study.path} another --out or another name, or "
+            "delete that list if its results are done with."
+        )
 
 
 def measured(unit: Unit, alike: Sequence[Unit], out: Path, models: Models) -> float | None:

@@ -200,10 +200,14 @@ class Study:
         """Raises `InputError` for what a study does not have, and for settings that an experiment does not."""
         path = Path(path).absolute()  # workers may run elsewhere
         try:
-            text = path.read_text(encoding="utf-8")
-            given = tomllib.loads(text)
+            return cls.of(path.read_text(encoding="utf-8"), path, out)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(f"{path} cannot be read as a study ({reason(error)}).") from None
+
+    @classmethod
+    def of(cls, text: str, path: Path, out: str | Path | None = None) -> "Study":
+        """What a text says as if it stood at `path`. Raises what `read` does, and `TOMLDecodeError`."""
+        given = tomllib.loads(text)
         refuse_unknown(str(path), given, KEYS)
         own = tuple(made(Attribute, each, "attribute") for each in tables(given, "attribute", least=0))
         attributes = {**ATTRIBUTES, **{each.name: each for each in own}}

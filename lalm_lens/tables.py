@@ -22,6 +22,7 @@ class Table:
     COLUMNS: ClassVar[dict[str, str]]
     BY_CLIP: ClassVar[bool] = False  # whether the rows of a clip are the same whichever other clips there are
     NAME: ClassVar[str]  # as in "is not a causal trace"
+    HEADLINE: ClassVar[str] = ""  # the number of an overview that models are compared by, where there is one
 
     frame: pd.DataFrame
 
@@ -39,6 +40,17 @@ class Table:
             values = [str(value) for value in self.frame[name].unique()]
             if name not in by and len(values) > 1:
                 raise DataError(f"The table has more than one {name}: {'; '.join(values)}. Choose one, or group by it.")
+
+    def overview(self) -> pd.DataFrame:
+        """What a page says of a table of one model, attribute and prompt, in a few rows: here how many there are. The
+        ends of an interval stand beside their number: `x`, `x_low`, `x_high`, or `low` and `high` behind it."""
+        samples = {"clips": self.frame["sample"].nunique()} if "sample" in self.frame else {}
+        return pd.DataFrame([{**samples, "rows": len(self.frame)}])
+
+    def lines(self) -> pd.DataFrame:
+        """What a page draws by layer: the name of its `line`, the `layer`, a number, and its interval from `low` to
+        `high` where it has one. Nothing, here."""
+        return pd.DataFrame(columns=["line", "layer"])
 
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table."""

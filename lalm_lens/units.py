@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import file_digest, sha256
 from importlib.metadata import version
@@ -191,6 +192,7 @@ class Unit:
             "excluded": dict(excluded),
             "seed": self.seed,
             "wall_s": wall_s,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": device,
             "device_map": self.model.device_map,
             "threads": torch.get_num_threads(),

@@ -193,6 +193,8 @@ def paths(planted, samples) -> Pathways:
 def test_each_modality_goes_over_its_own_region_to_the_layer_that_looks(paths):
     """In the planted model the last position looks back in block 4 alone."""
     maps = paths.map(n_resamples=50).set_index(["modality", "region", "layer"]).recovery.sort_index()
+    drawn = paths.lines().set_index(["line", "layer"]).recovery
+    assert drawn["audio: audio"].tolist() == maps["audio", "audio"].tolist()
     for modality, region in (("text", "statement"), ("audio", "audio")):
         assert maps[modality, region].loc[: PLANTED - 1].tolist() == pytest.approx([1] * PLANTED, abs=0.02)
         assert maps[modality, "last"].loc[PLANTED:].tolist() == pytest.approx([1] * 4, abs=0.02)

@@ -2,13 +2,18 @@
 
 import json
 import re
+import shutil
 from base64 import b64decode
+from dataclasses import dataclass, replace
+from functools import partial
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import soundfile
 import torch
@@ -17,19 +22,26 @@ from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.corrupt import OtherClip, WhiteNoise
 from lalm_lens.datasets import Sample, read_folder
-from lalm_lens.errors import DataError
+from lalm_lens.discovery import experiments
+from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.experiments.information_score import InformationScore, information_score
 from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
 from lalm_lens.loading import from_pretrained
 from lalm_lens.report import write_report
-from lalm_lens.report.found import Study
+from lalm_lens.report.clips import Given, corrupted
+from lalm_lens.report.found import Source
+from lalm_lens.report.found import Study as Traced
 from lalm_lens.report.maps import Words
 from lalm_lens.report.page import Shown
 from lalm_lens.report.page import card as card_of
-from lalm_lens.report.sounds import Clips, Sounds, compression, opus, spectrogram, text
+from lalm_lens.report.sounds import Sounds, compression, opus, spectrogram, text
 from lalm_lens.results import CausalTrace
+from lalm_lens.runner import run_local, write_list
+from lalm_lens.study import Study, planned
 from lalm_lens.study_results import load_results
+from lalm_lens.tables import Table
+from lalm_lens.units import ABOUT
 
 pytestmark = pytest.mark.numbers
 
@@ -59,13 +71,13 @@ shard = 1
 class Page(HTMLParser):
     """What of a page can be wrong: tags left open, scripts and what is fetched."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "br", "input")
 
     def __init__(self, path: Path):
         super().__init__()
         self.open: list[str] = []
         self.scripts: list[str] = []
-        self.fetched: list[str] = []
+        self.fetched: list[str | None] = []
         self.ids: list[str | None] = []
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
@@ -182,7 +194,7 @@ def test_curves_hold_the_means_of_the_tables(page, folder):
             np.testing.assert_allclose(line[column], means[means.kind == kind][column], rtol=1e-6)
     curve = scores.curves().query("place == 'last'")
     np.testing.assert_allclose(of_scores["lines"][0]["mean"], curve.score)
-    assert of_scores["chance"] == 0.5
+    assert of_scores["marks"] == [0.5]
 
 
 def test_players_hold_the_clean_and_the_other_clip(page, clips):
@@ -202,12 +214,14 @@ def test_players_hold_the_clean_and_the_other_clip(page, clips):
 
 
 def test_what_was_heard_is_made_again_from_the_table(clips):
-    heard, (first, second) = Clips.of([clips]), read_folder(clips)
+    first, second = read_folder(clips)
+    heard, unknown = Given.of([clips]), Source(Path("t.parquet"), CausalTrace, {})
+    other = partial(heard.find, unknown, "gender")
     for corruption in (WhiteNoise(3.0, seed=7), OtherClip(1)):
         theirs = corruption.of(first, [first, second])
-        assert torch.equal(heard.corrupted(first, "gender", theirs.name, 7), theirs.waveform)
-    assert heard.corrupted(first, "gender", "other_clip gone.wav", 0) is None
-    assert not heard.corrupted(first, "gender", "silence", 0).any()
+        assert torch.equal(corrupted(first, theirs.name, 7, other), theirs.waveform)
+    assert corrupted(first, "other_clip gone.wav", 0, other) == "gone.wav is not among the clips that were given"
+    assert not corrupted(first, "silence", 0, other).any()
 
 
 def test_the_spectrogram_follows_the_pitch():
@@ -263,16 +277,14 @@ def test_twenty_long_clips_stay_under_three_megabytes(folder, tmp_path):
     said["probability"] = rng.random(len(said))
     noise = torch.from_numpy(rng.standard_normal((2, 30 * 16_000)).astype(np.float32) * 0.1)
 
-    class Noisy(Clips):
-        def find(self, attribute, name, label=None):
-            return Sample(name, "male", noise[0])
-
-        def corrupted(self, sample, attribute, corruption, seed):
-            return noise[1]
+    class Noisy:
+        def find(self, source, attribute, name, label=None):
+            return Sample(name, "male", noise[int(label is None)])
 
     words_of_page, sounds = Words(), Sounds()
-    study = Study("m", "gender", "P3", layers)
-    card = card_of(Shown(study, "a.wav", layers, said), Noisy({}), sounds, words_of_page)
+    study = Traced("m", "gender", "P3", layers)
+    source = Source(tmp_path / "t.parquet", CausalTrace, {})
+    card = card_of(Shown(study, "a.wav", source, layers, said), Noisy(), sounds, words_of_page)
     level = compression(20 * 2 * 30.0)  # all clips of a page share what there is
     n_sound = sum(len(text(opus(samples, level))) for samples in sounds.waveforms)
     n_bytes = 20 * (len(json.dumps(card, separators=(",", ":"))) + n_sound)
@@ -283,7 +295,9 @@ def test_twenty_long_clips_stay_under_three_megabytes(folder, tmp_path):
 def test_slots_of_a_q_former_have_no_time(folder, tmp_path):
     lens = LogitLens.load(folder / "a" / "lens.parquet").frame
     LogitLens(lens.assign(start_s=np.nan, end_s=np.nan)).save(tmp_path / "lens.parquet")
-    for card in Page(write_report(tmp_path)).data["cards"]:
+    path = write_report(tmp_path)
+    assert "patch brings back" not in path.read_text(encoding="utf-8").partition('id="data"')[0]  # nothing was patched
+    for card in Page(path).data["cards"]:
         found = card_map(card, "lens")
         assert found["axis"] == "slots"
         assert found["recovery"] is None
@@ -358,36 +372,103 @@ def written(folder: Path, text: str) -> Path:
     return folder / "study.toml"
 
 
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A folder with clips, a study and its results; one clip of the four is the corruption of another."""
+    folder = tmp_path_factory.mktemp("study")
+    write_clips(folder / "clips", "gender", 4, seed=5, duration_s=0.5)
+    other = TRACE + 'corruption = { type = "OtherClip", seed = 1 }\n'
+    plan = planned(Study.read(written(folder, STUDY + other + SCORE)))
+    write_list(plan, folder / "study")
+    assert not [its.failure for its in run_local(plan.units, folder / "study") if its.failure]
+    return folder
+
+
+def moved(study: Path, to: Path) -> Path:
+    """A copy of the whole, whose study says nothing of a place that is still there."""
+    shutil.copytree(study, to, dirs_exist_ok=True)
+    change_list(to, path="/nowhere/study.toml")
+    return to / "study"
+
+
+def change_list(folder: Path, **changed: object) -> None:
+    path = folder / "study" / "study.study.json"
+    told = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({name: its for name, its in told.items() if its is not None}))
+
+
+def test_a_finished_study_is_heard_without_being_told_where_its_clips_are(study, tmp_path, monkeypatch, capsys):
+    from test_cli import lalm_lens
+
+    heard = {its.name: its.waveform for its in read_folder(study / "clips")}
+    for where in (study / "study", moved(study, tmp_path)):
+        assert lalm_lens(monkeypatch, "report", where) == 0
+        page = Page(where / "report.html")
+        assert len(page.data["sounds"]) == len(page.data["cards"]) == 4
+        for card in page.data["cards"]:
+            for key, name in (("clean", card["sample"]), ("corrupted", card["corruption"].removeprefix("other clip "))):
+                sound, _ = soundfile.read(BytesIO(b64decode(page.data["sounds"][card[key]].partition(",")[2])))
+                assert np.corrcoef(sound[: len(heard[name])], heard[name])[0, 1] > 0.9
+        assert (where / "report.html").read_text().count("0.50 s") >= 4
+
+
+def test_only_what_was_analysed_is_played(study, tmp_path):
+    where, clips = moved(study, tmp_path), tmp_path / "clips"
+    listed = (clips / "metadata.jsonl").read_text().splitlines()
+    changed, gone, missing, kept = (json.loads(line)["file_name"] for line in listed)
+    (clips / changed).write_bytes((clips / kept).read_bytes())
+    (clips / gone).unlink()
+    (clips / "metadata.jsonl").write_text("\n".join(each for each in listed if f'"{missing}"' not in each))
+    page = Page(write_report(where))
+    cards = {its["sample"]: its for its in page.data["cards"]}
+    assert cards[changed]["unheard"] == f"{changed} is not what it was when it was analysed"
+    assert cards[gone]["unheard"].startswith(f"{gone} cannot be read: ")
+    assert cards[missing]["unheard"] == f"{missing} is not a clip of clips (any more)"
+    assert "clean" in cards[kept]
+    other = cards[kept]["corruption"].removeprefix("other clip ")
+    assert cards[kept]["no_corrupted"] == cards[other]["unheard"]
+    assert "clean" in Page(write_report(where, clips=[study / "clips"])).data["cards"][0]  # those that are given win
+
+
+def test_a_page_says_why_no_clip_is_played(study, tmp_path):
+    where = moved(study, tmp_path)
+    shutil.rmtree(tmp_path / "clips")
+    text = write_report(where).read_text()
+    assert "the clips of clips cannot be found: " in text
+    change_list(tmp_path, path=None, from_here=None)  # as an older version wrote it
+    assert "no clips were given (--clips), and no study says where they are" in write_report(where).read_text()
+
+
+def test_a_list_is_not_taken_from_another_study(study, tmp_path):
+    where = moved(study, tmp_path)
+    mine = planned(Study.read(study / "study.toml"))
+    write_list(mine, where)  # the same text, moved
+    text = (study / "study.toml").read_text()
+    edited = replace(mine, study=replace(mine.study, text=text + "# more"))
+    write_list(edited, where)  # the same file, edited
+    with pytest.raises(InputError, match=r"is the list of another study, .*Give .* another --out"):
+        write_list(replace(mine, study=replace(mine.study, path=tmp_path / "study.toml")), where)
+    assert json.loads((where / "study.study.json").read_text())["study"].endswith("# more")
+
+
 def test_the_page_of_a_study_shows_what_the_study_holds(tmp_path, capsys, monkeypatch):
     from test_cli import lalm_lens
 
-    clips = write_clips(tmp_path / "clips", "gender", 4, seed=5, duration_s=0.5)
+    clips = write_clips(tmp_path / "clips", "gender", 2, seed=5, duration_s=0.5)
     study = written(tmp_path, STUDY + TRACE + SCORE)
     assert lalm_lens(monkeypatch, "run", study, "--report") == 0
     page = Page(tmp_path / "study" / "report.html")
-    assert page.data["curves"][-1]["n"] == len(page.data["cards"]) == 4
+    assert page.data["curves"][-1]["n"] == len(page.data["cards"]) == len(page.data["sounds"]) - 1 == 2
     listed = (clips / "metadata.jsonl").read_text().splitlines()
-    (clips / "metadata.jsonl").write_text("\n".join(listed[::2]))
+    (clips / "metadata.jsonl").write_text(listed[0])
     assert lalm_lens(monkeypatch, "run", study, "--report") == 0
     page = Page(tmp_path / "study" / "report.html")
-    assert page.data["curves"][-1]["n"] == 2
-    left = {json.loads(line)["file_name"] for line in listed[::2]}
+    assert page.data["curves"][-1]["n"] == 1
+    left = {json.loads(listed[0])["file_name"]}
     assert {card["sample"] for card in page.data["cards"]} == left
-    assert len(list((tmp_path / "study").glob("*.parquet"))) == 8
+    assert len(list((tmp_path / "study").glob("*.parquet"))) == 4
     (tmp_path / "study" / "study.study.json").unlink()  # tables without a study are all shown
-    assert len(Page(write_report(tmp_path / "study")).data["cards"]) == 4
-
-
-def test_a_study_without_what_a_report_shows_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
-    from test_cli import lalm_lens
-
-    study = written(tmp_path, STUDY + '[[experiment]]\nname = "probe"\n')
-    assert lalm_lens(monkeypatch, "run", study, "--report") == 2
-    said = capsys.readouterr().err
-    assert "nothing that a report shows (" in said
-    assert "causal_trace, information_score, logit_lens" in said
-    assert "Traceback" not in said
-    assert [path.name for path in tmp_path.iterdir()] == ["study.toml"]
+    assert len(Page(write_report(tmp_path / "study")).data["cards"]) == 2
 
 
 def test_what_no_column_tells_apart_is_named(tmp_path, capsys, monkeypatch):
@@ -438,3 +519,175 @@ def test_traces_that_disagree_are_named_by_what_they_were_asked(tmp_path, capsys
         assert found["words"]
         first = found["columns"][0]
         assert card["model"] == f"tiny_lalm (window_s {first['end_s']:.1f})"
+
+
+SMALLER = {  # than by default, so that they are quick, or can be done with four clips
+    "back_patch": "windows = [1]\nsources = [6]\ntargets = [2]",
+    "enrich": "n_probing = 2\nfactors = [0.0, 1.0]\nn_seeds = 1\ngap = 2",
+    "probe": "n_folds = 2\nn_controls = 1",
+}
+
+
+SLOW = {"causal_trace", "logit_lens", "pathways", "specification_curve", "ablate", "neuron_gain", "scale_attention"}
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory) -> Path:
+    """The results of the experiments that a study can run, about four clips; those that are slow have the same base as
+    others, or are drawn by their own tests."""
+    folder = tmp_path_factory.mktemp("every")
+    write_clips(folder / "clips", "gender", 4, seed=5, duration_s=0.5)
+    asked = [
+        f'[[experiment]]\nname = "{name}"\n{SMALLER.get(name, "")}\n' for name in experiments() if name not in SLOW
+    ]
+    plan = planned(Study.read(written(folder, STUDY + "".join(asked))))
+    write_list(plan, folder / "study")
+    assert not [its.failure for its in run_local(plan.units, folder / "study") if its.failure]
+    return folder / "study"
+
+
+def test_every_experiment_is_on_the_page(every, tmp_path):
+    path = write_report(every, n_samples=0, out=tmp_path / "r.html")
+    page, text = Page(path), path.read_text(encoding="utf-8")
+    results, n_drawn = load_results(every), 0
+    for name in set(experiments()) - SLOW - {"information_score"}:
+        table, said = results.table(name), name.replace("_", " ")
+        assert f"<h2>{said[0].upper() + said[1:]}</h2>" in text
+        if name == "object_effect":  # whose clips are all answered right
+            assert "Without a summary: tiny_lalm, gender, P3: Of 4 clips 4 are answered right" in text
+            continue
+        shown = text[text.index(f"<h2>{said[0].upper() + said[1:]}</h2>") :].partition("</section>")[0]
+        assert shown.count("<tr") - 1 >= len(table.overview()) > 0
+        lines = table.lines()
+        assert ('class="curve"' in shown) == (len(lines) > 0)
+        for curve in [its for its in page.data["curves"] if its["title"] == f"{said}: tiny_lalm, gender, P3"]:
+            value = next(each for each in lines if each not in ("line", "layer", "low", "high"))
+            for line in curve["lines"]:
+                its = lines[lines.line == line["name"]].sort_values("layer")
+                assert line["layers"] == its.layer.tolist()
+                np.testing.assert_allclose(np.array(line["mean"], float), its[value], rtol=1e-6)
+                n_drawn += 1
+    assert n_drawn > 15
+    dominance = results.table("text_dominance").tdr()
+    assert f'<td style="--share:{dominance.tdr[0]:.3f}' in text
+    assert f"{dominance.tdr[0]:.3f} ({dominance.tdr_low[0]:.3f} to {dominance.tdr_high[0]:.3f})" in text.replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class Tomorrow(Table):
+    """A table of an experiment that nobody has written yet."""
+
+    NAME: ClassVar[str] = "a table of things of tomorrow"
+    HEADLINE: ClassVar[str] = "size"
+    COLUMNS: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("model", "attribute", "form", "sample", "label"), "str"),
+        "thing": "float64",
+    }
+
+    def overview(self) -> pd.DataFrame:
+        if (self.frame.thing < 0).any():
+            raise DataError("No thing is negative.")
+        return pd.DataFrame([{"size": self.frame.thing.mean(), "low": 0.125, "high": 0.75}])
+
+    def lines(self) -> pd.DataFrame:
+        return pd.DataFrame({"line": "things", "layer": [0, 1], "size": [0.5, self.frame.thing.mean()]})
+
+
+def test_a_table_of_a_new_kind_is_shown_as_it_says_itself(tmp_path):
+    about = {"form": "P3", "sample": "a.wav", "label": "male"}
+    asked = [("one", "gender", 0.25), ("one", "animal", 0.75), ("other", "gender", 0.5), ("bad", "gender", -1.0)]
+    rows = [{"model": model, "attribute": name, "thing": thing, **about} for model, name, thing in asked]
+    Tomorrow.concat([pd.DataFrame(rows)]).save(tmp_path / "t.parquet")
+    text = write_report(tmp_path).read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    assert "<h2>Things of tomorrow</h2>" in text
+    assert "<td>0.250 (0.125 to 0.750)</td>" in text
+    cells = [("0.250", "0.25"), ("0.750", "0.75"), ("0.500", "0.50")]
+    assert re.findall(r'<td style="--share:([\d.]+)"[^>]*>([\d.]+)</td>', text) == cells
+    assert re.search(r'row">other</th><td [^>]*>0.50</td><td>-</td>', text)
+    assert "Without a summary: bad, gender, P3: No thing is negative." in text
+    curves = Page(tmp_path / "report.html").data["curves"]
+    assert [its["lines"][0]["mean"][1] for its in curves] == [0.25, 0.75, 0.5]
+
+
+def test_models_and_attributes_stand_in_the_order_of_the_study(folder, tmp_path):
+    trace, scores = (
+        load(folder / path).frame
+        for load, path in ((CausalTrace.load, "a/t.parquet"), (InformationScore.load, "b/scores.parquet"))
+    )
+    asked = [("z", "emotion"), ("z", "animal"), ("a", "emotion"), ("a", "animal")]
+    for n, (model, attribute) in enumerate(asked):
+        CausalTrace(trace.assign(model=model, attribute=attribute)).save(tmp_path / f"{n}.parquet")
+        InformationScore(scores.assign(model=model, attribute=attribute)).save(tmp_path / f"{n}s.parquet")
+    text = write_report(tmp_path, n_samples=0).read_text(encoding="utf-8")
+    for matrix in re.findall(r'<table class="matrix">.*?</table>', text):
+        assert re.findall(r"<th>(\w+)</th>", matrix) == ["emotion", "animal"]
+        assert re.findall(r'row">(\w+)</th>', matrix) == ["z", "a"]
+    titles = [its["title"].partition(",")[0] for its in Page(tmp_path / "report.html").data["curves"]]
+    assert titles == 2 * [f"{model}: {attribute}" for model, attribute in asked]
+
+
+def test_the_overview_holds_the_numbers_of_the_tables(page, folder, clips, tmp_path):
+    text = write_report(folder, clips=[clips], out=tmp_path / "r.html").read_text(encoding="utf-8")
+    trace, scores = CausalTrace.load(folder / "a" / "t.parquet"), InformationScore.load(folder / "b" / "scores.parquet")
+    found = {
+        title: re.findall(r'--share:([\d.]+)"[^>]*>([^<]*)</td>', figure)
+        for title, figure in re.findall(r"<figcaption>([\w ]+) <span.*?(<table.*?</table>)", text, re.DOTALL)
+    }
+    n_layers = trace.frame.layer.max() + 1
+    fusion, last = trace.summary().fusion_layer[0], scores.table().query("place == 'last'").iloc[0]
+    assert found["Fusion layer"] == [(f"{fusion / n_layers:.3f}", f"{fusion:.0f}")]
+    means = trace.aggregate(("segment", "layer"))
+    peak = means[means.segment.isin(["early", "object", "late"])]["mean"].max()
+    assert found["Peak recovery of one word"][0][1] == f"{peak:.2f}"
+    assert found["Clips that are kept"][0][1] == f"{trace.kept['sample'].nunique()} of {N_CLIPS}"
+    assert found["Critical layer"] == [(f"{last.critical_layer / n_layers:.3f}", f"{last.critical_layer:.2f}")]
+    assert found["Accuracy"] == [(f"{last.accuracy:.3f}", f"{last.accuracy:.2f}")]
+
+
+def test_a_page_tells_of_its_study(study, tmp_path):
+    where = moved(study, tmp_path)
+    left_out = [
+        {"model": "m", "dataset": "clips", "attribute": "gender", "sample": "x.wav", "reason": "It is <silent>."}
+    ]
+    listed = json.loads((where / "study.study.json").read_text())["units"]
+    change_list(
+        tmp_path, excluded=left_out, failed={"gone/model": "There is none."}, units=[*listed, "probe-1.parquet"]
+    )
+    text = write_report(where, n_samples=0).read_text(encoding="utf-8")
+    units = load_results(where).units
+    for said in (
+        "About this study: study",
+        f"tiny_lalm (float32, on cpu, weights {units.fingerprint[0][:8]})",
+        "clips, gender: 4 clips (2 ",
+        f"torch {units.versions[0]['torch']}",
+        "causal trace, information score",
+        "x.wav (clips, gender): It is &lt;silent&gt;.",
+        "gone/model: There is none.",
+        "1 units are not there yet",
+        f"work in {len(units)} units",
+    ):
+        assert said in text, said
+    assert re.search(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", text)
+
+
+def test_studies_that_share_runs_show_the_first(study, tmp_path):
+    """They differ in their batches alone, and so in last digits."""
+    where = moved(study, tmp_path)
+    told = json.loads((where / "study.study.json").read_text())
+    again = []
+    for name in told["units"]:
+        kind = CausalTrace if name.startswith("causal_trace") else InformationScore
+        about = pyarrow.parquet.read_schema(where / name).metadata[ABOUT].decode()
+        frame = kind.load(where / name).frame
+        number = "recovery" if kind is CausalTrace else "probability"
+        kind(frame.assign(**{number: frame[number] + 1e-9})).write(
+            where / f"{name}.again.parquet", {ABOUT.decode(): about}
+        )
+        again.append(f"{name}.again.parquet")
+    (where / "study_of_other_shards.study.json").write_text(json.dumps(told | {"units": again}))
+    page, alone = Page(write_report(where)), Page(write_report(study / "study", out=tmp_path / "r.html"))
+    assert page.data["curves"] == alone.data["curves"]
+    assert "(recovery differs by 1e-09 at most)" in (where / "report.html").read_text()
+    assert "in other batches" not in (tmp_path / "r.html").read_text()

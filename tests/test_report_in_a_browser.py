@@ -46,6 +46,20 @@ return [...document.querySelectorAll(".js-plotly-plot")].filter((figure) => {
   return Math.abs(its.height - drawn.height) > 1 || Math.abs(its.width - drawn.width) > 1;
 }).map((figure) => figure.className);
 """
+CUT_OFF = """
+const canScroll = (it) => ["auto", "scroll"].includes(getComputedStyle(it).overflowX);
+const scrolls = (it) => it && (canScroll(it) || scrolls(it.parentElement));
+const drawn = [...document.querySelectorAll(".js-plotly-plot")];
+const titles = drawn.flatMap((figure) => [...figure.querySelectorAll(".gtitle, .xtitle, .ytitle, .legendtext")]);
+const boxes = [...document.querySelectorAll("main *")].filter((it) => !it.closest(".figure, .curve") && !scrolls(it));
+const outside = (it, its) => {
+  const box = it.getBoundingClientRect();
+  return box.width && (box.right > its.right + 1 || box.left < its.left - 1);
+};
+return [...boxes.filter((it) => outside(it, { left: 0, right: innerWidth })),
+        ...titles.filter((it) => outside(it, it.closest(".js-plotly-plot").getBoundingClientRect()))]
+  .map((it) => it.textContent.slice(0, 80));
+"""
 LABEL = """
 [...document.querySelectorAll(".hovertext text.nums")].map((label) => {
   const lines = [...label.querySelectorAll("tspan.line")];
@@ -270,6 +284,43 @@ def test_a_click_seeks_and_plays_what_was_clicked(page, tables):
     point(page, *page.execute_script(WHERE, text, 3, 2), click=True)
     until(page, "it.textContent === 'This is text: there is nothing to play.'", told)
     assert page.execute_script("return window.started") == []
+
+
+def test_nothing_long_is_cut_off(chromium, tables, tmp_path):
+    """A long name of a model, a wide list and six attributes: what does not fit is wrapped, or scrolls by itself."""
+    scores = InformationScore.load(tables / "scores.parquet").frame
+    name = "An-Organisation/a-model-with-a-very-long-name-of-many-parts-instruct-v2-and-more"
+    for n in range(6):
+        InformationScore(scores.assign(model=name, attribute=f"attribute{n}")).save(tmp_path / f"{n}.parquet")
+    report = write_report(tmp_path)
+    for width in (1300, 390):
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        show(chromium, report)
+        chromium.find_element(By.TAG_NAME, "summary").click()
+        lists = chromium.find_elements(By.CSS_SELECTOR, ".wide")
+        assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
+        scrolls = chromium.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", lists[-1])
+        assert scrolls or width == 1300
+        assert chromium.execute_script(CUT_OFF) == []
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert complaints(chromium) == []
+
+
+def test_clips_are_compared_on_one_scale_or_looked_at_on_their_own(page, tables):
+    trace = CausalTrace.load(tables / "t.parquet").frame
+    windows = trace[trace.kind == "audio_window"]
+    largest = windows.recovery.abs().groupby(windows["sample"]).max()
+    assert largest.nunique() == 2
+    ends = "return arguments[0].data[0].zmax"
+    for is_own, said in ((False, "common scale"), (True, "its own scale")):
+        if is_own:
+            page.find_element(By.ID, "own").click()
+        for name, card in cards(page).items():
+            expected = min(1.0, largest[name] if is_own else largest.max())
+            assert page.execute_script(ends, maps(card)[0]) == pytest.approx(expected, rel=1e-6)
+            assert page.execute_script(ends, maps(card)[1]) == 1
+            assert said in maps(card)[0].text
 
 
 def test_it_fits_the_screen_in_light_and_dark(page, report, tmp_path):

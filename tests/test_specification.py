@@ -207,6 +207,7 @@ def test_what_cannot_be_chosen_is_a_reason(tiny_lalm, folders):
 def test_a_curve_is_drawn_and_counted(specified, tmp_path):
     loaded = Specification.load(specified.save(tmp_path / "specification.parquet"))
     survival = loaded.survival().set_index("claim")
+    assert loaded.overview().holds.tolist() == survival.holds.tolist()
     rows = loaded.frame[loaded.frame.claim == "transition_depth"]
     assert survival.loc["transition_depth", "holds"] == (rows.effect >= 0.55).sum()
     assert survival.loc["transition_depth", "specifications"] == 128

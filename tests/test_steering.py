@@ -35,6 +35,7 @@ from lalm_lens.corrupt import OtherClip
 from lalm_lens.datasets import Sample, read_folder
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.asked import Question
+from lalm_lens.experiments.changed import N_SHOWN
 from lalm_lens.experiments.enrich import split
 from lalm_lens.experiments.neurons import by_layer, largest
 from lalm_lens.inputs import Inputs
@@ -141,6 +142,11 @@ def test_every_head_and_group_of_neurons_is_taken_out_by_default(tiny_lalm, samp
     assert image.get_array().shape == (N_LAYERS, N_HEADS)
     change = heads.effects("accuracy").set_index(["layer", "units"]).change
     assert image.get_array()[5, 2] == change[5, "2"]
+    of_probability = heads.effects("label_probability").change
+    assert heads.overview().change.tolist() == sorted(of_probability, key=abs)[: -N_SHOWN - 1 : -1]
+    lines = heads.lines()
+    assert lines["change of label_p"].tolist() == pytest.approx(of_probability.groupby(np.arange(64 // 2) // 4).mean())
+    assert lines.low.isna().all()  # of several heads there is no one interval
     assert repr(heads) == "Ablation(64 runs, clips: 2 of emotion; heads at last, zero)"
     with pytest.raises(InputError, match="Nothing is taken out"):
         ablate(tiny_lalm, samples, units=[], **QUIET)

@@ -9,6 +9,8 @@ from lalm_lens.commands.base import app, writable
 
 EXAMPLES = """[bold]Examples[/bold]
 
+lalm-lens report study
+
 lalm-lens report traced --clips clips
 
 lalm-lens report lens --clips sakura --samples 40 --out lens.html
@@ -18,11 +20,14 @@ lalm-lens report lens --clips sakura --samples 40 --out lens.html
 @app.command("report", epilog=EXAMPLES)
 def report_command(
     folder: Annotated[
-        Path, typer.Argument(help="Where the Parquet tables of traces, information scores and logit lenses lie.")
+        Path, typer.Argument(help="Where Parquet tables lie: the results of a study, of a trace, or what was saved.")
     ],
     clips: Annotated[
         list[Path] | None,
-        typer.Option(help="A folder with metadata.jsonl, or with one for each attribute; repeat it for another."),
+        typer.Option(
+            help="A folder with metadata.jsonl, or with one for each attribute; repeat it for another. A study knows "
+            "its own."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="How many clips are shown one by one.")] = 20,
     out: Annotated[Path | None, typer.Option(help="The HTML file; else report.html in the folder.")] = None,

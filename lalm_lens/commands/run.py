@@ -14,7 +14,7 @@ import typer
 from lalm_lens.commands.base import app
 from lalm_lens.commands.opening import conversion_named
 from lalm_lens.commands.options import Device
-from lalm_lens.errors import DataError, LensError
+from lalm_lens.errors import LensError
 
 if TYPE_CHECKING:
     from lalm_lens.datasets import Clip
@@ -56,7 +56,6 @@ def run_command(
         from lalm_lens.report.page import plotly_js
 
         plotly_js()  # before the work, where it is missing
-        refuse_unshown(study)
     try:
         make_clips(study)
         plan = planned(study, conversion_named)
@@ -82,18 +81,10 @@ def run_command(
         raise typer.Exit(INTERRUPTED) from None
     show_summary(plan, done)
     if report:
-        write_page(plan)
+        from lalm_lens.report import write_report
+
+        print(write_report(out))
     raise typer.Exit(1 if plan.failed or any(outcome.failure for outcome in done) else 0)
-
-
-def refuse_unshown(study: "Study") -> None:
-    """Raise `DataError` for a study of nothing that the report shows."""
-    from lalm_lens.discovery import experiments
-    from lalm_lens.report.found import KNOWN
-
-    if not any(issubclass(chosen.experiment.table, KNOWN) for chosen in study.experiments):
-        shown = ", ".join(sorted(name for name, its in experiments().items() if issubclass(its.table, KNOWN)))
-        raise DataError(f"{study.path} has nothing that a report shows ({shown}). Leave out --report.")
 
 
 def make_clips(study: "Study") -> None:
@@ -106,26 +97,6 @@ def make_clips(study: "Study") -> None:
             folder = dataset.at(study.path.parent, name)
             if not any((folder / each).is_file() for each in LISTS):
                 write_clips(folder, name, dataset.made, dataset.seed)
-
-
-def write_page(plan: "Planned") -> None:
-    """The report, with the clips of the whole study."""
-    from lalm_lens.report import write_report
-    from lalm_lens.report.sounds import Clips
-
-    names = {unit.dataset for unit in plan.units}
-    datasets = {name: Clips(clips_of([unit for unit in plan.units if unit.dataset == name])) for name in names}
-    clips = Clips(clips_of(plan.units), datasets)
-    print(write_report(plan.study.out, clips=clips))
-
-
-def clips_of(units: "Sequence[Unit]") -> "dict[str, list[Clip]]":
-    """By attribute."""
-    listed: dict[str, dict[tuple[str, str], Clip]] = {}
-    for unit in units:
-        of_attribute = listed.setdefault(unit.attribute.name, {})
-        of_attribute |= {(its.clip.name, its.clip.label): its.clip for its in unit.clips}
-    return {name: list(its.values()) for name, its in listed.items()}
 
 
 @contextmanager

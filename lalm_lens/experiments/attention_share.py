@@ -214,6 +214,13 @@ class AttentionShare(Table):
         return means.assign(n=groups["sample"].nunique()).reset_index()
 
     @typed
+    def overview(self) -> pd.DataFrame:
+        """Over all layers and heads."""
+        return self.means(("region",))
+
+    def lines(self) -> pd.DataFrame:
+        return self.means(("region", "layer")).rename(columns={"region": "line"})[["line", "layer", "share"]]
+
     def plot(self, value: Literal["share", "per_token"] = "share") -> "Figure":
         """`share` or `per_token` by layer, a line for each region, the mean over clips and heads; a panel per
         attribute."""

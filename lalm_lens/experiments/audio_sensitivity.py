@@ -39,6 +39,7 @@ class AudioSensitivity(Table):
     """What is answered to each clip, to silence and to another clip: three rows per sample."""
 
     NAME: ClassVar[str] = "a table of audio sensitivity"
+    HEADLINE: ClassVar[str] = "sensitivity"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         **CONFLICT_COLUMNS,  # of conflict items: what is stated of the clip
@@ -60,6 +61,9 @@ class AudioSensitivity(Table):
         groups = self.frame.groupby(list(by), sort=False, dropna=False)
         found = [{**dict(zip(by, key, strict=True)), **summarised(rows, n_resamples, seed)} for key, rows in groups]
         return pd.DataFrame(found).astype({name: self.frame[name].dtype for name in by})
+
+    def overview(self) -> pd.DataFrame:
+        return self.summary().drop(columns="attribute")
 
     def __repr__(self) -> str:
         table = self.summary(["attribute"], n_resamples=1000)

@@ -305,6 +305,9 @@ class BackPatch(Changed):
         after, and McNemar's p of accuracy."""
         return in_short(self.summary(by, control, min_clear, n_resamples, seed))
 
+    def overview(self) -> pd.DataFrame:
+        return self.table()
+
     @typed
     def plot(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> "Figure":
         """How accuracy, label probability or text dominance change by source and target, over the clips that a pair is

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +25,7 @@ from lalm_lens.tables import Table
 
 T = TypeVar("T", bound="Changed")
 Effect = Literal["probability", "relative_probability", "logit_difference", "label_probability", "accuracy"]
+N_SHOWN = 5  # of an overview
 NUMBERS = {name: name for name in ("logit_difference", "right", "answer")}
 NUMBERS |= {"probability": "p", "label_probability": "label_p"}  # columns, before and after
 COLUMN = {
@@ -169,6 +171,30 @@ class Changed(Table):
         change = (after - before) / before if effect == "relative_probability" else after - before
         frame = self.frame.assign(before=before, after=after, change=change)
         return changes(frame, by, self.CELL, n_resamples, seed)
+
+    def overview(self) -> pd.DataFrame:
+        """What changes the true label's probability among the labels most, up or down."""
+        cells = self.frame.groupby(list(self.CELL), sort=False, dropna=False).ngroup()
+        most = (self.frame.label_p_after - self.frame.label_p_before).groupby(cells).mean().abs().nlargest(N_SHOWN)
+        effects = type(self)(self.frame[cells.isin(most.index)]).effects("label_probability", self.CELL)
+        return effects.sort_values("change", key=abs, ascending=False, kind="stable")
+
+    def lines(self) -> pd.DataFrame:
+        """How that probability changes by layer: on average where several parts of a layer are changed by themselves,
+        and then without intervals."""
+        if "layer" not in self.CELL:
+            return Table.lines(self)
+        rows = self.frame.dropna(subset=["layer"])
+        rest = [name for name in self.CELL if name not in ("layer", "layers", "heads", "units")]
+        told = [name for name in rest if rows[name].nunique() > 1]
+        found = []
+        for key, its in rows.groupby([*rest, "layer"], sort=False, dropna=False):
+            change = (its.label_p_after - its.label_p_before).groupby(its["sample"]).agg(["mean", "size"])
+            low, high = interval(change["mean"].to_numpy(), 1000, 0) if (change["size"] == 1).all() else (np.nan,) * 2
+            line = ", ".join(f"{name} {its[name].iloc[0]}" for name in told or rest)
+            change_of_p = {"change of label_p": change["mean"].mean(), "low": low, "high": high}
+            found.append({"line": line, "layer": key[-1], **change_of_p})
+        return pd.DataFrame(found, columns=["line", "layer", "change of label_p", "low", "high"])
 
     def __repr__(self) -> str:
         n = self.frame.groupby("attribute", sort=False)["sample"].nunique()

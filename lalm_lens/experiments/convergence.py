@@ -43,6 +43,7 @@ class Convergence(Table):
     """How alike the states of twins are: one row per item, layer and place."""
 
     NAME: ClassVar[str] = "a table of convergence"
+    HEADLINE: ClassVar[str] = "cka"
     COLUMNS: ClassVar[dict[str, str]] = {
         "model": "str",
         "attribute": "str",
@@ -112,6 +113,25 @@ class Convergence(Table):
         else:
             raise DataError(f"From where on counts {statistic}? Give a threshold.")
         return int(its.layer[reached].min()) if reached.any() else None
+
+    def overview(self) -> pd.DataFrame:
+        """Of each place the layer with the largest CKA."""
+        layers = self.layers().dropna(subset=["cka"])
+        most = layers.loc[layers.groupby("place", sort=False).cka.idxmax()]
+        shown = [
+            "place",
+            "layer",
+            "n",
+            "cka",
+            "cka_null_95",
+            "centred_above",
+            "centred_above_low",
+            "centred_above_high",
+        ]
+        return most[shown]
+
+    def lines(self) -> pd.DataFrame:
+        return self.layers().rename(columns={"place": "line"})[["line", "layer", "cka"]]
 
     def plot(self) -> "Figure":
         """Cosines, centred cosines, CKA and modality gap by layer; a row of panels per place."""

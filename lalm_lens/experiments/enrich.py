@@ -98,6 +98,9 @@ class Enrichment(Table):
         by_seed = rows.groupby("seed").is_right.mean()
         return {"random": by_seed.mean(), "random_sd": by_seed.std()}
 
+    def overview(self) -> pd.DataFrame:
+        return self.summary().drop(columns=["attribute", "form", "label_space"])
+
     def plot(self) -> "Figure":
         """Accuracy on the test clips by factor, of the chosen layer and of random ones (Fig. 5)."""
         frame, rows = self.frame, self.curves()

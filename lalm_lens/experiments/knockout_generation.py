@@ -24,7 +24,7 @@ from lalm_lens.engine.plan import Engine, Plan
 from lalm_lens.errors import InputError
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.attention_knockout import CELL, RUN_COLUMNS
-from lalm_lens.experiments.changed import changes
+from lalm_lens.experiments.changed import N_SHOWN, changes
 from lalm_lens.experiments.cuts import Chain, Cut, Heads, LayerSets, cuts
 from lalm_lens.generation import Generated
 from lalm_lens.inputs import Inputs
@@ -187,6 +187,11 @@ class KnockoutGeneration(Table):
         return changes(
             self.frame.assign(before=before, after=after, change=after - before), by, CELL, n_resamples, seed
         )
+
+    def overview(self) -> pd.DataFrame:
+        """What changes most how often a text names the true label."""
+        effects = self.effects("accuracy", CELL).sort_values("change", key=abs, ascending=False, kind="stable")
+        return effects.head(N_SHOWN)
 
     def __repr__(self) -> str:
         changed = int((self.frame.text_before != self.frame.text_after).sum())

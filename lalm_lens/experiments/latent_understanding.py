@@ -95,6 +95,7 @@ class LatentUnderstanding(Table):
     """What states of a clip name, one row per clip, place, layer and label."""
 
     NAME: ClassVar[str] = "a table of latent understanding"
+    HEADLINE: ClassVar[str] = "score"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         "seen_label": "str",  # of a counterfactual pair, another one than `label`
@@ -142,6 +143,13 @@ class LatentUnderstanding(Table):
             pairs = np.stack([of_itself(hits, label), of_others(hits, label)], axis=-1)
             found.append({**dict(zip(by, key, strict=True)), "n": len(pairs), **compared(pairs, n_resamples, seed)})
         return pd.DataFrame(found)
+
+    def overview(self) -> pd.DataFrame:
+        return self.scores()
+
+    def lines(self) -> pd.DataFrame:
+        layers = self.by_layer().rename(columns={"place": "line", "score_low": "low", "score_high": "high"})
+        return layers[["line", "layer", "score", "low", "high"]]
 
     def plot(self) -> "Figure":
         """The score of every layer and its control; a panel per place."""

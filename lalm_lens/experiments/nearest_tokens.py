@@ -87,6 +87,14 @@ class NearestTokens(Table):
             found.append({**its, "label": of_label / n, "other_option": others / n})
         return pd.DataFrame(found)
 
+    def overview(self) -> pd.DataFrame:
+        """Of each measure the layer at which most clips have their label among the nearest tokens."""
+        layers = self.layers()
+        return layers.loc[layers.groupby("measure", sort=False).label.idxmax()]
+
+    def lines(self) -> pd.DataFrame:
+        return self.layers().rename(columns={"measure": "line"})[["line", "layer", "label"]]
+
     def __repr__(self) -> str:
         frame, layers = self.frame, self.layers(n_resamples=100)
         shown = layers[["measure", "layer", "score", "label", "other_option"]]

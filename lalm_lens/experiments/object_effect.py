@@ -183,6 +183,10 @@ class ObjectEffect(Table):
             )
         return pd.DataFrame(found)
 
+    def overview(self) -> pd.DataFrame:
+        names = {f"above_{end}": f"above_max_probability_{end}" for end in ("low", "high")}
+        return self.aurocs().rename(columns=names)
+
     def __repr__(self) -> str:
         clips = self.frame.drop_duplicates(["attribute", "sample"])
         return f"ObjectEffect({len(clips)} clips, {clips.right.sum()} answered right; {len(self.frame)} patched runs)"

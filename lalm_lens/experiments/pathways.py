@@ -161,6 +161,17 @@ class Pathways(Table):
             found.append(pd.DataFrame({**about, "recovery": rate(values.mean(0)), "low": low, "high": high}))
         return pd.concat(found, ignore_index=True)
 
+    def overview(self) -> pd.DataFrame:
+        """How far attribution is what patching measures."""
+        return self.agreement()
+
+    def lines(self) -> pd.DataFrame:
+        """The causal map, where there is one."""
+        if not len(self.rows("resid")):
+            return Table.lines(self)
+        found = self.map()
+        return found.assign(line=found.modality + ": " + found.region)[["line", "layer", "recovery", "low", "high"]]
+
     def plot(self, view: Literal["map", "nodes", "overlap"] = "map") -> "Figure":
         """`map`: recovery by layer and region. `nodes`: mean attribution of heads and MLPs. Text and audio beside each
         other. `overlap`: the Jaccard index of their circuits by k, and that of random ones."""

@@ -48,6 +48,7 @@ class Probe(Table):
     """What probes say: one row per clip, spot and draw of the labels, each clip in the fold that tests it."""
 
     NAME: ClassVar[str] = "a table of probes"
+    HEADLINE: ClassVar[str] = "accuracy"
     COLUMNS: ClassVar[dict[str, str]] = {
         "model": "str",
         "attribute": "str",  # what is asked; what is probed is the target
@@ -130,6 +131,16 @@ class Probe(Table):
         layers = self.layers(n_resamples, seed)
         found = layers.assign(layer=layers.layer.where(layers.selectivity_low > above).astype("Int64"))
         return found.groupby(["stack", "place"], sort=False).layer.min().rename("first_layer").reset_index()
+
+    def overview(self) -> pd.DataFrame:
+        """Of each stack and place the layer with the largest accuracy."""
+        layers = self.layers()
+        return layers.loc[layers.groupby(["stack", "place"], sort=False).accuracy.idxmax()]
+
+    def lines(self) -> pd.DataFrame:
+        layers = self.layers()
+        layers = layers.assign(line=layers["stack"] + ", " + layers.place)
+        return layers[["line", "layer", "accuracy", "low", "high"]]
 
     def plot(self) -> "Figure":
         """Accuracy by layer with its interval, control and chance; a panel per stack and place."""

@@ -99,6 +99,9 @@ class Specification(Table):
         missing = self.frame.dropna(subset="reason")
         return missing.groupby("reason", sort=False).size().rename("rows").reset_index()
 
+    def overview(self) -> pd.DataFrame:
+        return self.survival().drop(columns="attribute")
+
     def plot(self, claims: Sequence[str] | None = None) -> "Figure":
         """The curve of each claim: effects in order with their intervals and the claim's bound, and beneath them which
         choices each specification has made. Raises `DataError` for several models or attributes in one table, for

@@ -56,6 +56,7 @@ class Suppression(Table):
     """What layers say of clips with which a text disagrees: one row per clip, run, place and layer."""
 
     NAME: ClassVar[str] = "a table of suppression"
+    HEADLINE: ClassVar[str] = "back"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         **CONFLICT_COLUMNS,  # of the conflict, in all four runs
@@ -138,6 +139,17 @@ class Suppression(Table):
             "bite": float((text["cut"] - text["conflict"]).abs().mean()),
         }
         return {**found, "verdict": judged(len(rights), float(taken), low, high, tolerance, **above)}
+
+    def overview(self) -> pd.DataFrame:
+        verdict = pd.DataFrame([self.verdict()])
+        shown = ["verdict", "n", *RUNS, "chance"]
+        return verdict[[*shown, *(f"{name}{end}" for name in ("taken", "back") for end in ("", "_low", "_high"))]]
+
+    def lines(self) -> pd.DataFrame:
+        """How often the audio's label is said, by run."""
+        curves = self.curves()
+        rows = curves[(curves.place == "last") & (curves.side == "audio")]
+        return rows.rename(columns={"run": "line"})[["line", "layer", "rate", "low", "high"]]
 
     def plot(self, probes: "dict[str, Probe] | None" = None) -> "Figure":
         """By layer, how often each place says the audio's label and the text's, in each of the runs. `probes` of the

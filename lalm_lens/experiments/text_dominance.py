@@ -52,6 +52,7 @@ class TextDominance(Table):
     """What is answered, one row per item."""
 
     NAME: ClassVar[str] = "a table of text dominance"
+    HEADLINE: ClassVar[str] = "tdr"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         **CONFLICT_COLUMNS,
@@ -106,6 +107,10 @@ class TextDominance(Table):
         twice = self.frame.duplicated([*SETTINGS, "attribute", "sample"])
         if twice.any():
             raise DataError(f"{twice.sum()} items, as {self.frame[twice]['sample'].iloc[0]}, are in the table twice.")
+
+    def overview(self) -> pd.DataFrame:
+        """Without the rates, which are numbers of `n`."""
+        return self.tdr().drop(columns="attribute").filter(regex="^(?!.*rate)")
 
     def plot(self) -> "Figure":
         """TDR by framing and order with its interval, and shares of text, audio and other; a row per attribute."""

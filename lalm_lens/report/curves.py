@@ -1,28 +1,14 @@
-"""Curves by layer as a page draws them, and the overview."""
+"""Curves by layer as a page draws them."""
 
 import pandas as pd
 
 from lalm_lens.experiments.information_score import InformationScore
 from lalm_lens.report.found import Study
 from lalm_lens.report.maps import rounded
-from lalm_lens.results import CausalTrace, summarise
+from lalm_lens.results import CausalTrace
 
 PARTS = {"layer": "text positions", "audio_layer": "audio positions"}
 SEGMENTS = ("early", "object", "late", "last")
-
-
-def overview(study: Study) -> dict[str, str | float | int]:
-    """What a row of the overview says of a traced study."""
-    row = study.rows.iloc[0]
-    how = {name: str(row[name]).replace("_", " ") for name in ("form", "direction")}
-    about = {
-        "model": study.name,
-        "attribute": study.attribute,
-        **how,
-        "site": row.of_site,
-        "corrupted hears": study.heard,
-    }
-    return about | summarise(study.rows)
 
 
 def trace_curves(study: Study) -> dict | None:
@@ -46,7 +32,8 @@ def trace_curves(study: Study) -> dict | None:
         "heard": study.heard,
         "n": int(rows["sample"].nunique()),
         "y": f"recovery rate of {of_metric}",
-        "noise": rounded(rows.noise.max()),
+        "marks": [0, 1],
+        "note": f"noise floor {rows.noise.max():.0e}",
         "lines": lines,
     }
 
@@ -66,7 +53,9 @@ def score_curves(scores: InformationScore) -> list[dict]:
                 "title": f"{model}: {attribute}, {said}",
                 "n": int(its.n.iloc[0]),
                 "y": "information score",
-                "chance": rounded(1 / its.n_labels.iloc[0]),
+                "marks": [rounded(1 / its.n_labels.iloc[0])],
+                "note": "dotted: chance",
+                "range": [-0.03, 1.03],
                 "lines": [
                     {"name": form, "hidden": False, **line(rows, "score")}
                     for form, rows in its.groupby("form", sort=False)

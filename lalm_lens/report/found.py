@@ -1,8 +1,9 @@
-"""The tables of a folder that a report can show, recognised by their columns."""
+"""The tables of a folder, each recognised by what a study says of it or by its columns."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pyarrow.parquet
 from pyarrow import ArrowInvalid
 
 from lalm_lens.aggregates import ONE_RUN, SETTINGS, corruption_kinds
+from lalm_lens.attributes import Attribute
+from lalm_lens.discovery import experiments
 from lalm_lens.errors import DataError
 from lalm_lens.experiments.information_score import InformationScore
 from lalm_lens.experiments.logit_lens import LogitLens
@@ -20,7 +23,7 @@ from lalm_lens.study_results import HIDDEN, finished_in
 from lalm_lens.tables import Table
 from lalm_lens.units import ABOUT
 
-KNOWN: tuple[type[Table], ...] = CausalTrace, InformationScore, LogitLens
+PARTS: tuple[type[Table], ...] = CausalTrace, InformationScore, LogitLens  # that have figures of their own on a page
 ASKED = ["model", "attribute", "form"]
 ONE_SCORE = [*ASKED, "sample", "label_space", "norm", "knockout", "place", "layer"]
 OF_STUDY = [name for name in SETTINGS if name not in ("kind", "site", "corruption")]
@@ -28,14 +31,13 @@ OF_STUDY = [name for name in SETTINGS if name not in ("kind", "site", "corruptio
 
 @dataclass(frozen=True)
 class Study:
-    """The rows of one model, one question and one way to trace it; `rows` is empty where only a lens was read. The
-    `dataset` is known of a study's, and `how` says what no column does of a trace that shares runs with others."""
+    """The rows of one model, one question and one way to trace it; `rows` is empty where only a lens was read. `how`
+    says what no column does of a trace that shares runs with others."""
 
     model: str
     attribute: str
     form: str
     rows: pd.DataFrame
-    dataset: str = ""
     how: str = ""
 
     @property
@@ -59,28 +61,6 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a folder holds, each kind of table in one frame without repeated rows; a kind may be missing."""
-
-    trace: pd.DataFrame
-    scores: pd.DataFrame
-    lens: pd.DataFrame
-    paths: tuple[Path, ...]
-
-    def studies(self) -> Iterator[Study]:
-        """Traces that differ in a setting apart, then what was only read by a lens."""
-        kinds = corruption_kinds(self.trace) if len(self.trace) else None
-        by = [*OF_STUDY, "of_site", "how", kinds]
-        for _, rows in self.trace.groupby(by, sort=False, dropna=False) if len(self.trace) else ():
-            first = rows.iloc[0]
-            yield Study(first.model, first.attribute, first.form, rows, first.dataset, first.how)
-        traced = set(self.trace[ASKED].itertuples(index=False, name=None))
-        for _, first in self.lens.drop_duplicates(ASKED).iterrows():
-            if tuple(first[ASKED]) not in traced:
-                yield Study(first.model, first.attribute, first.form, self.trace.iloc[:0], first.dataset)
-
-
-@dataclass(frozen=True)
 class Source:
     """A file of a table, and what it says itself to be of, which is nothing where no study wrote it."""
 
@@ -100,6 +80,43 @@ class Source:
     def settings(self) -> dict[str, str]:
         return {name: its for name, its in self.told["settings"].items() if name not in self.table.COLUMNS}
 
+    @property
+    def attribute(self) -> Attribute:
+        told = self.told["attribute"]
+        return Attribute(**{**told, "labels": tuple(told["labels"])})
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Of the clips that were heard, in either run."""
+        return {name: digest for name, digest, *_ in (*self.told["clips"], *self.told.get("others", ()))}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds: traces, scores and lenses in one frame each without repeated rows, which may be empty, and
+    the files of all tables. `repeated` says what runs were computed twice, in other batches."""
+
+    trace: pd.DataFrame
+    scores: pd.DataFrame
+    lens: pd.DataFrame
+    sources: tuple[Source, ...]
+    repeated: str = ""
+
+    def studies(self) -> list[Study]:
+        """Traces that differ in a setting apart, and what was only read by a lens, in the order of the files."""
+        kinds = corruption_kinds(self.trace) if len(self.trace) else None
+        by = [*OF_STUDY, "of_site", "how", kinds]
+        found = []
+        for _, rows in self.trace.groupby(by, sort=False, dropna=False) if len(self.trace) else ():
+            first = rows.iloc[0]
+            found.append(Study(first.model, first.attribute, first.form, rows, first.how))
+        traced = set(self.trace[ASKED].itertuples(index=False, name=None))
+        for _, first in self.lens.drop_duplicates(ASKED).iterrows():
+            if tuple(first[ASKED]) not in traced:
+                found.append(Study(first.model, first.attribute, first.form, self.trace.iloc[:0]))
+        models, attributes = ([getattr(its, name) for its in found] for name in ("model", "attribute"))
+        return sorted(found, key=lambda its: (models.index(its.model), attributes.index(its.attribute), its.form))
+
 
 def find(folder: Path) -> Found:
     """The tables in a folder and in those inside it. A model is named with what differs between the tables of a study
@@ -107,27 +124,23 @@ def find(folder: Path) -> Found:
     two that disagree on one patched run."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Give the one that `lalm-lens trace --out` wrote to.")
-    sources = [its for path in tables_in(folder) for its in known_in(path)]
+    sources = [its for path in tables_in(folder) if (its := source_of(path)) is not None]
     if not sources:
-        names = ", ".join(table.NAME for table in KNOWN)
-        raise DataError(f"{folder} holds no table that can be shown ({names}): save one as Parquet, or run a trace.")
-    by_a_study = {n: its for n, its in enumerate(sources) if its.told}
-    hidden = differences({n: its.hidden for n, its in by_a_study.items()}, sources)
-    frames: dict[type[Table], list[pd.DataFrame]] = {table: [] for table in KNOWN}
+        raise DataError(f"{folder} holds no table: save one as Parquet, or run a trace or a study.")
+    hidden = hidden_in(sources)
+    frames: dict[type[Table], list[pd.DataFrame]] = {table: [] for table in PARTS}
     for n, its in enumerate(sources):
-        frame = its.table.load(its.path).frame
-        about = {"dataset": its.told.get("dataset", ""), "source": n, "how": ""}
-        frames[its.table].append(frame.assign(model=frame.model + hidden.get(n, ""), **about))
+        if its.table in frames:
+            frame = its.table.load(its.path).frame
+            frames[its.table].append(frame.assign(model=frame.model + hidden.get(n, ""), source=n, how=""))
     frames[CausalTrace] = [with_site(frame) for frame in frames[CausalTrace]]
     trace = told_apart(joined(CausalTrace, frames[CausalTrace]), [*ONE_RUN, "of_site"], sources)
     scores = told_apart(joined(InformationScore, frames[InformationScore]), ONE_SCORE, sources)
     lens = once(joined(LogitLens, frames[LogitLens]))
-    if len(twice := trace[trace.duplicated([*ONE_RUN, "of_site", "how"])]):
-        raise DataError(
-            f"Tables in {folder} disagree on {len(twice)} patched runs, as of {twice['sample'].iloc[0]}. Report on "
-            "each in a folder of its own."
-        )
-    return Found(trace, scores.assign(model=scores.model + scores.how), lens, tuple(its.path for its in sources))
+    trace, of_trace = first_of_each(trace, [*ONE_RUN, "of_site", "how"], "recovery", sources, folder)
+    scores, of_scores = first_of_each(scores, [*ONE_SCORE, "how"], "probability", sources, folder)
+    scores = scores.assign(model=scores.model + scores.how)
+    return Found(trace, scores, lens, tuple(sources), "; ".join(filter(None, (of_trace, of_scores))))
 
 
 def tables_in(folder: Path) -> Iterator[Path]:
@@ -136,13 +149,34 @@ def tables_in(folder: Path) -> Iterator[Path]:
         yield from finished_in(its) if any(its.glob(f"*{ENDING}")) else sorted(its.glob("*.parquet"))
 
 
-def known_in(path: Path) -> Iterator[Source]:
+def source_of(path: Path) -> Source | None:
+    """None for what is no table of this package."""
     try:
         schema = pyarrow.parquet.read_schema(path)
     except ArrowInvalid as error:
         raise DataError(f"{path} is not a Parquet file ({error}).") from None
-    told = json.loads((schema.metadata or {}).get(ABOUT, b"{}"))
-    yield from (Source(path, table, told) for table in KNOWN if set(table.COLUMNS) <= set(schema.names))
+    told, known = json.loads((schema.metadata or {}).get(ABOUT, b"{}")), experiments()
+    if told.get("experiment") in known:
+        return Source(path, known[told["experiment"]].table, told)
+    like = [kind for kind in kinds() if set(kind.COLUMNS) <= set(schema.names)]
+    return Source(path, max(like, key=lambda kind: len(kind.COLUMNS)), told) if like else None
+
+
+def kinds() -> list[type[Table]]:
+    """All kinds of tables, those of no experiment of a study too."""
+    experiments()  # imports them
+    return [kind for kind in below(Table) if hasattr(kind, "COLUMNS")]
+
+
+def below(kind: type[Table]) -> Iterator[type[Table]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from below(each)
+
+
+def hidden_in(sources: Sequence[Source]) -> dict[int, str]:
+    """What of files of a study is not the same in all about a model and attribute and no column tells, in words."""
+    return differences({n: its.hidden for n, its in enumerate(sources) if its.told}, sources)
 
 
 def differences(told: Mapping[int, Mapping[str, Any]], sources: Sequence[Source]) -> dict[int, str]:
@@ -168,7 +202,25 @@ def told_apart(rows: pd.DataFrame, one: Sequence[str], sources: Sequence[Source]
 
 def once(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows that two files have, once."""
-    return rows[~rows.drop(columns=["source", "dataset"]).duplicated()].reset_index(drop=True)
+    return rows[~rows.drop(columns="source").duplicated()].reset_index(drop=True)
+
+
+def first_of_each(
+    rows: pd.DataFrame, one: Sequence[str], value: str, sources: Sequence[Source], folder: Path
+) -> tuple[pd.DataFrame, str]:
+    """One row of each run, and in words by how much others differ: two studies that have the same settings differ in
+    the batches alone, and so in the last digits. Raises `DataError` for tables that are of no study, and disagree."""
+    twice = rows[rows.duplicated(one)]
+    if not len(twice):
+        return rows, ""
+    if not all(sources[n].told for n in rows[rows.duplicated(one, keep=False)].source.unique()):
+        raise DataError(
+            f"Tables in {folder} disagree on {len(twice)} patched runs, as of {twice['sample'].iloc[0]}. Report on "
+            "each in a folder of its own."
+        )
+    values = rows.groupby(list(one), sort=False, dropna=False)[value]
+    spread = (values.max() - values.min()).max()
+    return rows.drop_duplicates(one, ignore_index=True), f"{len(twice)} rows ({value} differs by {spread:.0e} at most)"
 
 
 def with_site(trace: pd.DataFrame) -> pd.DataFrame:
@@ -181,6 +233,6 @@ def with_site(trace: pd.DataFrame) -> pd.DataFrame:
 def joined(table: type[Table], frames: list[pd.DataFrame]) -> pd.DataFrame:
     """In one frame, which may be empty."""
     if not frames:
-        types = {**table.COLUMNS, "of_site": "str", "dataset": "str", "source": "int64", "how": "str"}
+        types = {**table.COLUMNS, "of_site": "str", "source": "int64", "how": "str"}
         return pd.DataFrame(columns=list(types)).astype(types)
     return pd.concat(frames, ignore_index=True)

@@ -2,7 +2,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const BANDS = { early: "#8fb8de", object: "#f2c46d", late: "#a8d5a2", last: "#e08a8a" };
-const LINES = ["#4a8fd6", "#d9772f", "#8a9099", "#c98a10", "#48a14d", "#cf4d4d"];
+const LINES = ["#4a8fd6", "#d9772f", "#8a9099", "#c98a10", "#48a14d", "#cf4d4d", "#9467bd", "#2ca6a4", "#b5739d", "#7a6a3a"];
 const KINDS = {
   audio_window: "windows of audio positions", encoder_window: "windows of the audio encoder's states",
   moment: "windows that the search for the moment tried", lens: "audio positions, the lens alone", token: "text positions",
@@ -41,6 +41,15 @@ function layerTicks(layers) {
   return { tickvals: shown, ticktext: shown.map(layerName) };
 }
 
+function wrapped(said, most) { // in lines of so many letters; a word that is longer is cut into some
+  const lines = [""];
+  for (const word of said.split(" ").flatMap((each) => each.match(new RegExp(`.{1,${Math.floor(most)}}`, "gu")))) {
+    if (lines[lines.length - 1].length + word.length >= most) lines.push("");
+    lines[lines.length - 1] += (lines[lines.length - 1] ? " " : "") + word;
+  }
+  return lines;
+}
+
 function drawCurve(place) {
   const its = data.curves[place.dataset.curve], traces = [];
   its.lines.forEach((line, n) => {
@@ -54,22 +63,24 @@ function drawCurve(place) {
     }
     traces.push({
       ...same, x, y: line.mean, name: line.name, mode: "lines+markers", line: { color: paint }, marker: { size: 5 },
-      text: x.map((layer, i) => `layer ${layerName(layer)}: ${line.mean[i].toFixed(3)}` +
+      text: x.map((layer, i) => `layer ${layerName(layer)}: ${line.mean[i] === null ? "not known" : line.mean[i].toFixed(3)}` +
         (line.low[i] === null ? "" : ` (${line.low[i].toFixed(3)} to ${line.high[i].toFixed(3)})`)),
       hovertemplate: "%{text}",
     });
   });
-  const shapes = (its.chance === undefined ? [0, 1] : [its.chance]).map((y) => (
+  const shapes = its.marks.map((y) => (
     { type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: colour("soft"), width: 1, dash: "dot" } }));
-  const below = 56 + 24 * Math.ceil((its.lines.length * 150) / place.clientWidth); // its axis, and rows of its legend
-  const read = its.chance === undefined ? `noise floor ${its.noise.toExponential(0)}` : "dotted: chance";
+  const legend = its.lines.reduce((width, line) => width + Math.max(150, 60 + 6 * line.name.length), 0);
+  const below = 56 + 24 * Math.ceil(legend / place.clientWidth); // its axis, and rows of its legend
+  const about = [...wrapped(its.title, place.clientWidth / 7), `n = ${its.n}${its.heard ? `, corrupted by ${its.heard}` : ""}`];
+  const above = 18 + 16 * about.length;
   plot(place, traces, {
-    title: { text: `${escaped(its.title)}<br>n = ${its.n}${its.heard ? `, corrupted by ${its.heard}` : ""}`, font: { size: 12 } }, height: 246 + below, shapes,
-    margin: { l: 55, r: 10, t: 46, b: below },
+    title: { text: about.map(escaped).join("<br>"), font: { size: 12 }, yref: "container", y: 1, yanchor: "top", pad: { t: 18 } },
+    height: 200 + above + below, shapes, margin: { l: 55, r: 10, t: above, b: below },
     legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } },
     xaxis: { ...layerTicks([...new Set(its.lines.flatMap((line) => line.layers))].sort((a, b) => a - b)),
-      title: { text: `layer (${read})`, standoff: 8 } },
-    yaxis: { title: { text: its.y }, ...(its.chance === undefined ? {} : { range: [-0.03, 1.03] }) },
+      title: { text: its.note ? `layer (${its.note})` : "layer", standoff: 8 } },
+    yaxis: { automargin: true, title: { text: its.y, standoff: 6 }, ...(its.range ? { range: its.range } : {}) },
   });
 }
 
@@ -105,16 +116,27 @@ function hover(map) {
   }));
 }
 
-function scale(map) {
+const isOwnScale = () => document.getElementById("own").checked;
+
+function largest(map) {
+  return Math.max(0, ...map.recovery.flat().filter((rate) => rate !== null).map(Math.abs));
+}
+
+function mostOf(card, map) { // of all maps of its kind in its study, so that clips can be compared by their colours
+  const alike = data.cards.filter((other) => other.study === card.study).flatMap((other) => other.maps);
+  const maps = isOwnScale() ? [map] : alike.filter((other) => other.kind === map.kind && other.recovery !== null);
+  return Math.min(1, Math.max(0.01, ...maps.map(largest)));
+}
+
+function scale(card, map) {
   if (map.recovery === null) {
     const z = map.words.map((row) => row.map((cell) => (cell.length ? cell[1] / 1000 : null)));
     const paint = [[0, colour("few")], [1, colour("many")]];
     return { z, zmin: 0, zmax: 1, colorscale: paint, said: "probability<br>of the word" };
   }
-  const largest = Math.max(0.01, ...map.recovery.flat().filter((rate) => rate !== null).map(Math.abs));
-  const most = map.axis === "tokens" ? 1 : Math.min(1, largest);
+  const most = map.axis === "tokens" ? 1 : mostOf(card, map), whose = isOwnScale() ? "its own scale" : "common scale";
   const paint = [[0, colour("low")], [0.5, colour("middle")], [1, colour("high")]];
-  return { z: map.recovery, zmin: -most, zmax: most, colorscale: paint, said: "recovery<br>rate" };
+  return { z: map.recovery, zmin: -most, zmax: most, colorscale: paint, said: map.axis === "tokens" ? "recovery<br>rate" : `recovery rate<br>${whose}` };
 }
 
 function edges(map) { // of the columns; in time a gap between two stretches is a column of its own
@@ -157,7 +179,7 @@ function xaxisOf(map, card) {
 }
 
 function drawMap(place, card, map) {
-  const isText = map.axis === "tokens", { z, said, ...paint } = scale(map), { x, at } = edges(map), text = hover(map);
+  const isText = map.axis === "tokens", { z, said, ...paint } = scale(card, map), { x, at } = edges(map), text = hover(map);
   const cells = (grid, none) => grid.map((row) => at.map((n) => (n === null ? none : row[n])));
   const longest = Math.max(...map.columns.map((column) => (column.token || column.region || "").length));
   const below = isText ? 44 + 6 * longest : MARGIN.b; // its tokens stand upright
@@ -288,6 +310,8 @@ function theme(isDark) {
 
 document.querySelectorAll("audio").forEach((player) => { player.src = data.sounds[player.dataset.sound]; });
 document.getElementById("theme").onclick = () => theme(document.documentElement.dataset.theme !== "dark");
+const own = document.getElementById("own");
+if (own) own.onchange = () => document.querySelectorAll("article[data-drawn]").forEach(draw);
 prefersDark.onchange = () => theme(prefersDark.matches);
 theme(prefersDark.matches);
 document.querySelectorAll("[data-curve], [data-card]").forEach((place) => seen.observe(place));

@@ -1,20 +1,25 @@
 """The page itself: tables and clips in, one HTML file out."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
+from lalm_lens.audio import RATE_HZ
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.information_score import InformationScore
-from lalm_lens.report.curves import overview, score_curves, trace_curves
-from lalm_lens.report.found import Found, Study, find
+from lalm_lens.report.about import about
+from lalm_lens.report.clips import Analysed, Clips, Given, corrupted
+from lalm_lens.report.curves import score_curves, trace_curves
+from lalm_lens.report.found import Found, Source, Study, find
 from lalm_lens.report.maps import MAPPED, Words, maps_of, rounded
-from lalm_lens.report.sounds import Clips, Sounds, spectrogram
-from lalm_lens.results import to_read
+from lalm_lens.report.others import others
+from lalm_lens.report.overview import Section, of_other, of_scores, of_traces
+from lalm_lens.report.sounds import Sounds, spectrogram
 from lalm_lens.shapes import typed
 
 HERE = Path(__file__).parent
@@ -25,6 +30,7 @@ class Shown(NamedTuple):
 
     study: Study
     sample: str
+    source: Source  # the file of its first row
     rows: pd.DataFrame  # of its trace
     said: pd.DataFrame  # of its lens
 
@@ -33,14 +39,14 @@ class Shown(NamedTuple):
 def write_report(
     folder: str | Path,
     *,
-    clips: Sequence[str | Path] | Clips = (),
+    clips: Sequence[str | Path] = (),
     n_samples: int = 20,
     out: str | Path | None = None,
 ) -> Path:
-    """Write one HTML file about the traces, information scores and logit lenses in `folder`, by default into it as
-    `report.html`: an overview, curves by layer, and for `n_samples` clips their maps. `clips` are the folders with the
-    sound files and their metadata.jsonl, or `Clips`: with them there are spectrograms and players. Clips that are kept
-    come first, as many of every study.
+    """Write one HTML file about all tables in `folder`, by default into it as `report.html`: an overview, curves by
+    layer, and for `n_samples` clips their maps. `clips` are the folders with the sound files and their metadata.jsonl,
+    for spectrograms and players; without them, those of a study are looked for where its file says that they are. Clips
+    that are kept come first, as many of every study.
 
     Raises `DataError` for a folder without a table to show, and without plotly, an extra.
     """
@@ -48,12 +54,18 @@ def write_report(
         raise InputError(f"n_samples is how many clips are shown, 0 or more; got {n_samples}.")
     plotly = plotly_js()
     found = find(Path(folder))
-    heard = clips if isinstance(clips, Clips) else Clips.of([Path(each) for each in clips])
-    studies = sorted(found.studies(), key=lambda study: (*study.asked, study.heard))
-    sounds, words = Sounds(), Words()
-    cards = [card(shown, heard, sounds, words) for shown in chosen(studies, found, n_samples)]
-    scores = score_curves(InformationScore(found.scores)) if len(found.scores) else []
-    traced = [curves for study in studies if (curves := trace_curves(study)) is not None]
+    heard = Given.of([Path(each) for each in clips]) if clips else Analysed()
+    studies, sounds, words = found.studies(), Sounds(), Words()
+    places = {id(study): place for place, study in enumerate(studies)}
+    cards = [
+        card(shown, heard, sounds, words) | {"study": places[id(shown.study)]}
+        for shown in chosen(studies, found, n_samples)
+    ]
+    curves, other_sections = curves_of(studies, found), []
+    n_curves = len(curves)
+    for other in others(found):
+        other_sections.append(of_other(other, len(curves)))
+        curves += other.curves
     page = (
         environment()
         .get_template("page.html")
@@ -61,11 +73,15 @@ def write_report(
             plotly=plotly,
             style=(HERE / "page.css").read_text(encoding="utf-8"),
             script=(HERE / "page.js").read_text(encoding="utf-8"),
-            tables=tables(studies, found),
-            curves=[*traced, *scores],
+            abouts=about(found),
+            repeated=found.repeated,
+            sections=list(sections_of(studies, found)),
+            other_sections=other_sections,
+            n_curves=n_curves,
             cards=cards,
-            has_clips=bool(heard.listed),
-            data={"curves": [*traced, *scores], "cards": cards, "sounds": sounds.uris(), "words": list(words.places)},
+            is_traced=any(len(study.rows) for study in studies),
+            unheard=common([its.get("unheard") for its in cards]),
+            data={"curves": curves, "cards": cards, "sounds": sounds.uris(), "words": list(words.places)},
         )
     )
     path = Path(folder) / "report.html" if out is None else Path(out)
@@ -90,24 +106,17 @@ def environment() -> Environment:
     return found
 
 
-def tables(studies: Sequence[Study], found: Found) -> list[tuple[str, str]]:
-    """The overview, as titles and HTML."""
-    traced = [overview(study) for study in studies if len(study.rows)]
-    shown = []
+def sections_of(studies: Sequence[Study], found: Found) -> Iterator[Section]:
+    traced = [study for study in studies if len(study.rows)]
     if traced:
-        rows = to_read(pd.DataFrame(traced).astype({"fusion_layer": "Int64"}))
-        shown.append(("Causal tracing", html(rows)))
+        yield of_traces(traced)
     if len(found.scores):
-        points = InformationScore(found.scores).table()
-        told = [name for name in ("norm", "knockout") if points[name].nunique() == 1]
-        shown.append(("Information scores, means over prompts", html(points.drop(columns=told))))
-    return shown
+        yield of_scores(found)
 
 
-def html(table: pd.DataFrame) -> str:
-    """With escaped words, numbers of three decimals and "-" for what is not known."""
-    cells = table.astype(object).where(table.notna(), "-").rename(columns=lambda name: name.replace("_", " "))
-    return cells.to_html(index=False, border=0, float_format="{:.3f}".format)
+def curves_of(studies: Sequence[Study], found: Found) -> list[dict]:
+    traced = [its for study in studies if (its := trace_curves(study)) is not None]
+    return [*traced, *(score_curves(InformationScore(found.scores)) if len(found.scores) else [])]
 
 
 def chosen(studies: Sequence[Study], found: Found, n_samples: int) -> list[Shown]:
@@ -132,12 +141,14 @@ def clips_of(study: Study, found: Found) -> Iterator[Shown]:
     kept = rows[rows.status == "kept"]
     names = [*kept["sample"].unique(), *rows["sample"].unique(), *(said["sample"].unique() if not len(rows) else ())]
     for name in dict.fromkeys(names):
-        yield Shown(study, name, rows[rows["sample"] == name], said[said["sample"] == name])
+        of_trace, of_lens = rows[rows["sample"] == name], said[said["sample"] == name]
+        first = (of_trace if len(of_trace) else of_lens).iloc[0]
+        yield Shown(study, name, found.sources[first.source], of_trace, of_lens)
 
 
 def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words) -> dict:
     """What the page holds of one clip."""
-    study, rows, clips = shown.study, shown.rows, clips.within(shown.study.dataset)
+    study, rows = shown.study, shown.rows
     first = (rows if len(rows) else shown.said).iloc[0]
     found = {
         "sample": shown.sample,
@@ -151,13 +162,18 @@ def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words) -> dict:
         numbers = {name: rounded(first[name]) for name in ("p_clean", "p_corrupted", "noise")}
         told = {name: str(first[name]).replace("_", " ") for name in ("status", "metric", "direction")}
         found |= numbers | told | {"corruption": str(first.corruption).replace("_", " ", 1)}
-    sample = clips.find(study.attribute, shown.sample, str(first.label))
-    if sample is None:
-        return found
-    found |= {"clean": sounds.add(sample.waveform), "duration_s": len(sample.waveform) / 16_000}
+    sample = clips.find(shown.source, study.attribute, shown.sample, str(first.label))
+    if isinstance(sample, str):
+        return found | {"unheard": sample}
+    found |= {"clean": sounds.add(sample.waveform), "duration_s": len(sample.waveform) / RATE_HZ}
     found["mel"] = spectrogram(sample.waveform)
     if len(rows):
-        seed = 0 if pd.isna(first.seed) else int(first.seed)
-        corrupted = clips.corrupted(sample, study.attribute, str(first.corruption), seed)
-        found |= {} if corrupted is None else {"corrupted": sounds.add(corrupted)}
+        seed, other = 0 if pd.isna(first.seed) else int(first.seed), partial(clips.find, shown.source, study.attribute)
+        waveform = corrupted(sample, str(first.corruption), seed, other)
+        found |= {"no_corrupted": waveform} if isinstance(waveform, str) else {"corrupted": sounds.add(waveform)}
     return found
+
+
+def common(reasons: Sequence[Any]) -> str | None:
+    """What is the reason of all, if one is."""
+    return reasons[0] if len(set(reasons)) == 1 else None

@@ -1,79 +1,19 @@
 """Clips as a page holds them: small sound files in its text, and their log-mel spectrograms."""
 
 from base64 import b64encode
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import soundfile
 from transformers import WhisperFeatureExtractor
 
-from lalm_lens.attributes import ATTRIBUTES
 from lalm_lens.audio import RATE_HZ, Waveform
-from lalm_lens.corrupt import WhiteNoise, fitted, silence
-from lalm_lens.datasets import Clip, Sample, list_folder
-from lalm_lens.datasets.folder import LISTS, attribute_folders, list_as
-from lalm_lens.errors import DataError
 
 ALL_BYTES = 800_000  # of all sounds of a page together; base64 makes 4 of 3
 KBPS = (6.0, 256.0)  # what libsndfile's Opus makes of one channel at compression_level 1 and 0
 MOST_KBPS = 32.0
 N_BINS, N_FRAMES = 40, 240  # of a picture
-
-
-@dataclass(frozen=True)
-class Clips:
-    """The clips of some folders, those of an attribute's folder apart; none is read before it is asked for."""
-
-    listed: dict[str, list[Clip]]  # by attribute, or under "" those of any
-    datasets: "dict[str, Clips]" = field(default_factory=dict)  # of a study, by their names
-
-    @classmethod
-    def of(cls, folders: Sequence[Path]) -> "Clips":
-        """Folders with metadata.jsonl, or with a folder like that for each attribute, as `trace` and `audiolens` read
-        them. Raises `DataError` for another, and for two clips of one name and label."""
-        listed: dict[str, list[Clip]] = {}
-        for folder in folders:
-            for attribute, clips in lists_in(folder).items():
-                listed.setdefault(attribute, []).extend(clips)
-        for clips in listed.values():
-            by_name: dict[tuple[str, str], Clip] = {}
-            for clip in clips:
-                if by_name.setdefault((clip.name, clip.label), clip).digest != clip.digest:
-                    raise DataError(f"Two clips are named {clip.name} and labelled {clip.label}. Leave one out.")
-        return cls(listed)
-
-    def within(self, dataset: str) -> "Clips":
-        """Those of a dataset, or all where it is not known."""
-        return self.datasets.get(dataset, self)
-
-    def find(self, attribute: str, name: str, label: str | None = None) -> Sample | None:
-        """The clip of that name, and of that label if one is given; None if there is no such clip."""
-        clips = [*self.listed.get(attribute, []), *self.listed.get("", [])]
-        found = (clip for clip in clips if clip.name == name and label in (None, clip.label))
-        clip = next(found, None)
-        return None if clip is None else clip.read()
-
-    def corrupted(self, sample: Sample, attribute: str, corruption: str, seed: int) -> Waveform | None:
-        """What the corrupted run heard, as the table names it; None if that is a clip that is not there."""
-        kind, _, which = corruption.partition(" ")
-        if kind == "silence":
-            return silence(sample.waveform)
-        if kind == "white_noise":
-            return WhiteNoise(float(which.removesuffix(" dB")), seed).of(sample, ()).waveform
-        if kind != "other_clip":
-            raise DataError(f"{sample.name} was corrupted by something that is not known, {corruption!r}.")
-        other = self.find(attribute, which)
-        return None if other is None else fitted(other.waveform, len(sample.waveform))
-
-
-def lists_in(folder: Path) -> dict[str, list[Clip]]:
-    """Clips by attribute, or under "" those of a folder with a list of its own."""
-    if any((folder / name).is_file() for name in LISTS):
-        return {"": list_folder(folder)}
-    return {name: list_as(its, ATTRIBUTES[name]) for name, its in attribute_folders(folder, list(ATTRIBUTES)).items()}
 
 
 @dataclass
