@@ -410,6 +410,7 @@ def test_a_dataset_without_a_good_clip_stops_no_other(study, undisturbed, tmp_pa
     assert {"gone.wav", "metadata.jsonl, line 1", "a.wav"} == set(plan.excluded["sample"])
     monkeypatch.setattr(sys, "argv", ["lalm-lens", "run", str(folder / "study.toml"), "--out", str(folder / "out")])
     shutil.copytree(undisturbed, folder / "out")
+    (folder / "out" / "study.study.json").unlink()
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
