@@ -20,9 +20,10 @@ import typer
 
 from lalm_lens.assets import TINY_LALM
 from lalm_lens.assets.clips import write_clips
+from lalm_lens.planning import Planned, planned
 from lalm_lens.ray_runner import Queue, cluster, drained, workers_of
 from lalm_lens.runner import run_local, write_list
-from lalm_lens.study import Planned, Study, planned
+from lalm_lens.study import Study
 from lalm_lens.study_results import load_results
 
 STUDY = f"""

@@ -20,7 +20,8 @@ from lalm_lens.errors import ConversionError, InputError, LensError, reason
 from lalm_lens.experiments.asked import processor_of
 from lalm_lens.loading import from_pretrained
 from lalm_lens.model import HookedLALM
-from lalm_lens.study import Planned, Study
+from lalm_lens.planning import Planned
+from lalm_lens.study import Study
 from lalm_lens.tables import Table
 from lalm_lens.units import ABOUT, Opened, Unit, claimed, writable
 

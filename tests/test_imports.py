@@ -14,7 +14,7 @@ ORDER = (
     "transcripts axes hooks bridge_config words named_weights generation transformer light_cone model marked seeing "
     "weights loading verify golden info runs windows interventions readouts engine patching attribution metrics "
     "aggregates similarity proportions plots tables lens_plots representation_plots pathway_plots conflict_plots "
-    "pair_plots heard_plots specification_plots results experiments discovery units study runner ray_runner "
+    "pair_plots heard_plots specification_plots results experiments discovery units study planning runner ray_runner "
     "study_results trace_page report assets reproduce demo commands cli __init__ __main__"
 ).split()
 FOR_CONVERSIONS = {"config", "errors", "weights", "nn", "encoders", "adapters", "prompts"}

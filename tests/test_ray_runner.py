@@ -15,9 +15,10 @@ from test_study import STUDY, assert_same, done
 
 from lalm_lens.assets.clips import write_clips
 from lalm_lens.errors import DataError
+from lalm_lens.planning import planned
 from lalm_lens.ray_runner import TOKEN, TRIES, Queue, drained, run_ray
 from lalm_lens.runner import Outcome, unfinished, write_list
-from lalm_lens.study import Study, planned
+from lalm_lens.study import Study
 
 pytestmark = pytest.mark.numbers
 

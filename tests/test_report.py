@@ -28,6 +28,7 @@ from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.experiments.information_score import InformationScore, information_score
 from lalm_lens.experiments.logit_lens import LogitLens, logit_lens
 from lalm_lens.loading import from_pretrained
+from lalm_lens.planning import planned
 from lalm_lens.report import write_report
 from lalm_lens.report.clips import Given, corrupted
 from lalm_lens.report.found import Source
@@ -38,7 +39,7 @@ from lalm_lens.report.page import card as card_of
 from lalm_lens.report.sounds import Sounds, compression, opus, spectrogram, text
 from lalm_lens.results import CausalTrace
 from lalm_lens.runner import run_local, write_list
-from lalm_lens.study import Study, planned
+from lalm_lens.study import Study
 from lalm_lens.study_results import load_results
 from lalm_lens.tables import Table
 from lalm_lens.units import ABOUT

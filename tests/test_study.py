@@ -37,9 +37,10 @@ from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.experiments.suppression import suppression
 from lalm_lens.experiments.text_dominance import text_dominance
+from lalm_lens.planning import Planned, planned
 from lalm_lens.results import CausalTrace
 from lalm_lens.runner import Models, run_local, table_of, unfinished, write_list
-from lalm_lens.study import Planned, Study, planned
+from lalm_lens.study import Study
 from lalm_lens.study_results import compare_models, load_results
 from lalm_lens.units import ABOUT, Opened, Unit, claimed, fingerprint
 

@@ -12,8 +12,9 @@ from lalm_lens.assets.audio_visual.clips import write_av_clips
 from lalm_lens.audio_visual import list_audio_visual, read_audio_visual, swap_clips
 from lalm_lens.errors import InputError
 from lalm_lens.loading import from_pretrained
+from lalm_lens.planning import planned
 from lalm_lens.runner import run_local, write_list
-from lalm_lens.study import Study, planned
+from lalm_lens.study import Study
 from lalm_lens.study_results import load_results
 
 pytestmark = pytest.mark.numbers

@@ -18,8 +18,9 @@ from lalm_lens.errors import LensError
 
 if TYPE_CHECKING:
     from lalm_lens.datasets import Clip
+    from lalm_lens.planning import Planned
     from lalm_lens.runner import Outcome
-    from lalm_lens.study import Planned, Study
+    from lalm_lens.study import Study
     from lalm_lens.units import Unit
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -48,8 +49,9 @@ def run_command(
     report: Annotated[bool, typer.Option("--report", help="Write report.html into the folder at the end.")] = False,
 ) -> None:
     """Run a whole study, or go on with it: what is finished is not run again."""
+    from lalm_lens.planning import planned
     from lalm_lens.runner import unfinished, write_list
-    from lalm_lens.study import Study, planned
+    from lalm_lens.study import Study
 
     study = Study.read(config, out)
     if report:
