@@ -1,7 +1,7 @@
 """What a study has found, out of its many files: tidy tables, what was left out, and models side by side."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -29,11 +29,11 @@ EXCLUDED = ["model", "dataset", "attribute", "experiment", "sample", "reason"]
 
 @dataclass(frozen=True, repr=False)
 class Results:
-    """The finished units of the studies in a folder. `units` has a row each: what it is of, its `settings` and `seed`,
-    how many clips and rows it has, how it ran (`wall_s`, `device`, `device_map`, `threads`, `versions`, `command`) and
-    its `path`. `excluded` are the clips that were left out, and why: of all experiments where none is named.
-    `n_unfinished` units are not there yet, and `failed` says what is left out altogether, and why: models by their
-    paths, datasets with an attribute."""
+    """The finished units of the studies in a folder. `units` has a row each: what it is of, its `settings`, `seed` and
+    `clips`, how many they are, and its rows, how it ran (`wall_s`, `device`, `device_map`, `threads`, `versions`,
+    `command`) and its `path`. `excluded` are the clips that were left out, and why: of all experiments where none is
+    named. `n_unfinished` units are not there yet, and `failed` says what is left out altogether, and why: models by
+    their paths, datasets with an attribute."""
 
     units: pd.DataFrame
     excluded: pd.DataFrame
@@ -54,7 +54,8 @@ class Results:
         """All rows of an experiment, as the table that it gives, in the study's order; `chosen` are columns of `units`
         or settings, as `dataset="clips"` or `corruption=Silence()`.
 
-        Raises `DataError` if there are none, or if the units differ in what no column of the table tells apart.
+        Raises `DataError` if there are none, if the units differ in what no column of the table tells apart, or if a
+        clip is in two of them.
         """
         kind = experiment_named(experiment).table
         rows = self.units[self.units.experiment == experiment]
@@ -67,6 +68,7 @@ class Results:
             tables = list(pool.map(parquet.read_table, rows.path))
         frame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
         refuse_mixed(rows, kind, frame)
+        refuse_twice(rows)
         return kind.concat([frame])
 
     def __repr__(self) -> str:
@@ -103,6 +105,16 @@ def refuse_mixed(units: pd.DataFrame, kind: type[Table], frame: pd.DataFrame) ->
                 )
 
 
+def refuse_twice(units: pd.DataFrame) -> None:
+    """Raise `DataError` for a clip in two units that are the same but for the clips: its rows would count twice."""
+    rows = units[[*SHOWN, "settings", "clips"]].explode("clips").astype(str)
+    if len(twice := rows[rows.duplicated()]):
+        raise DataError(
+            f"{twice.clips.iloc[0]} is in more than one of these units ({twice.clips.nunique()} such clips), because "
+            "studies of this folder divide their clips in other ways. Read one alone: load_results(folder, study=...)."
+        )
+
+
 def apart(column: pd.Series, values: pd.Series, n_rows: pd.Series) -> bool:
     """Whether units with different values of a setting have nothing in common in a column."""
     pairs = pd.DataFrame({"column": column.map(str).to_numpy(), "value": np.repeat(values.to_numpy(), n_rows)})
@@ -110,36 +122,44 @@ def apart(column: pd.Series, values: pd.Series, n_rows: pd.Series) -> bool:
 
 
 @typed
-def load_results(folder: str | Path) -> Results:
-    """What `lalm-lens run` has finished in a folder, of all studies that have their list there.
+def load_results(folder: str | Path, study: str | None = None) -> Results:
+    """What `lalm-lens run` has finished in a folder, of all studies that have their list there, or of one, by the name
+    of its file.
 
     Files of what a study no longer holds, because its clips or its settings have changed, are passed over. Raises
-    `DataError` for a folder without a study.
+    `DataError` for a folder without a study, or without that one.
     """
     folder = Path(folder)
-    lists = lists_in(folder)
-    if not lists:
+    known = {name.removesuffix(ENDING): its for name, its in lists_in(folder).items()}
+    if not known:
         raise DataError(f"{folder} holds no study: give the folder that `lalm-lens run` wrote to.")
-    names = dict.fromkeys(name for each in lists for name in each["units"])
-    paths = finished_in(folder)
+    if study is not None and study not in known:
+        raise DataError(f"{folder} holds no study {study!r}, only {', '.join(known)}.")
+    lists = [its for name, its in known.items() if study in (None, name)]
+    names = units_of(lists)
+    paths = [path for name in names if (path := folder / name).is_file()]
     with ThreadPoolExecutor() as pool:
         units = list(pool.map(about, paths))
-    columns = [*SHOWN, "settings", "seed", "n_clips", "n_rows", *RAN, "path"]
+    columns = [*SHOWN, "settings", "seed", "clips", "n_clips", "n_rows", *RAN, "path"]
     left_out = [each for its in lists for each in its["excluded"]] + [each for unit in units for each in refused(unit)]
     excluded = pd.DataFrame(left_out, columns=EXCLUDED).drop_duplicates(ignore_index=True)
     failed = {what: why for each in lists for what, why in each.get("failed", {}).items()}
     return Results(pd.DataFrame(units).reindex(columns=columns), excluded, len(names) - len(paths), failed)
 
 
-def lists_in(folder: Path) -> list[dict[str, Any]]:
-    """What the studies of a folder say that they hold."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*{ENDING}"))]
+def lists_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the studies of a folder say that they hold, by the files that say it."""
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*{ENDING}"))}
+
+
+def units_of(lists: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The files of the units of some studies, in their order."""
+    return list(dict.fromkeys(name for each in lists for name in each["units"]))
 
 
 def finished_in(folder: Path) -> list[Path]:
-    """The files of the finished units that the studies of a folder hold, in their order."""
-    names = dict.fromkeys(name for each in lists_in(folder) for name in each["units"])
-    return [path for name in names if (path := folder / name).is_file()]
+    """The files of the finished units that the studies of a folder hold."""
+    return [path for name in units_of(lists_in(folder).values()) if (path := folder / name).is_file()]
 
 
 def about(path: Path) -> dict[str, Any]:
@@ -154,6 +174,7 @@ def about(path: Path) -> dict[str, Any]:
     return {
         **told,
         "attribute": told["attribute"]["name"],
+        "clips": [name for name, *_ in told["clips"]],
         "n_clips": len(told["clips"]),
         "n_rows": metadata.num_rows,
         "path": path,

@@ -607,6 +607,23 @@ def test_what_no_column_tells_apart_is_not_mixed(study, undisturbed, tmp_path):
     assert len(results.table("causal_trace", kinds=("layer",)).frame) == 2 * 6 * 9
 
 
+def test_a_clip_of_two_studies_counts_once(study, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (study.parent / "wider.toml").write_text(STUDY.replace("shard = 1", "shard = 4"))
+    wider = planned(Study.read(study.parent / "wider.toml"))
+    write_list(wider, tmp_path)
+    list(run_local(wider.units[:2], tmp_path))
+    results = load_results(tmp_path)
+    with pytest.raises(DataError, match=r"in more than one of these units \(6 such clips\)"):
+        results.table("information_score")
+    assert results.table("causal_trace").frame["sample"].nunique() == 6  # the same units in both
+    for name in ("study", "wider"):
+        (one := load_results(tmp_path, study=name)).table("information_score")
+        assert one.n_unfinished == 0
+    with pytest.raises(DataError, match="no study 'other', only study, wider"):
+        load_results(tmp_path, study="other")
+
+
 def test_what_a_column_tells_apart_may_be_mixed(study, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     cut = 'shard = 6\nknockouts = [{ type = "Knockout", layers = "all", queries = [-1], keys = "audio" }]'

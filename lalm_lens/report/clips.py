@@ -74,7 +74,7 @@ class Analysed:
     def find(self, source: Source, attribute: str, name: str, label: str | None = None) -> Sample | str:
         if not source.told:
             return NOT_GIVEN
-        study = next((its for its in lists_in(source.path.parent) if source.path.name in its["units"]), {})
+        study = next((its for its in lists_in(source.path.parent).values() if source.path.name in its["units"]), {})
         where = str(source.path.parent), study.get("path", ""), source.told["dataset"], attribute
         if where not in self.listed:
             self.listed[where] = listed_again(study, source, attribute)
