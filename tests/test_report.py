@@ -33,6 +33,7 @@ from lalm_lens.report.clips import Given, corrupted
 from lalm_lens.report.found import Source
 from lalm_lens.report.found import Study as Traced
 from lalm_lens.report.maps import Words
+from lalm_lens.report.others import tables_of
 from lalm_lens.report.page import Shown
 from lalm_lens.report.page import card as card_of
 from lalm_lens.report.sounds import Sounds, compression, opus, spectrogram, text
@@ -691,3 +692,14 @@ def test_studies_that_share_runs_show_the_first(study, tmp_path):
     assert page.data["curves"] == alone.data["curves"]
     assert "(recovery differs by 1e-09 at most)" in (where / "report.html").read_text()
     assert "in other batches" not in (tmp_path / "r.html").read_text()
+
+
+def test_a_clip_of_two_units_counts_once(tmp_path):
+    """Of other batches, of two studies: the first of them is taken."""
+    about, sources = {"model": "m", "attribute": "gender", "form": "P3", "label": "male"}, []
+    for n, clips in enumerate((["a.wav", "b.wav"], ["b.wav", "c.wav"])):
+        rows = pd.DataFrame([{**about, "sample": name, "thing": float(n)} for name in clips])
+        sources.append(Source(Tomorrow.concat([rows]).save(tmp_path / f"{n}.parquet"), Tomorrow, {}))
+    ((_, table),) = tables_of(sources)
+    assert table.frame["sample"].tolist() == ["a.wav", "b.wav", "c.wav"]
+    assert table.frame.thing.tolist() == [0.0, 0.0, 1.0]
