@@ -116,7 +116,7 @@ function hover(map) {
   }));
 }
 
-const isOwnScale = () => document.getElementById("own").checked;
+const isOwnScale = () => document.getElementById("own")?.checked;
 
 function largest(map) {
   return Math.max(0, ...map.recovery.flat().filter((rate) => rate !== null).map(Math.abs));

@@ -57,7 +57,7 @@ def write_report(
     heard = Given.of([Path(each) for each in clips]) if clips else Analysed()
     studies, sounds, words = found.studies(), Sounds(), Words()
     places = {id(study): place for place, study in enumerate(studies)}
-    cards = [
+    cards: list[dict[str, Any]] = [
         card(shown, heard, sounds, words) | {"study": places[id(shown.study)]}
         for shown in chosen(studies, found, n_samples)
     ]
@@ -80,6 +80,7 @@ def write_report(
             n_curves=n_curves,
             cards=cards,
             is_traced=any(len(study.rows) for study in studies),
+            has_scales=any(its["axis"] == "time" and its["recovery"] for one in cards for its in one["maps"]),
             unheard=common([its.get("unheard") for its in cards]),
             data={"curves": curves, "cards": cards, "sounds": sounds.uris(), "words": list(words.places)},
         )
