@@ -123,37 +123,25 @@ def planned(study: Study, conversion_named: Callable[[str | None], Conversion | 
     failed: dict[str, str] = {}
     screened = screened_of(study, failed)
     refuse_nothing(study, failed, [each for each in screened if each.clips])
-    units, left_out, n_opened = {}, [], 0
+    units, left_out, unopened = {}, [], {}
     for table in study.models:
         opened = study.opened(table, conversion_named)
         try:
             model, weights = that_hears(opened), fingerprint(opened)
         except (LensError, OSError) as error:
-            failed[table.path] = str(error)
+            unopened[table.path] = str(error)
             continue
-        assert model.processor is not None
-        n_opened += 1
-        heard = [each.heard_by(model.processor) for each in screened]
-        failed |= {
-            f"{table.path}, {after.called}": after.lack
-            for before, after in zip(screened, heard, strict=True)
-            if before.clips and not after.clips
-        }
-        left_out += [
-            {"model": model.cfg.model_name, "dataset": each.dataset.called, "attribute": each.attribute.name}
-            | {"sample": its.name, "reason": its.reason}
-            for each in heard
-            for its in each.excluded
-        ]
+        heard = heard_by(model, table.path, screened, failed)
+        left_out += excluded_of(model, heard)
         for chosen, each in product(study.experiments, heard):
             if each.clips and chosen.is_about(table.path, each.attribute.name):
                 try:
                     units |= {unit.hash: unit for unit in units_of(chosen, each, opened, model, weights)}
                 except LensError as error:
                     failed[f"{chosen.experiment.name}, {table.path}, {each.called}"] = str(error)
-    if not n_opened:
-        reasons = "; ".join(why for what, why in failed.items() if what in {table.path for table in study.models})
-        raise InputError(f"No model of {study.path} can be opened. {reasons}")
+    if all(table.path in unopened for table in study.models):
+        raise InputError(f"No model of {study.path} can be opened. {'; '.join(unopened.values())}")
+    failed = {**unopened, **failed}
     refuse_nothing(study, failed, units)
     columns = ["model", "dataset", "attribute", "sample", "reason"]
     return Planned(study, tuple(units.values()), pd.DataFrame(left_out, columns=columns, dtype="str"), failed)
@@ -170,6 +158,21 @@ def screened_of(study: Study, failed: dict[str, str]) -> list[Screened]:
                 failed[f"{dataset.called}, {attribute.name}"] = str(error)
     failed |= {each.called: each.lack for each in found if not each.clips}
     return found
+
+
+def heard_by(model: HookedLALM, path: str, screened: Sequence[Screened], failed: dict[str, str]) -> list[Screened]:
+    """What a model hears of each dataset; `failed` is told of which that is nothing."""
+    assert model.processor is not None
+    heard = [each.heard_by(model.processor) for each in screened]
+    both = zip(screened, heard, strict=True)
+    failed |= {f"{path}, {after.called}": after.lack for before, after in both if before.clips and not after.clips}
+    return heard
+
+
+def excluded_of(model: HookedLALM, heard: Sequence[Screened]) -> Iterator[dict[str, str]]:
+    for each in heard:
+        about = {"model": model.cfg.model_name, "dataset": each.dataset.called, "attribute": each.attribute.name}
+        yield from (about | {"sample": its.name, "reason": its.reason} for its in each.excluded)
 
 
 def refuse_nothing(study: Study, failed: Mapping[str, str], left: Collection) -> None:
