@@ -479,7 +479,7 @@ def test_conditions_of_one_clip_are_on_one_side(tiny_lalm, samples):
     assert summary.condition.tolist() == ["audio_only", "conflict"] * 2
     assert summary.n.tolist() == [2] * 4
     assert summary.tdr_before.notna().tolist() == [False, True] * 2
-    short = table.table(n_resamples=50)
+    short = table.overview()
     assert len(short.columns) <= 12 < len(summary.columns)
     assert short.layers[0] == f"{summary.source[0]} -> {summary.target[0]}, window {summary.window[0]}"
     pd.testing.assert_frame_equal(short.drop(columns="layers"), summary[short.columns.drop("layers")])

@@ -292,21 +292,10 @@ class BackPatch(Changed):
         table = pd.DataFrame(found)
         return table.assign(repairs=repairs(table)).dropna(axis="columns", how="all")
 
-    @typed
-    def table(
-        self,
-        by: By = "accuracy",
-        control: str | None = None,
-        min_clear: float | int = 0.5,
-        n_resamples: int = 1000,
-        seed: int = 0,
-    ) -> pd.DataFrame:
+    def overview(self) -> pd.DataFrame:
         """What of `summary` says whether there is a repair: the chosen layers, accuracy and text dominance before and
         after, and McNemar's p of accuracy."""
-        return in_short(self.summary(by, control, min_clear, n_resamples, seed))
-
-    def overview(self) -> pd.DataFrame:
-        return self.table()
+        return in_short(self.summary())
 
     @typed
     def plot(self, on: On = "held_out", by: By = "accuracy", min_clear: float | int = 0.5) -> "Figure":
