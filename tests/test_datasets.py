@@ -27,6 +27,7 @@ from lalm_lens.datasets import (
     Sample,
     balance,
     cleaned,
+    cut_to,
     list_dataset,
     list_folder,
     list_hub,
@@ -39,7 +40,7 @@ from lalm_lens.datasets import (
 from lalm_lens.datasets.clip import accepted, told_apart, told_once
 from lalm_lens.datasets.folder import LISTS, rows_of_folder
 from lalm_lens.datasets.hub import rows_of_dataset
-from lalm_lens.errors import AudioError, DataError, PromptError
+from lalm_lens.errors import AudioError, DataError, InputError, PromptError
 from lalm_lens.experiments.asked import Question
 from lalm_lens.study import Study
 
@@ -396,3 +397,12 @@ def test_a_command_reads_a_folder_of_one_attribute_from_any_list(tmp_path, name)
     ]
     with pytest.raises(DataError, match=r"holds the clips of one attribute. Say which"):
         read_study(tmp_path, None, None, None, None)
+
+
+def test_what_cannot_be_drawn_or_cut():
+    clips = [Sample(f"{n}.wav", "male", torch.zeros(800), speaker=str(n)) for n in range(4)]
+    for by_speaker in (False, True):
+        with pytest.raises(InputError, match="0 or more; got -1"):
+            split(clips, 2, seed=-1, by_speaker=by_speaker)
+    with pytest.raises(InputError, match="1 or more; got 0"):
+        cut_to(clips, 0)

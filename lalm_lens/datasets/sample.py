@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, TypedDict, runtime_checkable
 
 from lalm_lens.audio import Waveform, read_audio
-from lalm_lens.errors import DataError
+from lalm_lens.errors import DataError, InputError
 from lalm_lens.inputs import Images, Videos, joined
 from lalm_lens.pieces import Statement
 
@@ -83,7 +83,9 @@ def read_sample(path: str | Path, label: str, transcript: str | None = None) -> 
 
 def cut_to(samples: Sequence[Sample], n_samples: int) -> list[Sample]:
     """The clips without what is behind their first `n_samples` (16 kHz) samples, and then without the transcript of the
-    whole; shorter ones are as they were."""
+    whole; shorter ones are as they were. Raises `InputError` for less than one sample."""
+    if n_samples < 1:
+        raise InputError(f"Clips are cut to a number of samples, 1 or more; got {n_samples}.")
     return [
         replace(sample, waveform=sample.waveform[:n_samples], transcript=None)
         if len(sample.waveform) > n_samples

@@ -8,6 +8,7 @@ import pandas as pd
 
 from lalm_lens.datasets.clip import Clip
 from lalm_lens.datasets.sample import Sample
+from lalm_lens.draws import drawing
 from lalm_lens.errors import DataError
 
 T = TypeVar("T", Sample, Clip)
@@ -30,7 +31,7 @@ def split(samples: Sequence[T], n: int, seed: int = 0, *, by_speaker: bool = Fal
 
 
 def clips_first(samples: Sequence[T], n: int, seed: int) -> set[int]:
-    rng = np.random.default_rng(seed)
+    rng = drawing(seed)
     drawn = pd.DataFrame({"label": [sample.label for sample in samples]}).iloc[rng.permutation(len(samples))]
     by_label = drawn.groupby("label").label
     share = (by_label.cumcount() + 0.5) / by_label.transform("size")
@@ -49,7 +50,7 @@ def speakers_first(samples: Sequence[T], n: int, seed: int) -> set[int]:
     by_speaker = pd.crosstab(clips.speaker, clips.label)
     wanted = by_speaker.sum() * n / len(clips)
     taken, speakers = 0 * wanted, []
-    for at in np.random.default_rng(seed).permutation(len(by_speaker)):
+    for at in drawing(seed).permutation(len(by_speaker)):
         with_them = taken + by_speaker.iloc[at]
         if (with_them - wanted).abs().sum() < (taken - wanted).abs().sum():
             taken, speakers = with_them, [*speakers, by_speaker.index[at]]
