@@ -15,11 +15,11 @@ BY_SAMPLE = ["model", "attribute", "sample"]
 SETTINGS = [
     "model",
     "attribute",
+    "form",
     "question",
     "labels",
     "prefix",
     "label_space",
-    "form",
     "corruption",
     "seed",
     "transcript",
@@ -31,7 +31,7 @@ SETTINGS = [
     "direction",
     "kind",
 ]
-OF_ATTRIBUTE = ("question", "labels", "prefix")  # each attribute has its own
+ASKED = ("question", "labels", "prefix")  # each attribute has its own, and each form
 ONE_RUN = list(dict.fromkeys([*BY_SAMPLE, *SETTINGS, "layer", "position", "head", "neurons", "start_s", "end_s"]))
 AVERAGES = {
     "n": "int64",
@@ -156,7 +156,8 @@ def refuse_mixed(frame: pd.DataFrame, by: Sequence[str]) -> None:
     patched run stands twice in the table."""
     settings = frame.assign(corruption=corruption_kinds(frame), site=frame.site.replace("embed", pd.NA))
     for name in SETTINGS:
-        groups = settings.groupby("attribute") if name in OF_ATTRIBUTE and "attribute" in by else [("all", settings)]
+        own = [each for each in ("attribute", "form") if each in by and name in ASKED]
+        groups = settings.groupby(own) if own else [("all", settings)]
         for _, rows in groups:
             values = sorted(map(str, rows[name].dropna().unique()))
             if name not in by and len(values) > 1:

@@ -69,7 +69,7 @@ def pairs_of(samples: Sequence[N], distance: Callable[[N, N], float]) -> list[tu
 
 def apart(sample: N, other: N, distance: Callable[[N, N], float]) -> float:
     """-infinity for what must not be put together."""
-    if seen_label(sample) == other.label:
+    if sample is other or seen_label(sample) == other.label:
         return -np.inf
     found = float(distance(sample, other))
     if not np.isfinite(found):

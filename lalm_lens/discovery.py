@@ -3,12 +3,12 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from inspect import Parameter, isfunction, signature
-from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from beartype.door import is_bearable
 
@@ -102,8 +102,8 @@ def refuse_unknown(what: str, given: Mapping[str, Any], known: Mapping[str, Any]
 def value_of(value: Any, hint: Any, what: str, n_layers: int = 1) -> Any:
     """A value of a TOML file as a parameter with this annotation takes it.
 
-    A list is a tuple, {range = [0, 8]} a range, and {type = "WhiteNoise", snr_db = 0} that dataclass. Raises
-    `InputError` for another type.
+    A whole number may stand for another, a list is a tuple, {range = [0, 8]} a range, and {type = "WhiteNoise",
+    snr_db = 0} that dataclass. Raises `InputError` for another type.
     """
     found = built(value, hint, what, n_layers)
     if is_bearable(found, hint) and (not isinstance(value, bool) or takes_bool(hint)):
@@ -117,6 +117,8 @@ def value_of(value: Any, hint: Any, what: str, n_layers: int = 1) -> Any:
 def built(value: Any, hint: Any, what: str, n_layers: int) -> Any:
     if isinstance(value, list):
         return tuple(built(each, hint, what, n_layers) for each in value)
+    if type(value) is int and not is_bearable(value, hint) and is_bearable(float(value), hint):
+        return float(value)
     if not isinstance(value, dict) or is_bearable(value, hint):
         return value
     if set(value) == {"range"} and is_bearable(value["range"], list[int]) and 1 <= len(value["range"]) <= 3:
@@ -138,10 +140,11 @@ def made(kind: type, given: Mapping[str, Any], what: str, n_layers: int = 1) -> 
     for name, value in given.items():
         is_all = name == "layers" and value == "all" and not is_bearable(value, hints[name])
         values[name] = range(n_layers) if is_all else value_of(value, hints[name], f"{name} of {what}", n_layers)
+    needed = [its.name for its in fields(kind) if its.default is MISSING and its.default_factory is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise InputError(f"{what} needs {', '.join(missing)}.")
     try:
         return kind(**values)
-    except TypeError as error:
-        raise InputError(f"{what}, a {kind.__name__}, is not complete: {error}.") from None
     except LensError as error:
         raise InputError(f"{what}: {error}") from None
 
@@ -162,4 +165,8 @@ def told(hint: Any) -> str:
     """An annotation in a user's words."""
     if isinstance(hint, type) and not get_args(hint):
         return hint.__name__
+    if get_origin(hint) in (tuple, Sequence) and (of := [each for each in get_args(hint) if each is not ...]):
+        return f"a list of {' and '.join(map(told, dict.fromkeys(of)))}"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(told(each) for each in get_args(hint) if each is not NoneType)
     return str(hint).replace("typing.", "").replace("collections.abc.", "").replace("lalm_lens.", "")

@@ -182,7 +182,7 @@ def refuse_nothing(study: Study, failed: Mapping[str, str], left: Collection) ->
 
 
 def that_hears(opened: Opened) -> HookedLALM:
-    model = without_weights(opened.path, **opened.files)
+    model = opened.named(without_weights(opened.path, **opened.files))
     if model.processor is None:
         raise InputError(f"{opened.path} has no tokenizer and feature extractor beside it: save the processor there.")
     return model

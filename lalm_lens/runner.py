@@ -66,7 +66,9 @@ class Models:
     def opened(self, which: Opened) -> HookedLALM:
         dtype, device_map = getattr(torch, which.dtype), which.device_map
         device = "cpu" if device_map is not None else self.device
-        return from_pretrained(which.path, dtype=dtype, device=device, device_map=device_map, **which.files)
+        return which.named(
+            from_pretrained(which.path, dtype=dtype, device=device, device_map=device_map, **which.files)
+        )
 
 
 def finish(unit: Unit, out: Path, models: Models) -> Outcome | None:
@@ -88,7 +90,7 @@ def finish(unit: Unit, out: Path, models: Models) -> Outcome | None:
 
 def said(error: Exception) -> str:
     """What an error says; and where it is from, if nobody meant it to be read."""
-    if isinstance(error, LensError):
+    if isinstance(error, LensError | OSError):
         return str(error)
     last = extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}: {reason(error)}"
@@ -127,9 +129,10 @@ def unfinished(units: Sequence[Unit], out: Path) -> list[Unit]:
     return [unit for unit in units if not unit.is_finished(out)]
 
 
-def write_list(plan: Planned, out: Path) -> Path:
-    """Say which units the study has, in their order, what is left out of it, and what file it is (from the folder on
-    too: both may be moved). Raises `InputError` where the list is that of another study's file."""
+def write_list(plan: Planned, out: Path, done: Sequence[Outcome] = ()) -> Path:
+    """Say which units the study has, in their order, what is left out of it, why some of what is done failed, and what
+    file it is (from the folder on too: both may be moved). Raises `InputError` where the list is that of another
+    study's file."""
     writable(out)
     path = out / f"{plan.study.path.stem}{ENDING}"
     refuse_another(path, plan.study)
@@ -140,6 +143,9 @@ def write_list(plan: Planned, out: Path) -> Path:
         "units": [unit.path(out).name for unit in plan.units],
         "excluded": plan.excluded.to_dict("records"),
         "failed": plan.failed,
+        "failures": {
+            its.unit.path(out).name: {"of": its.unit.called, "reason": its.failure} for its in done if its.failure
+        },
     }
     new = path.with_name(f".{path.name}.{time.time_ns()}")
     try:

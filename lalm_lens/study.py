@@ -15,6 +15,7 @@ from lalm_lens.datasets.clip import Row, spelled, told_apart
 from lalm_lens.datasets.folder import folder_of, rows_of_folder
 from lalm_lens.datasets.hub import rows_of_hub, rows_of_sakura
 from lalm_lens.discovery import Experiment, experiment_named, made, refuse_unknown, value_of
+from lalm_lens.draws import refuse_seed
 from lalm_lens.errors import InputError, PromptError, reason
 from lalm_lens.units import Opened
 from lalm_lens.weights import Conversion
@@ -32,6 +33,7 @@ class ModelTable:
     parts: Mapping[str, str] = field(default_factory=dict)
     device_map: str | None = None
     conversion: str | None = None  # module:NAME
+    name: str | None = None  # in tables, where that of its folder is not its own
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class DatasetTable:
     def __post_init__(self) -> None:
         if sum(map(bool, (self.folder, self.hub, self.sakura))) != 1:
             raise InputError("A dataset is one of a folder, a dataset of the hub, or sakura: give that one.")
+        refuse_seed(self.seed)
+        if self.made < 0:
+            raise InputError(f"made is how many clips are made, 0 or more; got {self.made}.")
+        if self.hub is None and (self.columns or self.config or self.split != "test"):
+            raise InputError("split, config and columns belong to a dataset of the hub: leave them out, or give hub.")
         if self.made and "{attribute}" not in (self.folder or ""):
             raise InputError('Clips are made in a folder for each attribute, as folder = "clips/{attribute}".')
         if not self.attributes:
@@ -214,6 +221,9 @@ class Study:
         for asked in (*study.datasets, *study.experiments):
             for name in asked.attributes:
                 study.attribute(name)
+        asked = [f"{its.called}, {name}" for its in study.datasets for name in its.attributes]
+        if twice := [its for its in asked if asked.count(its) > 1]:
+            raise InputError(f"Two datasets are {twice[0]}: give each a name of its own.")
         paths = [model.path for model in study.models]
         if unknown := [path for chosen in study.experiments for path in chosen.models if path not in paths]:
             raise InputError(f"No [[model]] has the path {unknown[0]!r}, only {', '.join(paths)}.")
@@ -234,7 +244,7 @@ class Study:
 
         parts = {name: here(path) for name, path in table.parts.items()}
         conversion = conversion_named(table.conversion)
-        return Opened(here(table.path), table.dtype, conversion, parts, table.device_map)
+        return Opened(here(table.path), table.dtype, conversion, parts, table.device_map, table.name)
 
 
 def tables(given: Mapping[str, Any], key: str, least: int = 1) -> list[dict[str, Any]]:

@@ -32,13 +32,14 @@ class Results:
     """The finished units of the studies in a folder. `units` has a row each: what it is of, its `settings`, `seed` and
     `clips`, how many they are, and its rows, how it ran (`wall_s`, `device`, `device_map`, `threads`, `versions`,
     `command`) and its `path`. `excluded` are the clips that were left out, and why: of all experiments where none is
-    named. `n_unfinished` units are not there yet, and `failed` says what is left out altogether, and why: models by
-    their paths, datasets with an attribute."""
+    named. `n_unfinished` units are not there yet; `failures` says of some of them why the last run could not finish
+    them. `failed` says what is left out altogether, and why: models by their paths, datasets with an attribute."""
 
     units: pd.DataFrame
     excluded: pd.DataFrame
     n_unfinished: int
     failed: Mapping[str, str]
+    failures: Mapping[str, str]
 
     @property
     def experiments(self) -> list[str]:
@@ -76,6 +77,7 @@ class Results:
         parts = [f"{name}: {its.n} units, {its.rows} rows" for name, its in counts.iterrows()]
         parts += [f"computed on {' and '.join(kinds)}"] if len(kinds := self.machines) > 1 else []
         parts += [f"{self.n_unfinished} units unfinished"] if self.n_unfinished else []
+        parts += [f"failed: {what}" for what in self.failures]
         parts += [f"{len(self.excluded)} clips left out"] if len(self.excluded) else []
         parts += [f"{what} left out" for what in self.failed]
         return f"Results({'; '.join(parts)})"
@@ -101,7 +103,8 @@ def refuse_mixed(units: pd.DataFrame, kind: type[Table], frame: pd.DataFrame) ->
             if alike.nunique() > 1 and not (column in kind.COLUMNS and apart(frame[column], values, units.n_rows)):
                 raise DataError(
                     f"These units are of more than one {name}, and no column of the table says which: "
-                    f"{'; '.join(alike.unique())}. Choose one: {name}=..."
+                    f"{'; '.join(alike.unique())}. Choose one: {name}=..., or give models names in "
+                    "the study."
                 )
 
 
@@ -144,7 +147,14 @@ def load_results(folder: str | Path, study: str | None = None) -> Results:
     left_out = [each for its in lists for each in its["excluded"]] + [each for unit in units for each in refused(unit)]
     excluded = pd.DataFrame(left_out, columns=EXCLUDED).drop_duplicates(ignore_index=True)
     failed = {what: why for each in lists for what, why in each.get("failed", {}).items()}
-    return Results(pd.DataFrame(units).reindex(columns=columns), excluded, len(names) - len(paths), failed)
+    unfinished = set(names) - {path.name for path in paths}
+    failures = {
+        its["of"]: its["reason"]
+        for each in lists
+        for name, its in each.get("failures", {}).items()
+        if name in unfinished
+    }
+    return Results(pd.DataFrame(units).reindex(columns=columns), excluded, len(unfinished), failed, failures)
 
 
 def lists_in(folder: Path) -> dict[str, dict[str, Any]]:

@@ -93,6 +93,10 @@ def write_whole(frame: pd.DataFrame, path: Path, about: Mapping[str, str] | None
             file.flush()
             os.fsync(file.fileno())  # else a rename may outlive what it names when the power fails
         os.replace(unfinished, path)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror or error}). What was finished before is kept."
+        ) from error
     finally:
         unfinished.unlink(missing_ok=True)
     return path

@@ -29,6 +29,7 @@ from lalm_lens.datasets import Clip, Sample, cut_to
 from lalm_lens.discovery import Experiment
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.loading import UNWANTED, WANTED, Files
+from lalm_lens.model import HookedLALM
 from lalm_lens.prompts import Processor
 from lalm_lens.tables import Table
 from lalm_lens.weights import Conversion
@@ -47,10 +48,17 @@ class Opened:
     conversion: Conversion | None = field(default=None, repr=False)
     parts: Mapping[str, str] = field(default_factory=dict)
     device_map: str | None = None
+    name: str | None = None  # in tables; else that of its folder
 
     @property
     def files(self) -> dict:
         return {"conversion": self.conversion, "parts": dict(self.parts)}
+
+    def named(self, model: HookedLALM) -> HookedLALM:
+        """The model, called as the study calls it."""
+        if self.name is not None:
+            model.cfg.model_name = self.name
+        return model
 
 
 def fingerprint(model: Opened) -> str:
@@ -116,6 +124,12 @@ class Unit:
     others: tuple[Listed, ...] = field(repr=False, default=())  # what is heard in place of them
     n_heard: int | None = None  # samples that clips are cut to
     conflict: Conflict | None = None  # what is made of the clips
+
+    @property
+    def called(self) -> str:
+        first, last = self.clips[0].clip.name, self.clips[-1].clip.name
+        about = (self.experiment.name, self.model_name, self.attribute.name, self.form, f"{first} to {last}")
+        return ", ".join(filter(None, about))
 
     @cached_property
     def told(self) -> dict[str, str]:

@@ -79,8 +79,10 @@ def run_command(
                 heed()
     except KeyboardInterrupt:
         left = len(unfinished(plan.units, out))
+        write_list(plan, out, done)
         print(f"Interrupted; {left} of {len(plan.units)} units are left. The same command goes on.", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    write_list(plan, out, done)
     show_summary(plan, done)
     if report:
         from lalm_lens.report import write_report
@@ -141,14 +143,8 @@ def shown(outcomes: "Iterator[Outcome]", units: "Sequence[Unit]") -> "Iterator[O
             bar.set_description(" ".join(filter(None, (unit.experiment.name, unit.attribute.name, unit.form))))
             bar.update(len(unit.clips))
             if outcome.failure:
-                bar.write(f"Failed: {named(unit)}: {outcome.failure}", file=sys.stderr)
+                bar.write(f"Failed: {unit.called}: {outcome.failure}", file=sys.stderr)
             yield outcome
-
-
-def named(unit: "Unit") -> str:
-    first, last = unit.clips[0].clip.name, unit.clips[-1].clip.name
-    about = (unit.experiment.name, unit.model_name, unit.attribute.name, unit.form, f"{first} to {last}")
-    return ", ".join(filter(None, about))
 
 
 def show_counts(plan: "Planned", missing: "Sequence[Unit]") -> None:
@@ -193,7 +189,7 @@ def show_cost(missing: "Sequence[Unit]", out: Path, plan: "Planned", device: str
     models, total_s, unknown = Models(device), 0.0, 0
     for kind, units in by_kind(missing).items():
         n_clips = sum(len(unit.clips) for unit in units)
-        shown = ", ".join([*filter(None, kind[:3]), *changed(units[0])])
+        shown = ", ".join([*filter(None, kind[:4]), *changed(units[0])])
         try:
             clip_s = measured(units[0], [unit for unit in plan.units if kind_of(unit) == kind], out, models)
         except LensError as error:
@@ -210,7 +206,8 @@ def show_cost(missing: "Sequence[Unit]", out: Path, plan: "Planned", device: str
 
 
 def kind_of(unit: "Unit") -> tuple:
-    return unit.model_name, unit.experiment.name, unit.form, unit.model.dtype, tuple(unit.told.items())
+    asked = unit.dataset, unit.model_name, unit.experiment.name, unit.form
+    return *asked, unit.model.dtype, tuple(unit.told.items())
 
 
 def changed(unit: "Unit") -> list[str]:
@@ -237,7 +234,7 @@ def show_summary(plan: "Planned", done: "Sequence[Outcome]") -> None:
     show_excluded(plan)
     for outcome in done:
         for sample, why in outcome.excluded.items():
-            print(f"Left out of {named(outcome.unit)}: {sample}: {why}")
+            print(f"Left out of {outcome.unit.called}: {sample}: {why}")
     for reason, n in Counter(outcome.failure for outcome in failed).items():
         first = next(outcome.unit for outcome in failed if outcome.failure == reason)
-        print(f"Failed, {n} units, as {named(first)}: {reason}")
+        print(f"Failed, {n} units, as {first.called}: {reason}")

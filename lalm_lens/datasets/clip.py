@@ -104,13 +104,14 @@ def read_clips(clips: Sequence[Clip]) -> list[Sample]:
 def spelled(rows: Iterable[Row], attribute: Attribute) -> list[Row]:
     """With labels as the attribute spells them, without spaces around, "(a)" before or other capitals; a clip with
     another label is none."""
-    spelling = {label.casefold(): label for label in attribute.labels}
+    spelling = {label.casefold(): label for label in attribute.labels} | {label: label for label in attribute.labels}
     options = f"the options of {attribute.name} ({', '.join(attribute.labels)})"
 
     def told(row: Row) -> Row:
         if isinstance(row, Refused):
             return row
-        label = spelling.get(LETTER.sub("", row.label).strip().casefold())
+        word = LETTER.sub("", row.label).strip()
+        label = spelling.get(word, spelling.get(word.casefold()))
         if label is None:
             return Refused(row.name, f"{row.name} is labelled {row.label!r}, which is none of {options}.")
         return replace(row, label=label)

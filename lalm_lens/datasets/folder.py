@@ -88,12 +88,20 @@ def json_line(line: Line, text: str) -> Line | Refused:
     if not is_utf8(text):
         return line.refused(NOT_UTF8)
     try:
-        told = json.loads(text)
+        told = json.loads(text, object_pairs_hook=of_pairs)
     except (ValueError, RecursionError) as error:
         return line.refused(f" is not JSON ({error}).")
     if not isinstance(told, dict):
         return line.refused(f" needs the keys file_name and label, got: {text[:80]}")
     return replace(line, told=told) if is_utf8(told) else line.refused(NOT_UTF8)
+
+
+def of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises `ValueError` for a key that it has twice."""
+    told = dict(pairs)
+    if len(told) < len(pairs):
+        raise ValueError(f"it has a key twice: {', '.join(name for name, _ in pairs)}")
+    return told
 
 
 def csv_lines(path: Path, text: str) -> Iterator[Line | Refused]:

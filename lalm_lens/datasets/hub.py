@@ -58,7 +58,9 @@ def rows_of_dataset(dataset: Any, *, audio: str = "audio", label: str = "label",
     from datasets import Audio, ClassLabel
 
     if unknown := [name for name in columns if name not in OPTIONAL]:
-        raise DataError(f"{unknown[0]} is not read of a clip. Columns may be named for {', '.join(OPTIONAL)}.")
+        raise DataError(
+            f"{unknown[0]} is not read of a clip. Columns may be named for {', '.join(('audio', 'label', *OPTIONAL))}."
+        )
     if missing := [name for name in (audio, label, *columns.values()) if name not in dataset.column_names]:
         raise DataError(f"The dataset has no column {missing[0]!r}, only {', '.join(dataset.column_names)}.")
     try:

@@ -8,13 +8,14 @@ from typing import ClassVar
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from lalm_lens.attributes import Attribute, Form
 from lalm_lens.datasets import Sample
-from lalm_lens.errors import HookError, InputError
+from lalm_lens.errors import HookError, InputError, reason
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.cuts import Place, positions
 from lalm_lens.model import HookedLALM
@@ -44,7 +45,10 @@ class Activations(Table):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.unfinished")
         try:
-            save_file(dict(self.states), unfinished)
+            try:
+                save_file(dict(self.states), unfinished)
+            except SafetensorError as error:
+                raise OSError(f"{path} cannot be written ({reason(error)}).") from error
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
