@@ -94,9 +94,7 @@ def write_whole(frame: pd.DataFrame, path: Path, about: Mapping[str, str] | None
             os.fsync(file.fileno())  # else a rename may outlive what it names when the power fails
         os.replace(unfinished, path)
     except OSError as error:
-        raise OSError(
-            f"{path} cannot be written ({error.strerror or error}). What was finished before is kept."
-        ) from error
+        raise OSError(f"{path} cannot be written ({error.strerror or error}). What was written before stays.") from None
     finally:
         unfinished.unlink(missing_ok=True)
     return path

@@ -129,5 +129,12 @@ def test_what_has_no_common_mean_is_refused():
         with pytest.raises(DataError, match=f"more than one {name}: .*{other}"):
             both.aggregate(by=["layer"])
         assert len(both.aggregate(by=["layer", name])) == (2 if name != "corruption" else 4)
+    other = frame.assign(form="P2", question="And now?")
+    both = CausalTrace(pd.concat([frame, other], ignore_index=True))
+    with pytest.raises(DataError, match="more than one form"):
+        both.aggregate(by=["attribute", "layer"])
+    assert len(both.aggregate(by=["attribute", "form", "layer"])) == 2 * len(
+        made_up().aggregate(by=["attribute", "layer"])
+    )
     with pytest.raises(DataError, match=r"not by \['colour'\]: model, attribute"):
         made_up().aggregate(by=["layer", "colour"])

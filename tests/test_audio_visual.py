@@ -209,6 +209,13 @@ def test_what_is_swapped_again_says_what_is_seen_and_heard():
         assert pair.label == heard[pair.heard_clip]
 
 
+def test_what_disagrees_already_hears_another():
+    """Its own clip is of another label than its picture, and would do."""
+    its = swap_audio(clips("xxyyz"))
+    for seed in range(20):
+        assert not {pair.name for pair in swap_audio(its, seed=seed)} & {f"{each.name} | {each.name}" for each in its}
+
+
 def test_what_cannot_be_swapped_is_refused(samples):
     with pytest.raises(DataError, match="more than half are of one"):
         swap_audio(samples)

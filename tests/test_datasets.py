@@ -332,6 +332,18 @@ def test_labels_are_spelled_as_the_attribute_does():
     assert [its.label for its in cleaned([Clip("x", "B C", b""), Clip("y", "a", b"")], named)] == ["b c", "A"]
 
 
+def test_labels_may_differ_in_capitals_alone():
+    named = Attribute("own", "", ("us", "US"), "It is")
+    told = [Clip(f"{n}.wav", label, b"") for n, label in enumerate(("us", "US", "(a) US", " us"))]
+    assert [its.label for its in cleaned(told, named)] == ["us", "US", "US", "us"]
+
+
+def test_a_row_that_contradicts_itself_is_refused(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "label": "male", "label": "female"}')
+    with pytest.raises(DataError, match=r"line 1 is not JSON .it has a key twice: file_name, label, label"):
+        list_folder(tmp_path)
+
+
 def test_a_hash_is_of_content_wherever_it_lies(tmp_path):
     for name, n in (("a.wav", 0), ("b.wav", 1), ("c.wav", 0)):
         soundfile.write(tmp_path / name, tone(n), 16_000)

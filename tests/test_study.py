@@ -22,6 +22,7 @@ import pytest
 import soundfile
 import torch
 from pyarrow.parquet import read_metadata
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lalm_lens import cli, runner
@@ -33,6 +34,7 @@ from lalm_lens.corrupt import OtherClip, Silence, WhiteNoise
 from lalm_lens.datasets import read_folder
 from lalm_lens.discovery import Experiment, experiment_named, experiments, value_of
 from lalm_lens.errors import DataError, InputError, LensError, PromptError
+from lalm_lens.experiments.activations import Activations
 from lalm_lens.experiments.asked import Question
 from lalm_lens.experiments.causal_trace import causal_trace
 from lalm_lens.experiments.suppression import suppression
@@ -546,6 +548,17 @@ def test_a_dry_run_counts_and_measures(study, undisturbed, plan, tmp_path, monke
         ("prompts", "prompts =", InputError, "cannot be read as a study"),
         ("shard = 2", 'models = ["other"]', InputError, "No .*model.* has the path 'other'"),
         ("shard = 2", 'form = "P3"', InputError, "no setting 'form'"),
+        ('folder = "clips"', 'folder = "clips"\nseed = -1', InputError, "0 or more; got -1"),
+        ('folder = "clips"', 'folder = "clips"\nmade = -1', InputError, "made is how many clips"),
+        ('folder = "clips"', 'folder = "clips"\nsplit = "dev"', InputError, "belong to a dataset of the hub"),
+        (
+            "[[dataset]]",
+            '[[dataset]]\nfolder = "clips"\nattributes = ["gender"]\n[[dataset]]',
+            InputError,
+            "Two datasets",
+        ),
+        ("path =", "name =", InputError, "model needs path"),
+        ('["gender"]', '"gender"', InputError, "must be a list of str"),
         ("shard = 1", "conflict = true", InputError, "write what make_conflict takes"),
         ("shard = 1", 'conflict = { framing = "none" }', InputError, "no framing 'none'"),
         ("shard = 1", 'conflict = { orders = "none" }', InputError, "Did you mean order"),
@@ -728,6 +741,17 @@ def test_a_unit_says_its_seed(conflicts, undisturbed):
     assert {name: said[name] for name in expected} == expected
 
 
+def test_activations_on_a_full_disk_are_an_error_in_one_line(tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr("lalm_lens.experiments.activations.save_file", full)
+    table = Activations(pd.DataFrame({name: [] for name in Activations.COLUMNS}), {})
+    with pytest.raises(OSError, match=r"some\.safetensors cannot be written \(Error while serializing: .*too large"):
+        table.save(tmp_path / "some.parquet")
+    assert not list(tmp_path.iterdir())
+
+
 def test_activations_are_units(conflicts, study, tiny_lalm):
     plan, out = conflicts
     paths = [unit.path(out) for unit in plan.units if unit.experiment.name == "activations"]
@@ -742,6 +766,24 @@ def test_activations_are_units(conflicts, study, tiny_lalm):
         its = rows[rows["sample"] == sample.name]
         torch.testing.assert_close(states[its.index], cache["blocks.2.hook_resid_post"][0, its.position.to_list()])
     assert set(rows.region) == {"audio"}
+
+
+def test_models_of_one_folders_name_have_names_of_their_own(study, tmp_path):
+    """As two runs of a training, the last of each in a folder of one name."""
+    for name in ("one", "other"):
+        shutil.copytree(TINY_LALM, tmp_path / name / "last")
+    weights = bytearray((tmp_path / "other" / "last" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "other" / "last" / "model.safetensors").write_bytes(weights)
+    models = "".join(f'[[model]]\npath = "{name}/last"\nname = "{name}"\n' for name in ("one", "other"))
+    rest = STUDY[STUDY.index("[[dataset]]") : STUDY.rindex("[[experiment]]")].replace("shard = 1", "shard = 6")
+    (tmp_path / "names.toml").write_text(models + rest.replace('"clips"', f'"{study.parent / "clips"}"'))
+    plan = planned(Study.read(tmp_path / "names.toml"))
+    write_list(plan, tmp_path / "out")
+    assert not [its.failure for its in run_local(plan.units, tmp_path / "out") if its.failure]
+    scores = load_results(tmp_path / "out").table("information_score").frame
+    assert scores.model.unique().tolist() == ["one", "other"]
+    assert {"one", "other"} == set(compare_models(scores, "probability")[["model", "other"]].iloc[0])
 
 
 def test_models_are_compared_on_the_clips_that_both_have():
