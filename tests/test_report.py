@@ -322,6 +322,30 @@ def test_a_search_shows_the_finest_window_at_each_moment(folder, tmp_path):
     assert found["recovery"] == [[0.2, 0.3, 0.1]]
 
 
+def test_traces_of_one_question_are_told_apart_wherever_they_stand(folder, tmp_path):
+    """By the level of the noise, the direction and the site, in titles and as rows of matrices."""
+    frame = CausalTrace.load(folder / "a" / "t.parquet").frame
+    asked = {
+        "white noise, -10 dB": {"corruption": "white_noise -10 dB"},
+        "white noise, -30 dB": {"corruption": "white_noise -30 dB"},
+        "noising": {"direction": "noise"},
+        "resid mid": {"site": frame.site.replace("resid_post", "resid_mid")},
+    }
+    for n, changed in enumerate(asked.values()):
+        CausalTrace(frame.assign(**changed)).save(tmp_path / f"{n}.parquet")
+    path = write_report(tmp_path, n_samples=4)
+    page, text = Page(path), path.read_text(encoding="utf-8")
+    ways = [*["resid post, denoising"] * 2, "resid post, noising", "resid mid, denoising"]
+    titles = [f"tiny_lalm: gender, P3, {its}" for its in ways]
+    assert [its["title"] for its in page.data["curves"]] == [its["title"] for its in page.data["cards"]] == titles
+    assert [its["heard"] for its in page.data["curves"]] == [*list(asked)[:2], "other clip", "other clip"]
+    assert "Of noising, a corrupted state goes into the clean run" in text
+    for matrix in re.findall(r'<table class="matrix">.*?</table>', text):
+        rows = re.findall(r"<small>(.*?)</small></th>", matrix)
+        assert len(set(rows)) == 4
+        assert all(any(said in row for row in rows) for said in asked)
+
+
 def test_clips_are_taken_from_every_study_kept_ones_first(folder, tmp_path):
     frame = CausalTrace.load(folder / "a" / "t.parquet").frame
     names = sorted(frame["sample"].unique())
@@ -526,7 +550,7 @@ def test_traces_that_disagree_are_named_by_what_they_were_asked(tmp_path, capsys
         found = card_map(card, "audio_window")
         assert found["words"]
         first = found["columns"][0]
-        assert card["model"] == f"tiny_lalm (window_s {first['end_s']:.1f})"
+        assert card["title"] == f"tiny_lalm: gender, P3, window_s {first['end_s']:.1f}"
 
 
 SMALLER = {  # than by default, so that they are quick, or can be done with four clips

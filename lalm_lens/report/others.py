@@ -35,7 +35,7 @@ def others(found: Found) -> Iterator[Other]:
             by_name.setdefault(name_of(source), []).append(n)
     hidden = hidden_in(found.sources)
     for name, mine in by_name.items():
-        yield other(name, {n: found.sources[n] for n in mine}, found.sources, {n: hidden.get(n, "") for n in mine})
+        yield other(name, {n: found.sources[n] for n in mine}, found.sources, {n: hidden[n] for n in mine})
 
 
 def name_of(source: Source) -> str:
@@ -49,7 +49,7 @@ def other(name: str, mine: dict[int, Source], sources: Sequence[Source], hidden:
     rows, curves, missing = [], [], []
     kind = next(iter(mine.values())).table
     for group in alike(mine):
-        how = settings.get(group[0], "").strip(" ()")
+        how = settings.get(group[0], "")
         for about, table in tables_of([mine[n] for n in group]):
             about = about | {"model": f"{about.get('model', '')}{hidden[group[0]]}"} | ({"how": how} if how else {})
             told = ", ".join(str(its) for its in about.values() if not pd.isna(its))

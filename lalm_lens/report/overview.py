@@ -7,7 +7,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from lalm_lens.experiments.information_score import InformationScore
-from lalm_lens.report.found import Found, Study
+from lalm_lens.report.found import USUAL, Found, Study
 from lalm_lens.report.others import Other
 from lalm_lens.results import summarise
 
@@ -17,11 +17,11 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 class Matrix(NamedTuple):
-    """One number of each model and attribute."""
+    """One number of each model and attribute; without them, `note` says why."""
 
     title: str
     note: str
-    html: Markup
+    html: Markup = Markup()
 
 
 class Section(NamedTuple):
@@ -37,7 +37,7 @@ class Section(NamedTuple):
     @property
     def is_long(self) -> bool:
         """Whether the list of all is not what one looks at first."""
-        return bool(self.matrices) or self.n_rows > MOST_ROWS
+        return any(its.html for its in self.matrices) or self.n_rows > MOST_ROWS
 
 
 def of_traces(studies: Sequence[Study]) -> Section:
@@ -63,19 +63,23 @@ def of_all(rows: pd.DataFrame, value: str) -> "pd.Series | float":
 
 def traced(study: Study) -> dict[str, Any]:
     """What a row of the overview says of a traced study."""
-    row, whole = study.rows.iloc[0], study.whole
-    how = {name: str(row[name]).replace("_", " ") for name in ("form", "direction")}
-    about = {"model": study.name, "attribute": study.attribute, **how, "site": row.of_site}
+    whole = study.whole
+    about = {"model": study.model, "attribute": study.attribute, "form": study.form}
+    how = {name: study.settings[name] for name in study.told if name not in USUAL} | {"how": study.how or None}
     words = whole[(whole.status == "kept") & (whole.kind == "token") & whole.segment.isin(["early", "object", "late"])]
     means = words.groupby(["segment", "layer", "sample"]).recovery.mean().groupby(["segment", "layer"]).mean()
     numbers = summarise(study.rows) | {"peak": means.max()}
-    return {**about, "corrupted hears": study.heard, **numbers, "n_layers": whole.layer.max() + 1}
+    ways = {name: study.settings[name] for name in ("direction", "site")}
+    numbers |= {"metric": study.settings["metric"]}
+    return {**about, **ways, "corrupted hears": study.heard, **how, **numbers, "n_layers": whole.layer.max() + 1}
 
 
 def of_scores(found: Found) -> Section:
     """Of the last position, without knockouts, first; all of them in the list."""
     ends = {f"critical_{end}": f"critical_layer_{end}" for end in ("low", "high")}
-    rows = InformationScore(found.scores).table().rename(columns=ends)
+    apart = found.scores.groupby("how", sort=False)
+    tables = [InformationScore(its).table().assign(how=how or None) for how, its in apart]
+    rows = pd.concat(tables, ignore_index=True).rename(columns=ends)
     ends = rows[(rows.place == "last") & (rows.knockout == "none")]
     n_layers = ends.model.map(found.scores.groupby("model", sort=False).layer.max() + 1)
     shown = [
@@ -97,16 +101,20 @@ def of_other(other: Other, first: int) -> Section:
 
 def matrix(rows: pd.DataFrame, value: str, title: str, note: str, whole: "pd.Series | float" = 1.0) -> Matrix | None:
     """Models, each as it was asked where there are several ways, x attributes. The colour of a cell is as strong as its
-    share of the `whole`. None where some cell has two numbers, or all have none."""
+    share of the `whole`. None without rows, and nothing but a note where no number is known or some cell has two."""
     ways = [
         name
         for name in map(str, rows.select_dtypes(exclude="number"))
         if name not in ("model", "attribute") and rows[name].nunique(dropna=False) > 1
     ]
-    way = [", ".join(map(said_of, ways, its)) for its in rows[ways].itertuples(index=False)]
+    way = [", ".join(filter(None, map(said_of, ways, its))) for its in rows[ways].itertuples(index=False)]
     cells = rows.assign(way=way, share=(rows[value] / whole).astype(float))
-    if cells.duplicated(["model", "way", "attribute"]).any() or cells[value].isna().all():
+    if not len(cells):
         return None
+    if cells[value].isna().all():
+        return Matrix(title, f"{note}: not known of any model" if note else "not known of any model")
+    if cells.duplicated(["model", "way", "attribute"]).any():
+        return Matrix(title, "some model and attribute has several numbers: they are in the list below")
     attributes = list(cells.attribute.unique())
     lines = [Markup("<tr><th></th>{}</tr>").format(joined("<th>{}</th>", attributes))]
     for (model, way), its in cells.groupby(["model", "way"], sort=False):
@@ -133,11 +141,11 @@ def cell(row: "pd.Series | None", value: str) -> Markup:
     return Markup('<td style="--share:{:.3f}" title="{}">{}</td>').format(share, told, said)
 
 
-def said_of(name: str, value: object) -> str:
-    """What is asked, in words: a yes or no by the name of the column."""
+def said_of(name: str, value: Any) -> str:
+    """What is asked, in words: a yes or no by the name of the column; nothing for what is not known."""
     if isinstance(value, bool):
         return name.replace("_", " ") if value else f"no {name.replace('_', ' ')}"
-    return str(value)
+    return "" if pd.isna(value) else str(value)
 
 
 def joined(template: str, values: Sequence[object]) -> Markup:

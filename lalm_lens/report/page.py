@@ -80,6 +80,7 @@ def write_report(
             n_curves=n_curves,
             cards=cards,
             is_traced=any(len(study.rows) for study in studies),
+            is_noised=any((study.rows.direction == "noise").any() for study in studies),
             has_scales=any(its["axis"] == "time" and its["recovery"] for one in cards for its in one["maps"]),
             unheard=common([its.get("unheard") for its in cards]),
             data={"curves": curves, "cards": cards, "sounds": sounds.uris(), "words": list(words.places)},
@@ -117,7 +118,8 @@ def sections_of(studies: Sequence[Study], found: Found) -> Iterator[Section]:
 
 def curves_of(studies: Sequence[Study], found: Found) -> list[dict]:
     traced = [its for study in studies if (its := trace_curves(study)) is not None]
-    return [*traced, *(score_curves(InformationScore(found.scores)) if len(found.scores) else [])]
+    scores = [(str(how), InformationScore(its)) for how, its in found.scores.groupby("how", sort=False)]
+    return [*traced, *(curve for how, its in scores for curve in score_curves(its, how))]
 
 
 def chosen(studies: Sequence[Study], found: Found, n_samples: int) -> list[Shown]:
@@ -154,9 +156,8 @@ def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words) -> dict:
     found = {
         "sample": shown.sample,
         "label": str(first.label),
-        "model": study.name,
-        "attribute": study.attribute,
-        "form": study.form,
+        "model": study.model,
+        "title": study.title,
         "maps": list(maps_of(rows, shown.said, words)),
     }
     if len(rows):
