@@ -36,6 +36,7 @@ from lalm_lens.report.found import Source
 from lalm_lens.report.found import Study as Traced
 from lalm_lens.report.maps import Words
 from lalm_lens.report.others import tables_of
+from lalm_lens.report.overview import NO_BREAK, html, matrix, short
 from lalm_lens.report.page import Shown
 from lalm_lens.report.page import card as card_of
 from lalm_lens.report.sounds import Sounds, compression, opus, spectrogram, text
@@ -339,9 +340,9 @@ def test_traces_of_one_question_are_told_apart_wherever_they_stand(folder, tmp_p
     titles = [f"tiny_lalm: gender, P3, {its}" for its in ways]
     assert [its["title"] for its in page.data["curves"]] == [its["title"] for its in page.data["cards"]] == titles
     assert [its["heard"] for its in page.data["curves"]] == [*list(asked)[:2], "other clip", "other clip"]
-    assert "Of noising, a corrupted state goes into the clean run" in text
-    for matrix in re.findall(r'<table class="matrix">.*?</table>', text):
-        rows = re.findall(r"<small>(.*?)</small></th>", matrix)
+    assert "Of noising, a corrupted state goes into the clean run" in " ".join(text.split())
+    for its in re.findall(r'<table class="matrix">.*?</table>', text):
+        rows = re.findall(r"<small>(.*?)</small></th>", its)
         assert len(set(rows)) == 4
         assert all(any(said in row for row in rows) for said in asked)
 
@@ -612,7 +613,7 @@ class Tomorrow(Table):
     """A table of an experiment that nobody has written yet."""
 
     NAME: ClassVar[str] = "a table of things of tomorrow"
-    HEADLINE: ClassVar[str] = "size"
+    HEADLINE: ClassVar[tuple[str, str] | None] = "size", "How large it is"
     COLUMNS: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("model", "attribute", "form", "sample", "label"), "str"),
         "thing": "float64",
@@ -636,8 +637,10 @@ def test_a_table_of_a_new_kind_is_shown_as_it_says_itself(tmp_path):
     assert "<h2>Things of tomorrow</h2>" in text
     assert "<td>0.250 (0.125 to 0.750)</td>" in text
     cells = [("0.250", "0.25"), ("0.750", "0.75"), ("0.500", "0.50")]
-    assert re.findall(r'<td style="--share:([\d.]+)"[^>]*>([\d.]+)</td>', text) == cells
-    assert re.search(r'row">other</th><td [^>]*>0.50</td><td>-</td>', text)
+    small = "<br><small>0.12 to 0.75</small></td>"
+    assert re.findall(rf'<td style="--share:([\d.]+)">([\d.]+){small}', text) == cells
+    assert re.search(rf'row">other</th><td [^>]*>0.50{small}<td>-</td>', text)
+    assert "<figcaption>How large it is</figcaption>" in text
     assert "Without a summary: bad, gender, P3: No thing is negative." in text
     curves = Page(tmp_path / "report.html").data["curves"]
     assert [its["lines"][0]["mean"][1] for its in curves] == [0.25, 0.75, 0.5]
@@ -653,9 +656,9 @@ def test_models_and_attributes_stand_in_the_order_of_the_study(folder, tmp_path)
         CausalTrace(trace.assign(model=model, attribute=attribute)).save(tmp_path / f"{n}.parquet")
         InformationScore(scores.assign(model=model, attribute=attribute)).save(tmp_path / f"{n}s.parquet")
     text = write_report(tmp_path, n_samples=0).read_text(encoding="utf-8")
-    for matrix in re.findall(r'<table class="matrix">.*?</table>', text):
-        assert re.findall(r"<th>(\w+)</th>", matrix) == ["emotion", "animal"]
-        assert re.findall(r'row">(\w+)</th>', matrix) == ["z", "a"]
+    for its in re.findall(r'<table class="matrix">.*?</table>', text):
+        assert re.findall(r"<th>(\w+)</th>", its) == ["emotion", "animal"]
+        assert re.findall(r'row">(\w+)</th>', its) == ["z", "a"]
     titles = [its["title"].partition(",")[0] for its in Page(tmp_path / "report.html").data["curves"]]
     assert titles == 2 * [f"{model}: {attribute}" for model, attribute in asked]
 
@@ -664,7 +667,7 @@ def test_the_overview_holds_the_numbers_of_the_tables(page, folder, clips, tmp_p
     text = write_report(folder, clips=[clips], out=tmp_path / "r.html").read_text(encoding="utf-8")
     trace, scores = CausalTrace.load(folder / "a" / "t.parquet"), InformationScore.load(folder / "b" / "scores.parquet")
     found = {
-        title: re.findall(r'--share:([\d.]+)"[^>]*>([^<]*)</td>', figure)
+        title: re.findall(r'--share:([\d.]+)">([^<]*)<', figure)
         for title, figure in re.findall(r"<figcaption>([\w ]+) <span.*?(<table.*?</table>)", text, re.DOTALL)
     }
     n_layers = trace.frame.layer.max() + 1
@@ -672,10 +675,24 @@ def test_the_overview_holds_the_numbers_of_the_tables(page, folder, clips, tmp_p
     assert found["Fusion layer"] == [(f"{fusion / n_layers:.3f}", f"{fusion:.0f}")]
     means = trace.aggregate(("segment", "layer"))
     peak = means[means.segment.isin(["early", "object", "late"])]["mean"].max()
-    assert found["Peak recovery of one word"][0][1] == f"{peak:.2f}"
+    assert found["Peak recovery of one word"][0][1] == short(peak)
     assert found["Clips that are kept"][0][1] == f"{trace.kept['sample'].nunique()} of {N_CLIPS}"
     assert found["Critical layer"] == [(f"{last.critical_layer / n_layers:.3f}", f"{last.critical_layer:.2f}")]
     assert found["Accuracy"] == [(f"{last.accuracy:.3f}", f"{last.accuracy:.2f}")]
+    interval = f"{last.accuracy_low:.2f} to {last.accuracy_high:.2f}, n = {last.n}"
+    assert f"{last.accuracy:.2f}<br><small>{interval}</small>" in text.replace(NO_BREAK, " ")
+
+
+def test_a_matrix_says_why_it_is_empty_and_small_numbers_are_no_zeros():
+    rows = pd.DataFrame({"model": "m", "attribute": "gender", "layer": [0, 1], "size": [-1e-4, -0.0]})
+    for table, why in ((rows, "several numbers"), (rows.assign(size=np.nan), "not known")):
+        found = matrix(table, "size", "Size", "")
+        assert found is not None
+        assert why in found.note
+        assert not found.html
+    assert matrix(rows[:0], "size", "Size", "") is None
+    cells = re.findall("<td>(.*?)</td>", html(rows.assign(size_low=-2e-4, size_high=0.5)).replace(NO_BREAK, " "))
+    assert cells[3::4] == ["-1.0e-04 (-2.0e-04 to 0.500)", "0.000 (-2.0e-04 to 0.500)"]
 
 
 def test_a_page_tells_of_its_study(study, tmp_path):

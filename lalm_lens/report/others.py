@@ -13,6 +13,7 @@ from lalm_lens.study_results import HIDDEN
 from lalm_lens.tables import Table
 
 ONE = (*HIDDEN, "model", "attribute", "form", "settings")  # of units that differ in their clips alone
+PARTS_OF_LAYERS = {"head": "heads", "heads": "heads", "units": "heads or neurons"}  # by columns
 N_LINES = 6  # of a figure, that are not hidden: the largest
 
 
@@ -94,8 +95,11 @@ def figure(title: str, table: Table, lines: pd.DataFrame) -> dict:
     value = next(name for name in map(str, lines) if name not in ("line", "layer", "low", "high"))
     lines = lines.assign(**{end: float("nan") for end in ("low", "high") if end not in lines})
     largest = lines[value].abs().groupby(lines.line, sort=False).max().nlargest(N_LINES)
+    several = [name for name in PARTS_OF_LAYERS if name in table.frame and table.frame[name].nunique() > 1]
+    parts = [PARTS_OF_LAYERS[name] for name in several if lines.low.isna().all()]
     return {
         "title": title,
+        **({"note": f"mean over its {parts[0]}"} if parts else {}),
         "n": int(table.frame["sample"].nunique()) if "sample" in table.frame else len(table.frame),
         "y": value.replace("_", " "),
         "marks": [0],

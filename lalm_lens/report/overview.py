@@ -10,9 +10,14 @@ from lalm_lens.experiments.information_score import InformationScore
 from lalm_lens.report.found import USUAL, Found, Study
 from lalm_lens.report.others import Other
 from lalm_lens.results import summarise
+from lalm_lens.tables import readable as powers_of_ten
 
 MOST_ROWS = 16  # of a list that is not folded
 ONE_LINE = 32  # letters of a cell
+CRITICAL = (
+    "The critical layer is the mean of the layers, each weighted by what its score has above 1.2 / labels. The first "
+    "layer is 1, as in the paper; all else here counts from 0. A prompt without a layer that has more is left out."
+)
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
@@ -33,6 +38,7 @@ class Section(NamedTuple):
     n_rows: int
     curves: range = range(0)
     missing: Sequence[str] = ()
+    note: str = ""
 
     @property
     def is_long(self) -> bool:
@@ -50,7 +56,11 @@ def of_traces(studies: Sequence[Study]) -> Section:
     matrices = [
         its
         for value, title, note, by_depth in shown
-        if (its := matrix(rows, value, title, note, rows.n_layers if by_depth else of_all(rows, value)))
+        if (
+            its := matrix(
+                rows.assign(n=rows.kept), value, title, note, rows.n_layers if by_depth else of_all(rows, value)
+            )
+        )
     ]
     rows = rows.drop(columns="n_layers").astype({"fusion_layer": "Int64"})
     rows = rows.assign(noise_floor=rows.noise_floor.map("{:.0e}".format, na_action="ignore"))
@@ -83,17 +93,18 @@ def of_scores(found: Found) -> Section:
     ends = rows[(rows.place == "last") & (rows.knockout == "none")]
     n_layers = ends.model.map(found.scores.groupby("model", sort=False).layer.max() + 1)
     shown = [
-        ("critical_layer", "Critical layer", "counted from 1; stronger: later", n_layers),
+        ("critical_layer", "Critical layer", "counted from 1, as in the paper; stronger: later", n_layers),
         ("accuracy", "Accuracy", "of the last layer", 1.0),
     ]
     matrices = [its for value, title, note, all_of in shown if (its := matrix(ends, value, title, note, all_of))]
-    told = [name for name in ("norm", "knockout") if rows[name].nunique() == 1]
-    return Section("Information scores, means over prompts", matrices, html(rows.drop(columns=told)), len(rows))
+    told = ["layer_base", *(name for name in ("norm", "knockout") if rows[name].nunique() == 1)]
+    rows = rows.drop(columns=told).rename(columns={"n_defined": "prompts_with_critical_layer"})
+    return Section("Information scores, means over prompts", matrices, html(rows), len(rows), note=CRITICAL)
 
 
 def of_other(other: Other, first: int) -> Section:
-    value = other.kind.HEADLINE
-    found = matrix(other.rows, value, value.replace("_", " "), "") if value and len(other.rows) else None
+    value, title = other.kind.HEADLINE or ("", "")
+    found = matrix(other.rows, value, title, "") if value and len(other.rows) else None
     curves = range(first, first + len(other.curves))
     name, matrices = other.name[0].upper() + other.name[1:], [found] if found else []
     return Section(name, matrices, html(other.rows), len(other.rows), curves, other.missing)
@@ -135,10 +146,17 @@ def cell(row: "pd.Series | None", value: str) -> Markup:
     number = row[value]
     ends = [f"{value}_low", f"{value}_high"] if f"{value}_low" in row else ["low", "high"]
     known = all(end in row and not pd.isna(row[end]) for end in ends)
-    said = {"kept": f"{number} of {row.get('clips')}", "fusion_layer": f"{number:.0f}"}.get(value, f"{number:.2f}")
-    told = f"{row[ends[0]]:.2f} to {row[ends[1]]:.2f}" if known else ""
+    said = {"kept": f"{number} of {row.get('clips')}", "fusion_layer": f"{number:.0f}"}.get(value, short(number))
+    about = [f"{short(row[ends[0]])} to {short(row[ends[1]])}"] if known else []
+    about += [f"n = {row['n']}"] if "n" in row and value != "kept" else []
+    small = Markup("<br><small>{}</small>").format(", ".join(about).replace(" ", NO_BREAK)) if about else ""
     share = min(1.0, max(0.0, row.share))
-    return Markup('<td style="--share:{:.3f}" title="{}">{}</td>').format(share, told, said)
+    return Markup('<td style="--share:{:.3f}">{}{}</td>').format(share, said, small)
+
+
+def short(number: float) -> str:
+    """With two decimals, or more where that would be 0."""
+    return powers_of_ten(number) if 0 < abs(number) < 5e-3 else f"{number + 0.0:.2f}"
 
 
 def said_of(name: str, value: Any) -> str:
@@ -169,14 +187,18 @@ def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
             continue
         both = zip(table[value], table[low], table[high], strict=True)
         told = [
-            number if pd.isna(start) or pd.isna(end) else f"{number:.3f} ({start:.3f} to {end:.3f})"
+            number if pd.isna(start) or pd.isna(end) else f"{decimals(number)} ({decimals(start)} to {decimals(end)})"
             for number, start, end in both
         ]
         table = table.assign(**{value: pd.Series(told, table.index, dtype=object)}).drop(columns=[low, high])
     return table
 
 
+def decimals(value: float) -> str:
+    return powers_of_ten(value + 0.0)  # 0 has no sign
+
+
 def readable(value: object) -> str:
     """In one line where it is not long."""
-    said = f"{value:.3f}" if isinstance(value, float) else str(value)
+    said = decimals(value) if isinstance(value, float) else str(value)
     return said.replace(" ", NO_BREAK) if len(said) <= ONE_LINE else said
