@@ -454,12 +454,15 @@ def test_only_what_was_analysed_is_played(study, tmp_path):
     page = Page(write_report(where))
     cards = {its["sample"]: its for its in page.data["cards"]}
     assert cards[changed]["unheard"] == f"{changed} is not what it was when it was analysed"
-    assert cards[gone]["unheard"].startswith(f"{gone} cannot be read: ")
+    assert cards[gone]["unheard"] == f"{gone} cannot be read: the file {clips / gone} is not there (any more)"
     assert cards[missing]["unheard"] == f"{missing} is not a clip of clips (any more)"
     assert "clean" in cards[kept]
     other = cards[kept]["corruption"].removeprefix("other clip ")
     assert cards[kept]["no_corrupted"] == cards[other]["unheard"]
     assert "clean" in Page(write_report(where, clips=[study / "clips"])).data["cards"][0]  # those that are given win
+    given = {its["sample"]: its for its in Page(write_report(where, clips=[clips])).data["cards"]}
+    assert given[gone]["unheard"] == cards[gone]["unheard"]
+    assert "clean" in given[kept]
 
 
 def test_a_page_says_why_no_clip_is_played(study, tmp_path):
@@ -701,9 +704,12 @@ def test_a_page_tells_of_its_study(study, tmp_path):
         {"model": "m", "dataset": "clips", "attribute": "gender", "sample": "x.wav", "reason": "It is <silent>."}
     ]
     listed = json.loads((where / "study.study.json").read_text())["units"]
-    change_list(
-        tmp_path, excluded=left_out, failed={"gone/model": "There is none."}, units=[*listed, "probe-1.parquet"]
-    )
+    failures = {
+        "probe-1.parquet": {"of": "probe, P3", "reason": "It is <broken>."},
+        listed[0]: {"of": "x", "reason": "y"},
+    }
+    units = {"units": [*listed, "probe-1.parquet", "back_patch-1.parquet"], "failures": failures}
+    change_list(tmp_path, excluded=left_out, failed={"gone/model": "There is none."}, **units)
     text = write_report(where, n_samples=0).read_text(encoding="utf-8")
     units = load_results(where).units
     for said in (
@@ -714,7 +720,9 @@ def test_a_page_tells_of_its_study(study, tmp_path):
         "causal trace, information score",
         "x.wav (clips, gender): It is &lt;silent&gt;.",
         "gone/model: There is none.",
-        "1 units are not there yet",
+        "1 unit is not there yet",
+        "<dt>nothing is finished of</dt><dd><div>probe, back patch</div>",
+        "<dt>failed</dt><dd><div>probe, P3: It is &lt;broken&gt;.</div></dd>",
         f"work in {len(units)} units",
     ):
         assert said in text, said

@@ -93,7 +93,7 @@ function wordsOf(map, row, column) {
   const cell = map.words === null ? [] : map.words[row][column], said = [];
   for (let n = 0; n < cell.length; n += 2) {
     const word = data.words[cell[n]], shown = visible(word);
-    said.push(`${/^[\p{P}\s]*$/u.test(word) ? `\u201c${shown}\u201d` : shown} ${(cell[n + 1] / 1000).toFixed(3)}`);
+    said.push(`${/[\p{L}\p{N}]/u.test(word) ? shown : `\u201c${shown}\u201d`} ${(cell[n + 1] / 1000).toFixed(3)}`);
   }
   return said.length ? "<br>the lens says: " + said.join(", ") : "";
 }

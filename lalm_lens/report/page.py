@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
+from pyarrow import parquet
 
 from lalm_lens.audio import RATE_HZ
+from lalm_lens.counterfactual import BESIDE
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.information_score import InformationScore
 from lalm_lens.report.about import about
@@ -55,10 +57,10 @@ def write_report(
     plotly = plotly_js()
     found = find(Path(folder))
     heard = Given.of([Path(each) for each in clips]) if clips else Analysed()
-    studies, sounds, words = found.studies(), Sounds(), Words()
+    studies, sounds, words, seen = found.studies(), Sounds(), Words(), seen_in(found)
     places = {id(study): place for place, study in enumerate(studies)}
     cards: list[dict[str, Any]] = [
-        card(shown, heard, sounds, words) | {"study": places[id(shown.study)]}
+        card(shown, heard, sounds, words, seen.get(shown.sample, "")) | {"study": places[id(shown.study)]}
         for shown in chosen(studies, found, n_samples)
     ]
     curves, other_sections = curves_of(studies, found), []
@@ -149,7 +151,24 @@ def clips_of(study: Study, found: Found) -> Iterator[Shown]:
         yield Shown(study, name, found.sources[first.source], of_trace, of_lens)
 
 
-def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words) -> dict:
+def seen_in(found: Found) -> dict[str, str]:
+    """What is seen of each clip that has pictures, as tables say it that have a column for it."""
+    seen: dict[str, str] = {}
+    for its in found.sources:
+        if "seen_label" in its.table.COLUMNS:
+            rows = parquet.read_table(its.path, columns=["sample", "seen_label"]).to_pandas().dropna()
+            seen |= dict(zip(rows["sample"], rows.seen_label, strict=True))
+    return seen
+
+
+def looks(name: str, seen: str) -> str:
+    """What is seen of a clip, and whose pictures those are where they are another's."""
+    pictures, _, sound = name.partition(BESIDE)
+    of_others = f"the pictures of {pictures} with the sound of {sound}" if sound else ""
+    return ", ".join(filter(None, (f"seen: {seen}" if seen else "", of_others)))
+
+
+def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words, seen: str = "") -> dict:
     """What the page holds of one clip."""
     study, rows = shown.study, shown.rows
     first = (rows if len(rows) else shown.said).iloc[0]
@@ -158,6 +177,7 @@ def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words) -> dict:
         "label": str(first.label),
         "model": study.model,
         "title": study.title,
+        "seen": looks(shown.sample, seen),
         "maps": list(maps_of(rows, shown.said, words)),
     }
     if len(rows):
