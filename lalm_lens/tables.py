@@ -22,7 +22,7 @@ class Table:
     COLUMNS: ClassVar[dict[str, str]]
     BY_CLIP: ClassVar[bool] = False  # whether the rows of a clip are the same whichever other clips there are
     NAME: ClassVar[str]  # as in "is not a causal trace"
-    HEADLINE: ClassVar[str] = ""  # the number of an overview that models are compared by, where there is one
+    HEADLINE: ClassVar[tuple[str, str] | None] = None  # what models are compared by: a number of an overview, in words
 
     frame: pd.DataFrame
 

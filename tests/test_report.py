@@ -36,6 +36,7 @@ from lalm_lens.report.found import Source
 from lalm_lens.report.found import Study as Traced
 from lalm_lens.report.maps import Words
 from lalm_lens.report.others import tables_of
+from lalm_lens.report.overview import NO_BREAK, html, matrix, short
 from lalm_lens.report.page import Shown
 from lalm_lens.report.page import card as card_of
 from lalm_lens.report.sounds import Sounds, compression, opus, spectrogram, text
@@ -322,6 +323,30 @@ def test_a_search_shows_the_finest_window_at_each_moment(folder, tmp_path):
     assert found["recovery"] == [[0.2, 0.3, 0.1]]
 
 
+def test_traces_of_one_question_are_told_apart_wherever_they_stand(folder, tmp_path):
+    """By the level of the noise, the direction and the site, in titles and as rows of matrices."""
+    frame = CausalTrace.load(folder / "a" / "t.parquet").frame
+    asked = {
+        "white noise, -10 dB": {"corruption": "white_noise -10 dB"},
+        "white noise, -30 dB": {"corruption": "white_noise -30 dB"},
+        "noising": {"direction": "noise"},
+        "resid mid": {"site": frame.site.replace("resid_post", "resid_mid")},
+    }
+    for n, changed in enumerate(asked.values()):
+        CausalTrace(frame.assign(**changed)).save(tmp_path / f"{n}.parquet")
+    path = write_report(tmp_path, n_samples=4)
+    page, text = Page(path), path.read_text(encoding="utf-8")
+    ways = [*["resid post, denoising"] * 2, "resid post, noising", "resid mid, denoising"]
+    titles = [f"tiny_lalm: gender, P3, {its}" for its in ways]
+    assert [its["title"] for its in page.data["curves"]] == [its["title"] for its in page.data["cards"]] == titles
+    assert [its["heard"] for its in page.data["curves"]] == [*list(asked)[:2], "other clip", "other clip"]
+    assert "Of noising, a corrupted state goes into the clean run" in " ".join(text.split())
+    for its in re.findall(r'<table class="matrix">.*?</table>', text):
+        rows = re.findall(r"<small>(.*?)</small></th>", its)
+        assert len(set(rows)) == 4
+        assert all(any(said in row for row in rows) for said in asked)
+
+
 def test_clips_are_taken_from_every_study_kept_ones_first(folder, tmp_path):
     frame = CausalTrace.load(folder / "a" / "t.parquet").frame
     names = sorted(frame["sample"].unique())
@@ -429,12 +454,15 @@ def test_only_what_was_analysed_is_played(study, tmp_path):
     page = Page(write_report(where))
     cards = {its["sample"]: its for its in page.data["cards"]}
     assert cards[changed]["unheard"] == f"{changed} is not what it was when it was analysed"
-    assert cards[gone]["unheard"].startswith(f"{gone} cannot be read: ")
+    assert cards[gone]["unheard"] == f"{gone} cannot be read: the file {clips / gone} is not there (any more)"
     assert cards[missing]["unheard"] == f"{missing} is not a clip of clips (any more)"
     assert "clean" in cards[kept]
     other = cards[kept]["corruption"].removeprefix("other clip ")
     assert cards[kept]["no_corrupted"] == cards[other]["unheard"]
     assert "clean" in Page(write_report(where, clips=[study / "clips"])).data["cards"][0]  # those that are given win
+    given = {its["sample"]: its for its in Page(write_report(where, clips=[clips])).data["cards"]}
+    assert given[gone]["unheard"] == cards[gone]["unheard"]
+    assert "clean" in given[kept]
 
 
 def test_a_page_says_why_no_clip_is_played(study, tmp_path):
@@ -526,7 +554,7 @@ def test_traces_that_disagree_are_named_by_what_they_were_asked(tmp_path, capsys
         found = card_map(card, "audio_window")
         assert found["words"]
         first = found["columns"][0]
-        assert card["model"] == f"tiny_lalm (window_s {first['end_s']:.1f})"
+        assert card["title"] == f"tiny_lalm: gender, P3, window_s {first['end_s']:.1f}"
 
 
 SMALLER = {  # than by default, so that they are quick, or can be done with four clips
@@ -588,7 +616,7 @@ class Tomorrow(Table):
     """A table of an experiment that nobody has written yet."""
 
     NAME: ClassVar[str] = "a table of things of tomorrow"
-    HEADLINE: ClassVar[str] = "size"
+    HEADLINE: ClassVar[tuple[str, str] | None] = "size", "How large it is"
     COLUMNS: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("model", "attribute", "form", "sample", "label"), "str"),
         "thing": "float64",
@@ -612,8 +640,10 @@ def test_a_table_of_a_new_kind_is_shown_as_it_says_itself(tmp_path):
     assert "<h2>Things of tomorrow</h2>" in text
     assert "<td>0.250 (0.125 to 0.750)</td>" in text
     cells = [("0.250", "0.25"), ("0.750", "0.75"), ("0.500", "0.50")]
-    assert re.findall(r'<td style="--share:([\d.]+)"[^>]*>([\d.]+)</td>', text) == cells
-    assert re.search(r'row">other</th><td [^>]*>0.50</td><td>-</td>', text)
+    small = "<br><small>0.12 to 0.75</small></td>"
+    assert re.findall(rf'<td style="--share:([\d.]+)">([\d.]+){small}', text) == cells
+    assert re.search(rf'row">other</th><td [^>]*>0.50{small}<td>-</td>', text)
+    assert "<figcaption>How large it is</figcaption>" in text
     assert "Without a summary: bad, gender, P3: No thing is negative." in text
     curves = Page(tmp_path / "report.html").data["curves"]
     assert [its["lines"][0]["mean"][1] for its in curves] == [0.25, 0.75, 0.5]
@@ -629,9 +659,9 @@ def test_models_and_attributes_stand_in_the_order_of_the_study(folder, tmp_path)
         CausalTrace(trace.assign(model=model, attribute=attribute)).save(tmp_path / f"{n}.parquet")
         InformationScore(scores.assign(model=model, attribute=attribute)).save(tmp_path / f"{n}s.parquet")
     text = write_report(tmp_path, n_samples=0).read_text(encoding="utf-8")
-    for matrix in re.findall(r'<table class="matrix">.*?</table>', text):
-        assert re.findall(r"<th>(\w+)</th>", matrix) == ["emotion", "animal"]
-        assert re.findall(r'row">(\w+)</th>', matrix) == ["z", "a"]
+    for its in re.findall(r'<table class="matrix">.*?</table>', text):
+        assert re.findall(r"<th>(\w+)</th>", its) == ["emotion", "animal"]
+        assert re.findall(r'row">(\w+)</th>', its) == ["z", "a"]
     titles = [its["title"].partition(",")[0] for its in Page(tmp_path / "report.html").data["curves"]]
     assert titles == 2 * [f"{model}: {attribute}" for model, attribute in asked]
 
@@ -640,7 +670,7 @@ def test_the_overview_holds_the_numbers_of_the_tables(page, folder, clips, tmp_p
     text = write_report(folder, clips=[clips], out=tmp_path / "r.html").read_text(encoding="utf-8")
     trace, scores = CausalTrace.load(folder / "a" / "t.parquet"), InformationScore.load(folder / "b" / "scores.parquet")
     found = {
-        title: re.findall(r'--share:([\d.]+)"[^>]*>([^<]*)</td>', figure)
+        title: re.findall(r'--share:([\d.]+)">([^<]*)<', figure)
         for title, figure in re.findall(r"<figcaption>([\w ]+) <span.*?(<table.*?</table>)", text, re.DOTALL)
     }
     n_layers = trace.frame.layer.max() + 1
@@ -648,10 +678,24 @@ def test_the_overview_holds_the_numbers_of_the_tables(page, folder, clips, tmp_p
     assert found["Fusion layer"] == [(f"{fusion / n_layers:.3f}", f"{fusion:.0f}")]
     means = trace.aggregate(("segment", "layer"))
     peak = means[means.segment.isin(["early", "object", "late"])]["mean"].max()
-    assert found["Peak recovery of one word"][0][1] == f"{peak:.2f}"
+    assert found["Peak recovery of one word"][0][1] == short(peak)
     assert found["Clips that are kept"][0][1] == f"{trace.kept['sample'].nunique()} of {N_CLIPS}"
     assert found["Critical layer"] == [(f"{last.critical_layer / n_layers:.3f}", f"{last.critical_layer:.2f}")]
     assert found["Accuracy"] == [(f"{last.accuracy:.3f}", f"{last.accuracy:.2f}")]
+    interval = f"{last.accuracy_low:.2f} to {last.accuracy_high:.2f}, n = {last.n}"
+    assert f"{last.accuracy:.2f}<br><small>{interval}</small>" in text.replace(NO_BREAK, " ")
+
+
+def test_a_matrix_says_why_it_is_empty_and_small_numbers_are_no_zeros():
+    rows = pd.DataFrame({"model": "m", "attribute": "gender", "layer": [0, 1], "size": [-1e-4, -0.0]})
+    for table, why in ((rows, "several numbers"), (rows.assign(size=np.nan), "not known")):
+        found = matrix(table, "size", "Size", "")
+        assert found is not None
+        assert why in found.note
+        assert not found.html
+    assert matrix(rows[:0], "size", "Size", "") is None
+    cells = re.findall("<td>(.*?)</td>", html(rows.assign(size_low=-2e-4, size_high=0.5)).replace(NO_BREAK, " "))
+    assert cells[3::4] == ["-1.0e-04 (-2.0e-04 to 0.500)", "0.000 (-2.0e-04 to 0.500)"]
 
 
 def test_a_page_tells_of_its_study(study, tmp_path):
@@ -660,9 +704,12 @@ def test_a_page_tells_of_its_study(study, tmp_path):
         {"model": "m", "dataset": "clips", "attribute": "gender", "sample": "x.wav", "reason": "It is <silent>."}
     ]
     listed = json.loads((where / "study.study.json").read_text())["units"]
-    change_list(
-        tmp_path, excluded=left_out, failed={"gone/model": "There is none."}, units=[*listed, "probe-1.parquet"]
-    )
+    failures = {
+        "probe-1.parquet": {"of": "probe, P3", "reason": "It is <broken>."},
+        listed[0]: {"of": "x", "reason": "y"},
+    }
+    units = {"units": [*listed, "probe-1.parquet", "back_patch-1.parquet"], "failures": failures}
+    change_list(tmp_path, excluded=left_out, failed={"gone/model": "There is none."}, **units)
     text = write_report(where, n_samples=0).read_text(encoding="utf-8")
     units = load_results(where).units
     for said in (
@@ -673,7 +720,9 @@ def test_a_page_tells_of_its_study(study, tmp_path):
         "causal trace, information score",
         "x.wav (clips, gender): It is &lt;silent&gt;.",
         "gone/model: There is none.",
-        "1 units are not there yet",
+        "1 unit is not there yet",
+        "<dt>nothing is finished of</dt><dd><div>probe, back patch</div>",
+        "<dt>failed</dt><dd><div>probe, P3: It is &lt;broken&gt;.</div></dd>",
         f"work in {len(units)} units",
     ):
         assert said in text, said

@@ -247,7 +247,9 @@ def test_pointing_at_the_audio_tells_its_row_and_words(page, tables):
             assert numbers(said[2]) == pytest.approx([its.recovery], rel=1e-3)
             heard = (lens.start_s + lens.end_s).between(2 * its.start_s, 2 * its.end_s) & (lens.kind == "top")
             top = lens[(lens["sample"] == name) & (lens.layer == layer) & heard].nlargest(1, "probability").iloc[0]
-            assert said[3].startswith(f"the lens says: {top.word.replace(' ', chr(0x2423))} {top.probability:.3f}")
+            word = top.word.replace(" ", "\u2423")
+            word = word if any(map(str.isalnum, word)) else f"\u201c{word}\u201d"
+            assert said[3].startswith(f"the lens says: {word} {top.probability:.3f}")
 
 
 def test_pointing_at_a_curve_tells_its_means(page, tables):

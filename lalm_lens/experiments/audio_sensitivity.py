@@ -39,7 +39,10 @@ class AudioSensitivity(Table):
     """What is answered to each clip, to silence and to another clip: three rows per sample."""
 
     NAME: ClassVar[str] = "a table of audio sensitivity"
-    HEADLINE: ClassVar[str] = "sensitivity"
+    HEADLINE: ClassVar[tuple[str, str] | None] = (
+        "sensitivity",
+        "Accuracy with the clip, less that with silence and with another clip",
+    )
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         **CONFLICT_COLUMNS,  # of conflict items: what is stated of the clip

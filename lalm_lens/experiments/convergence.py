@@ -43,7 +43,7 @@ class Convergence(Table):
     """How alike the states of twins are: one row per item, layer and place."""
 
     NAME: ClassVar[str] = "a table of convergence"
-    HEADLINE: ClassVar[str] = "cka"
+    HEADLINE: ClassVar[tuple[str, str] | None] = "cka", "Largest CKA of a layer, heard and read"
     COLUMNS: ClassVar[dict[str, str]] = {
         "model": "str",
         "attribute": "str",

@@ -95,7 +95,7 @@ class LatentUnderstanding(Table):
     """What states of a clip name, one row per clip, place, layer and label."""
 
     NAME: ClassVar[str] = "a table of latent understanding"
-    HEADLINE: ClassVar[str] = "score"
+    HEADLINE: ClassVar[tuple[str, str] | None] = "score", "Share of clips whose states name their label"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         "seen_label": "str",  # of a counterfactual pair, another one than `label`

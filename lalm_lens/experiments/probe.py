@@ -48,7 +48,7 @@ class Probe(Table):
     """What probes say: one row per clip, spot and draw of the labels, each clip in the fold that tests it."""
 
     NAME: ClassVar[str] = "a table of probes"
-    HEADLINE: ClassVar[str] = "accuracy"
+    HEADLINE: ClassVar[tuple[str, str] | None] = "accuracy", "Largest accuracy of a layer's probe"
     COLUMNS: ClassVar[dict[str, str]] = {
         "model": "str",
         "attribute": "str",  # what is asked; what is probed is the target

@@ -56,7 +56,10 @@ class Suppression(Table):
     """What layers say of clips with which a text disagrees: one row per clip, run, place and layer."""
 
     NAME: ClassVar[str] = "a table of suppression"
-    HEADLINE: ClassVar[str] = "back"
+    HEADLINE: ClassVar[tuple[str, str] | None] = (
+        "back",
+        "Share of clips whose audio's label is back once the last position cannot see the text",
+    )
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         **CONFLICT_COLUMNS,  # of the conflict, in all four runs

@@ -52,7 +52,7 @@ class TextDominance(Table):
     """What is answered, one row per item."""
 
     NAME: ClassVar[str] = "a table of text dominance"
-    HEADLINE: ClassVar[str] = "tdr"
+    HEADLINE: ClassVar[tuple[str, str] | None] = "tdr", "Text dominance ratio: text / (text + audio)"
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,
         **CONFLICT_COLUMNS,

@@ -45,8 +45,9 @@ class Given:
                 listed.setdefault(attribute, []).extend(clips)
         for clips in listed.values():
             by_name: dict[tuple[str, str], Clip] = {}
-            for clip in clips:
-                if by_name.setdefault((clip.name, clip.label), clip).digest != clip.digest:
+            for clip in [its for its in clips if not is_gone(its)]:
+                other = by_name.setdefault((clip.name, clip.label), clip)
+                if other is not clip and other.digest != clip.digest:
                     raise DataError(f"Two clips are named {clip.name} and labelled {clip.label}. Leave one out.")
         return cls(listed)
 
@@ -54,7 +55,22 @@ class Given:
         clips = [*self.listed.get(attribute, []), *self.listed.get("", [])]
         found = (clip for clip in clips if clip.name == name and label in (None, clip.label))
         clip = next(found, None)
-        return f"{name} is not among the clips that were given" if clip is None else clip.read()
+        if clip is None:
+            return f"{name} is not among the clips that were given"
+        try:
+            return clip.read()
+        except (LensError, OSError) as error:
+            return f"{name} cannot be read: {why(clip, error)}"
+
+
+def why(clip: Clip, error: LensError | OSError) -> str:
+    """Why there is no sound; of a file that is gone, where it was."""
+    where = clip.source.resolve() if isinstance(clip.source, Path) else ""
+    return f"the file {where} is not there (any more)" if is_gone(clip) else reason(error).rstrip(".")
+
+
+def is_gone(clip: Clip) -> bool:
+    return isinstance(clip.source, Path) and not clip.source.is_file()
 
 
 def lists_of(folder: Path) -> dict[str, list[Clip]]:
@@ -89,7 +105,7 @@ class Analysed:
                 return f"{name} is not what it was when it was analysed"
             sample = clip.read()
         except (LensError, OSError) as error:
-            return f"{name} cannot be read: {reason(error)}"
+            return f"{name} cannot be read: {why(clip, error)}"
         n_heard = source.told["n_heard"]
         return sample if n_heard is None else cut_to([sample], n_heard)[0]
 

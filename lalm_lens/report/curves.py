@@ -28,7 +28,7 @@ def trace_curves(study: Study) -> dict | None:
         return None
     of_metric = str(rows.metric.iloc[0]).replace("_", " ")
     return {
-        "title": f"{study.name}: {study.attribute}, {study.form}, {rows.of_site.iloc[0]}",
+        "title": study.title,
         "heard": study.heard,
         "n": int(rows["sample"].nunique()),
         "y": f"recovery rate of {of_metric}",
@@ -38,19 +38,19 @@ def trace_curves(study: Study) -> dict | None:
     }
 
 
-def score_curves(scores: InformationScore) -> list[dict]:
+def score_curves(scores: InformationScore, how: str = "") -> list[dict]:
     """Information scores at the last position without knockouts, a figure for each model, attribute and way to score a
-    label, and a line for each form of the prompt."""
+    label, and a line for each form of the prompt. `how` is what no column tells."""
     means = scores.curves()
     means = means[(means.place == "last") & (means.knockout == "none")]
     figures = []
     for (model, attribute, space, norm), its in means.groupby(
         ["model", "attribute", "label_space", "norm"], sort=False
     ):
-        said = f"labels {'with' if space else 'without'} the space before them{'' if norm else ', no final norm'}"
+        ways = [f"labels {'with' if space else 'without'} the space before them", "" if norm else "no final norm", how]
         figures.append(
             {
-                "title": f"{model}: {attribute}, {said}",
+                "title": f"{model}: {', '.join(filter(None, (str(attribute), *ways)))}",
                 "n": int(its.n.iloc[0]),
                 "y": "information score",
                 "marks": [rounded(1 / its.n_labels.iloc[0])],

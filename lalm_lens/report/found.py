@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,23 +27,28 @@ PARTS: tuple[type[Table], ...] = CausalTrace, InformationScore, LogitLens  # tha
 ASKED = ["model", "attribute", "form"]
 ONE_SCORE = [*ASKED, "sample", "label_space", "norm", "knockout", "place", "layer"]
 OF_STUDY = [name for name in SETTINGS if name not in ("kind", "site", "corruption")]
+TOLD = ["of_site", *(name for name in OF_STUDY if name not in ASKED)]
+USUAL = {"site": "resid post", "metric": "probability", "direction": "denoising"}  # what a trace has if nobody asks
 
 
 @dataclass(frozen=True)
 class Study:
     """The rows of one model, one question and one way to trace it; `rows` is empty where only a lens was read. `how`
-    says what no column does of a trace that shares runs with others."""
+    says what no column does of a trace that shares runs with others, and `told` are the settings to tell of it: those
+    that are not usual, or not as in others."""
 
     model: str
     attribute: str
     form: str
     rows: pd.DataFrame
     how: str = ""
+    told: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def name(self) -> str:
-        """The model, and how it was traced where that is told."""
-        return f"{self.model}{self.how}"
+    def title(self) -> str:
+        """What is asked of which model, and how where that is told."""
+        ways = (its if name in USUAL else f"{name} {its}" for name, its in self.told.items())
+        return f"{self.model}: {', '.join(filter(None, (self.attribute, self.form, *ways, self.how)))}"
 
     @property
     def asked(self) -> tuple[str, str, str]:
@@ -51,8 +56,15 @@ class Study:
 
     @property
     def heard(self) -> str:
-        """What the corrupted run hears, in a word or two; nothing where there is none."""
-        return "".join(self.rows.corruption[:1]).partition(" ")[0].replace("_", " ")
+        """What the corrupted run hears, in a word or two, of noise its level; nothing where there is none."""
+        kind, _, which = "".join(self.rows.corruption[:1]).partition(" ")
+        return ", ".join((kind.replace("_", " "), *([which] if kind == "white_noise" else [])))
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Of its trace, in words by their columns; those of the question are the same in all of one attribute."""
+        first = self.rows.iloc[0]
+        return {name.removeprefix("of_").replace("_", " "): in_words(first[name]) for name in TOLD}
 
     @property
     def whole(self) -> pd.DataFrame:
@@ -115,7 +127,26 @@ class Found:
             if tuple(first[ASKED]) not in traced:
                 found.append(Study(first.model, first.attribute, first.form, self.trace.iloc[:0]))
         models, attributes = ([getattr(its, name) for its in found] for name in ("model", "attribute"))
-        return sorted(found, key=lambda its: (models.index(its.model), attributes.index(its.attribute), its.form))
+        found = sorted(found, key=lambda its: (models.index(its.model), attributes.index(its.attribute), its.form))
+        return [*with_settings(found)]
+
+
+def with_settings(studies: Sequence[Study]) -> Iterator[Study]:
+    """Each says what is not usual, or differs on the page, and what else differs where the same is asked and heard."""
+    settings = {n: its.settings for n, its in enumerate(studies) if len(its.rows)}
+    same = [(its.asked, its.heard) for its in studies]
+    for n, study in enumerate(studies):
+        told = {}
+        for name, mine in settings.get(n, {}).items():
+            others = {its[name] for at, its in settings.items() if name in USUAL or same[at] == same[n]}
+            if others != {USUAL.get(name, mine)}:
+                told[name] = mine
+        yield replace(study, told=told)
+
+
+def in_words(value: Any) -> str:
+    said = "none" if pd.isna(value) else str(value)
+    return {"denoise": "denoising", "noise": "noising"}.get(said, said).replace("_", " ")
 
 
 def find(folder: Path) -> Found:
@@ -132,14 +163,13 @@ def find(folder: Path) -> Found:
     for n, its in enumerate(sources):
         if its.table in frames:
             frame = its.table.load(its.path).frame
-            frames[its.table].append(frame.assign(model=frame.model + hidden.get(n, ""), source=n, how=""))
+            frames[its.table].append(frame.assign(model=frame.model + hidden[n], source=n, how=""))
     frames[CausalTrace] = [with_site(frame) for frame in frames[CausalTrace]]
     trace = told_apart(joined(CausalTrace, frames[CausalTrace]), [*ONE_RUN, "of_site"], sources)
     scores = told_apart(joined(InformationScore, frames[InformationScore]), ONE_SCORE, sources)
     lens = once(joined(LogitLens, frames[LogitLens]))
     trace, of_trace = first_of_each(trace, [*ONE_RUN, "of_site", "how"], "recovery", sources, folder)
     scores, of_scores = first_of_each(scores, [*ONE_SCORE, "how"], "probability", sources, folder)
-    scores = scores.assign(model=scores.model + scores.how)
     return Found(trace, scores, lens, tuple(sources), "; ".join(filter(None, (of_trace, of_scores))))
 
 
@@ -174,9 +204,11 @@ def below(kind: type[Table]) -> Iterator[type[Table]]:
         yield from below(each)
 
 
-def hidden_in(sources: Sequence[Source]) -> dict[int, str]:
-    """What of files of a study is not the same in all about a model and attribute and no column tells, in words."""
-    return differences({n: its.hidden for n, its in enumerate(sources) if its.told}, sources)
+def hidden_in(sources: Sequence[Source]) -> list[str]:
+    """What of files of a study is not the same in all about a model and attribute and no column tells, as it stands
+    behind the model."""
+    said = differences({n: its.hidden for n, its in enumerate(sources) if its.told}, sources)
+    return [f" ({said[n]})" if said.get(n) else "" for n in range(len(sources))]
 
 
 def differences(told: Mapping[int, Mapping[str, Any]], sources: Sequence[Source]) -> dict[int, str]:
@@ -185,16 +217,22 @@ def differences(told: Mapping[int, Mapping[str, Any]], sources: Sequence[Source]
     for asked in {sources[n].asked for n in told}:
         alike = pd.DataFrame({n: its for n, its in told.items() if sources[n].asked == asked}).map(str)
         other = alike[alike.nunique(axis=1) > 1]
-        said |= {n: f" ({', '.join(f'{name} {its}' for name, its in other[n].items())})" for n in other if len(other)}
+        said |= {n: ", ".join(f"{name} {plain(its)}" for name, its in other[n].items()) for n in other if len(other)}
     return said
+
+
+def plain(said: str) -> str:
+    """A setting as one would say it: several without brackets and quotation marks."""
+    return said.strip("()[]").rstrip(",").replace("'", "") if said[:1] in ("(", "[", "'") else said
 
 
 def told_apart(rows: pd.DataFrame, one: Sequence[str], sources: Sequence[Source]) -> pd.DataFrame:
     """Without repeated rows. Where units of a study have the same run, `how` says which of their settings differ and no
     column tells: what ran beside it may change its last digits."""
     twice = rows[rows.duplicated(one, keep=False)]
-    asked = {sources[n].asked for n in twice.source.unique()} - {None}
-    settings = {n: sources[n].settings for n in rows.source.unique().tolist() if sources[n].asked in asked}
+    same = [(sources[n].asked, sources[n].settings) for n in twice.source.unique() if sources[n].told]
+    units = {n: sources[n] for n in rows.source.unique().tolist() if sources[n].told}
+    settings = {n: its.settings for n, its in units.items() if (its.asked, its.settings) in same}
     said = differences(settings, sources)
     how = [said.get(n, "") for n in rows.source.tolist()]
     return once(rows.assign(how=pd.Series(how, rows.index, dtype="str")))

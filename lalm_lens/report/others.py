@@ -13,6 +13,7 @@ from lalm_lens.study_results import HIDDEN
 from lalm_lens.tables import Table
 
 ONE = (*HIDDEN, "model", "attribute", "form", "settings")  # of units that differ in their clips alone
+PARTS_OF_LAYERS = {"head": "heads", "heads": "heads", "units": "heads or neurons"}  # by columns
 N_LINES = 6  # of a figure, that are not hidden: the largest
 
 
@@ -35,7 +36,7 @@ def others(found: Found) -> Iterator[Other]:
             by_name.setdefault(name_of(source), []).append(n)
     hidden = hidden_in(found.sources)
     for name, mine in by_name.items():
-        yield other(name, {n: found.sources[n] for n in mine}, found.sources, {n: hidden.get(n, "") for n in mine})
+        yield other(name, {n: found.sources[n] for n in mine}, found.sources, {n: hidden[n] for n in mine})
 
 
 def name_of(source: Source) -> str:
@@ -49,7 +50,7 @@ def other(name: str, mine: dict[int, Source], sources: Sequence[Source], hidden:
     rows, curves, missing = [], [], []
     kind = next(iter(mine.values())).table
     for group in alike(mine):
-        how = settings.get(group[0], "").strip(" ()")
+        how = settings.get(group[0], "")
         for about, table in tables_of([mine[n] for n in group]):
             about = about | {"model": f"{about.get('model', '')}{hidden[group[0]]}"} | ({"how": how} if how else {})
             told = ", ".join(str(its) for its in about.values() if not pd.isna(its))
@@ -94,8 +95,11 @@ def figure(title: str, table: Table, lines: pd.DataFrame) -> dict:
     value = next(name for name in map(str, lines) if name not in ("line", "layer", "low", "high"))
     lines = lines.assign(**{end: float("nan") for end in ("low", "high") if end not in lines})
     largest = lines[value].abs().groupby(lines.line, sort=False).max().nlargest(N_LINES)
+    several = [name for name in PARTS_OF_LAYERS if name in table.frame and table.frame[name].nunique() > 1]
+    parts = [PARTS_OF_LAYERS[name] for name in several if lines.low.isna().all()]
     return {
         "title": title,
+        **({"note": f"mean over its {parts[0]}"} if parts else {}),
         "n": int(table.frame["sample"].nunique()) if "sample" in table.frame else len(table.frame),
         "y": value.replace("_", " "),
         "marks": [0],

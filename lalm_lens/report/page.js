@@ -7,8 +7,9 @@ const KINDS = {
   audio_window: "windows of audio positions", encoder_window: "windows of the audio encoder's states",
   moment: "windows that the search for the moment tried", lens: "audio positions, the lens alone", token: "text positions",
 };
-const IS_NARROW = matchMedia("(max-width: 40rem)").matches;
-const MARGIN = IS_NARROW ? { l: 58, r: 74, t: 8, b: 40 } : { l: 76, r: 92, t: 8, b: 40 }; // of all figures of a clip, so that their seconds stand in line
+const DASHES = ["solid", "dash", "dot", "dashdot"]; // where there are more lines than colours
+const narrow = matchMedia("(max-width: 40rem)");
+const marginOf = () => (narrow.matches ? { l: 58, r: 74, t: 8, b: 40 } : { l: 76, r: 92, t: 8, b: 40 }); // of all figures of a clip, so that their seconds stand in line
 const CONFIG = { displayModeBar: false, responsive: true };
 const DRAG = matchMedia("(hover: hover)").matches ? "zoom" : false; // where fingers scroll, they do not zoom
 let context = null, playing = null;
@@ -18,6 +19,7 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 const escaped = (said) => said.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const visible = (token) => escaped(token.replace(/\n/g, "\\n").replace(/ /g, "\u2423"));
 const layerName = (layer) => (layer < 0 ? "embed" : String(layer));
+const readable = (value) => (value !== 0 && Math.abs(value) < 5e-4 ? value.toExponential(1) : value.toFixed(3));
 const span = (start, end) => `${start.toFixed(2)} to ${end.toFixed(2)} s`;
 
 function layout(more) {
@@ -26,7 +28,8 @@ function layout(more) {
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("ink"), size: 12 },
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("soft"), font: { color: colour("ink") }, align: "left" },
-    dragmode: DRAG, xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
+    dragmode: DRAG, uirevision: "what a reader has chosen stays", xaxis: { ...axis, ...xaxis },
+    yaxis: { ...axis, exponentformat: "none", ...yaxis }, ...rest,
   };
 }
 
@@ -52,9 +55,11 @@ function wrapped(said, most) { // in lines of so many letters; a word that is lo
 
 function drawCurve(place) {
   const its = data.curves[place.dataset.curve], traces = [];
+  const places = its.lines.map((_, n) => n).sort((one, other) => its.lines[one].hidden - its.lines[other].hidden); // those that are seen first have colours of their own
   its.lines.forEach((line, n) => {
     const same = { legendgroup: line.name, visible: line.hidden ? "legendonly" : true };
-    const [paint, x] = [LINES[n % LINES.length], line.layers];
+    const nth = places.indexOf(n), paint = LINES[nth % LINES.length], x = line.layers;
+    const dash = DASHES[Math.floor(nth / LINES.length) % DASHES.length];
     if (line.low.every((value) => value !== null)) {
       traces.push({
         ...same, x: [...x, ...x.slice().reverse()], y: [...line.high, ...line.low.slice().reverse()], fill: "toself",
@@ -62,9 +67,9 @@ function drawCurve(place) {
       });
     }
     traces.push({
-      ...same, x, y: line.mean, name: line.name, mode: "lines+markers", line: { color: paint }, marker: { size: 5 },
-      text: x.map((layer, i) => `layer ${layerName(layer)}: ${line.mean[i] === null ? "not known" : line.mean[i].toFixed(3)}` +
-        (line.low[i] === null ? "" : ` (${line.low[i].toFixed(3)} to ${line.high[i].toFixed(3)})`)),
+      ...same, x, y: line.mean, name: line.name, mode: "lines+markers", line: { color: paint, dash }, marker: { size: 5 },
+      text: x.map((layer, i) => `layer ${layerName(layer)}: ${line.mean[i] === null ? "not known" : readable(line.mean[i])}` +
+        (line.low[i] === null ? "" : ` (${readable(line.low[i])} to ${readable(line.high[i])})`)),
       hovertemplate: "%{text}",
     });
   });
@@ -78,7 +83,7 @@ function drawCurve(place) {
     title: { text: about.map(escaped).join("<br>"), font: { size: 12 }, yref: "container", y: 1, yanchor: "top", pad: { t: 18 } },
     height: 200 + above + below, shapes, margin: { l: 55, r: 10, t: above, b: below },
     legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } },
-    xaxis: { ...layerTicks([...new Set(its.lines.flatMap((line) => line.layers))].sort((a, b) => a - b)),
+    xaxis: { ...layerTicks([...new Set(its.lines.flatMap((line) => line.layers.filter((_, i) => line.mean[i] !== null)))].sort((a, b) => a - b)),
       title: { text: its.note ? `layer (${its.note})` : "layer", standoff: 8 } },
     yaxis: { automargin: true, title: { text: its.y, standoff: 6 }, ...(its.range ? { range: its.range } : {}) },
   });
@@ -87,7 +92,8 @@ function drawCurve(place) {
 function wordsOf(map, row, column) {
   const cell = map.words === null ? [] : map.words[row][column], said = [];
   for (let n = 0; n < cell.length; n += 2) {
-    said.push(`${visible(data.words[cell[n]])} ${(cell[n + 1] / 1000).toFixed(3)}`);
+    const word = data.words[cell[n]], shown = visible(word);
+    said.push(`${/[\p{L}\p{N}]/u.test(word) ? shown : `\u201c${shown}\u201d`} ${(cell[n + 1] / 1000).toFixed(3)}`);
   }
   return said.length ? "<br>the lens says: " + said.join(", ") : "";
 }
@@ -102,7 +108,8 @@ function whereIs(map, column) {
   if (its.start_s !== undefined) parts.push(span(its.start_s, its.end_s));
   if (its.of_s && (its.of_s[0] !== its.start_s || its.of_s[1] !== its.end_s)) parts.push(`of ${span(...its.of_s)}`);
   if (map.axis === "slots") parts.push("looks at the whole clip: no time span");
-  if (its.segment || its.region) parts.push(its.segment || its.region);
+  const what = [its.segment, its.region].find((name) => name && name !== "none");
+  if (what) parts.push(what);
   if (its.option) parts.push(`option ${escaped(its.option)}${its.is_correct ? ", the true one" : ""}`);
   return parts.join(", ");
 }
@@ -182,9 +189,9 @@ function drawMap(place, card, map) {
   const isText = map.axis === "tokens", { z, said, ...paint } = scale(card, map), { x, at } = edges(map), text = hover(map);
   const cells = (grid, none) => grid.map((row) => at.map((n) => (n === null ? none : row[n])));
   const longest = Math.max(...map.columns.map((column) => (column.token || column.region || "").length));
-  const below = isText ? 44 + 6 * longest : MARGIN.b; // its tokens stand upright
+  const below = isText ? 44 + 6 * longest : marginOf().b; // its tokens stand upright
   const height = Math.max(90, 13 * map.layers.length + 30) + below + (isText ? 22 : 0);
-  const margin = isText ? { ...MARGIN, t: 30, b: below } : MARGIN;
+  const margin = isText ? { ...marginOf(), t: 30, b: below } : marginOf();
   const rows = map.layers.map((_, n) => n), ticks = layerTicks(map.layers);
   plot(place, [{
     type: "heatmap", x, y: rows, z: cells(z, null), text: cells(text, ""), hovertemplate: "%{text}<extra></extra>",
@@ -204,7 +211,7 @@ function drawSpectrogram(place, card) {
     type: "heatmap", z: card.mel, x0: each / 2, dx: each, y0: 0, dy: 1, colorscale: "Viridis", showscale: false,
     hovertemplate: "%{x:.2f} s<extra></extra>",
   }], {
-    height: 130, margin: { ...MARGIN, b: 22 }, xaxis: { range: [0, card.duration_s], showgrid: false },
+    height: 130, margin: { ...marginOf(), b: 22 }, xaxis: { range: [0, card.duration_s], showgrid: false, ticksuffix: " s" },
     yaxis: { title: { text: "log-mel" }, showticklabels: false, ticks: "", showgrid: false, range: [-0.5, n_bins - 0.5] },
   });
 }
@@ -221,7 +228,7 @@ async function soundOf(index) {
 async function play(index, start, end) {
   const buffer = await soundOf(index);
   await context.resume();
-  if (playing) playing.stop();
+  alone(null);
   playing = context.createBufferSource();
   playing.buffer = buffer;
   playing.connect(context.destination);
@@ -244,7 +251,6 @@ async function clicked(article, card, axis, its) {
   const which = article.querySelector("select"), index = which ? Number(which.value) : card.clean;
   const name = which ? which.selectedOptions[0].textContent : "clean";
   marked(article, start, end);
-  document.querySelectorAll("audio").forEach((player) => player.pause());
   article.querySelector(`audio[data-sound="${index}"]`).currentTime = start; // to go on from there
   await play(index, start, end);
   told.textContent = `Played ${span(start, end)} of the ${name} clip.`;
@@ -302,16 +308,30 @@ const seen = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "800px" });
 
+const drawn = () => document.querySelectorAll("[data-drawn]").forEach(draw);
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 function theme(isDark) {
   document.documentElement.dataset.theme = isDark ? "dark" : "light";
-  document.querySelectorAll("[data-drawn]").forEach(draw);
+  drawn();
 }
 
-document.querySelectorAll("audio").forEach((player) => { player.src = data.sounds[player.dataset.sound]; });
+function alone(player) { // one sound at a time
+  if (playing) playing.stop();
+  document.querySelectorAll("audio").forEach((other) => { if (other !== player) other.pause(); });
+}
+
+document.querySelectorAll("audio").forEach((player) => {
+  player.src = data.sounds[player.dataset.sound];
+  player.onplay = () => alone(player);
+});
 document.getElementById("theme").onclick = () => theme(document.documentElement.dataset.theme !== "dark");
 const own = document.getElementById("own");
 if (own) own.onchange = () => document.querySelectorAll("article[data-drawn]").forEach(draw);
+let width = innerWidth, resized = null;
+addEventListener("resize", () => { // titles are wrapped, and margins are chosen, for a width
+  clearTimeout(resized);
+  if (innerWidth !== width) resized = setTimeout(() => { width = innerWidth; drawn(); }, 150);
+});
 prefersDark.onchange = () => theme(prefersDark.matches);
 theme(prefersDark.matches);
 document.querySelectorAll("[data-curve], [data-card]").forEach((place) => seen.observe(place));

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
+from pyarrow import parquet
 
 from lalm_lens.audio import RATE_HZ
+from lalm_lens.counterfactual import BESIDE
 from lalm_lens.errors import DataError, InputError
 from lalm_lens.experiments.information_score import InformationScore
 from lalm_lens.report.about import about
@@ -55,10 +57,10 @@ def write_report(
     plotly = plotly_js()
     found = find(Path(folder))
     heard = Given.of([Path(each) for each in clips]) if clips else Analysed()
-    studies, sounds, words = found.studies(), Sounds(), Words()
+    studies, sounds, words, seen = found.studies(), Sounds(), Words(), seen_in(found)
     places = {id(study): place for place, study in enumerate(studies)}
     cards: list[dict[str, Any]] = [
-        card(shown, heard, sounds, words) | {"study": places[id(shown.study)]}
+        card(shown, heard, sounds, words, seen.get(shown.sample, "")) | {"study": places[id(shown.study)]}
         for shown in chosen(studies, found, n_samples)
     ]
     curves, other_sections = curves_of(studies, found), []
@@ -80,6 +82,7 @@ def write_report(
             n_curves=n_curves,
             cards=cards,
             is_traced=any(len(study.rows) for study in studies),
+            is_noised=any((study.rows.direction == "noise").any() for study in studies),
             has_scales=any(its["axis"] == "time" and its["recovery"] for one in cards for its in one["maps"]),
             unheard=common([its.get("unheard") for its in cards]),
             data={"curves": curves, "cards": cards, "sounds": sounds.uris(), "words": list(words.places)},
@@ -117,7 +120,8 @@ def sections_of(studies: Sequence[Study], found: Found) -> Iterator[Section]:
 
 def curves_of(studies: Sequence[Study], found: Found) -> list[dict]:
     traced = [its for study in studies if (its := trace_curves(study)) is not None]
-    return [*traced, *(score_curves(InformationScore(found.scores)) if len(found.scores) else [])]
+    scores = [(str(how), InformationScore(its)) for how, its in found.scores.groupby("how", sort=False)]
+    return [*traced, *(curve for how, its in scores for curve in score_curves(its, how))]
 
 
 def chosen(studies: Sequence[Study], found: Found, n_samples: int) -> list[Shown]:
@@ -147,16 +151,33 @@ def clips_of(study: Study, found: Found) -> Iterator[Shown]:
         yield Shown(study, name, found.sources[first.source], of_trace, of_lens)
 
 
-def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words) -> dict:
+def seen_in(found: Found) -> dict[str, str]:
+    """What is seen of each clip that has pictures, as tables say it that have a column for it."""
+    seen: dict[str, str] = {}
+    for its in found.sources:
+        if "seen_label" in its.table.COLUMNS:
+            rows = parquet.read_table(its.path, columns=["sample", "seen_label"]).to_pandas().dropna()
+            seen |= dict(zip(rows["sample"], rows.seen_label, strict=True))
+    return seen
+
+
+def looks(name: str, seen: str) -> str:
+    """What is seen of a clip, and whose pictures those are where they are another's."""
+    pictures, _, sound = name.partition(BESIDE)
+    of_others = f"the pictures of {pictures} with the sound of {sound}" if sound else ""
+    return ", ".join(filter(None, (f"seen: {seen}" if seen else "", of_others)))
+
+
+def card(shown: Shown, clips: Clips, sounds: Sounds, words: Words, seen: str = "") -> dict:
     """What the page holds of one clip."""
     study, rows = shown.study, shown.rows
     first = (rows if len(rows) else shown.said).iloc[0]
     found = {
         "sample": shown.sample,
         "label": str(first.label),
-        "model": study.name,
-        "attribute": study.attribute,
-        "form": study.form,
+        "model": study.model,
+        "title": study.title,
+        "seen": looks(shown.sample, seen),
         "maps": list(maps_of(rows, shown.said, words)),
     }
     if len(rows):
