@@ -94,11 +94,11 @@ def test_a_study_goes_from_nothing_to_its_report(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == str(report)
     page = Page(report)
     cards = page.data["cards"]
-    assert {card["attribute"] for card in cards} == {"gender", "animal"}
+    assert {card["title"] for card in cards} == {"tiny_lalm: gender, P3", "tiny_lalm: animal, P3"}
     assert all({"clean", "corrupted", "mel"} <= set(card) for card in cards)
     assert all({"token", "audio_window"} <= {its["kind"] for its in card["maps"]} for card in cards)
     assert any(its["words"] for card in cards for its in card["maps"])
-    assert len({(card["attribute"], card["sample"]) for card in cards}) == len(cards)
+    assert len({(card["title"], card["sample"]) for card in cards}) == len(cards)
     assert [its.get("heard") for its in page.data["curves"]] == ["silence", "other clip"] * 2 + [None] * 2
 
 
