@@ -23,7 +23,7 @@ from lalm_lens.model import HookedLALM
 from lalm_lens.planning import Planned
 from lalm_lens.study import Study
 from lalm_lens.tables import Table
-from lalm_lens.units import ABOUT, Opened, Unit, claimed, writable
+from lalm_lens.units import ABOUT, Opened, Unit, claimed, forget_claims, writable
 
 ENDING = ".study.json"  # of the file that says which units a study has
 # Of one unit, that leave the others be: a file that has gone, memory that is full, numbers that a method cannot take.
@@ -136,6 +136,7 @@ def write_list(plan: Planned, out: Path, done: Sequence[Outcome] = ()) -> Path:
     writable(out)
     path = out / f"{plan.study.path.stem}{ENDING}"
     refuse_another(path, plan.study)
+    forget_claims(plan.units, out)
     told = {
         "study": plan.study.text,
         "path": str(plan.study.path),

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -236,6 +236,14 @@ def claimed(unit: Unit, out: Path) -> Iterator[bool]:
             path.unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+def forget_claims(units: Iterable[Unit], out: Path) -> None:
+    """On units that are finished, of processes that ended just then."""
+    finished = {unit.hash for unit in units if unit.is_finished(out)}
+    for path in (out / CLAIMS).glob("*"):
+        if path.name in finished:
+            path.unlink(missing_ok=True)
 
 
 def writable(out: Path) -> None:

@@ -197,6 +197,15 @@ def test_a_claim_is_of_one_process_and_ends_with_it(plan, tmp_path):
         assert is_mine
 
 
+def test_a_claim_on_what_is_finished_is_forgotten(plan, undisturbed, tmp_path):
+    """Of a runner that was killed between its last two steps."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    for name in (plan.units[0].hash, "another"):
+        (tmp_path / ".claims" / name).touch()
+    write_list(plan, tmp_path)
+    assert [path.name for path in (tmp_path / ".claims").iterdir()] == ["another"]
+
+
 def fill_the_disk(plan: Planned, out: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if no more fitted
     try:
