@@ -297,7 +297,7 @@ def test_pointing_at_a_curve_tells_its_means(page, tables):
     last = scores[scores.place == "last"].set_index("layer").assign(mean=lambda its: its.score)
     for figure, table, layer in ((of_trace, text, 2), (of_scores, last, 4)):
         row = table.loc[layer]
-        said = numbers(label_at(page, figure, layer, row["mean"]).split("\n")[0])
+        said = numbers(label_at(page, figure, layer, row.to_dict()["mean"]).split("\n")[0])
         assert said == pytest.approx([layer, row["mean"], row.low, row.high], abs=6e-4)
 
 
