@@ -60,6 +60,16 @@ return [...boxes.filter((it) => outside(it, { left: 0, right: innerWidth })),
         ...titles.filter((it) => outside(it, it.closest(".js-plotly-plot").getBoundingClientRect()))]
   .map((it) => it.textContent.slice(0, 80));
 """
+MANY_LINES = """
+const flat = { layers: [0, 1], mean: [0, 1], low: [null, null], high: [null, null] };
+const lines = [...Array(25).keys()].map((n) => ({ ...flat, name: String(n), hidden: n % 10 !== 1 }));
+const place = document.createElement("div");
+place.dataset.curve = data.curves.push({ title: "many", n: 1, y: "y", marks: [], lines }) - 1;
+document.querySelector("main").append(place);
+drawCurve(place);
+const paints = (traces) => traces.map(({ line }) => [line.color, line.dash]);
+return { shown: paints(place.data.filter((its) => its.visible === true)), all: paints(place.data) };
+"""
 LABEL = """
 [...document.querySelectorAll(".hovertext text.nums")].map((label) => {
   const lines = [...label.querySelectorAll("tspan.line")];
@@ -202,10 +212,35 @@ def test_it_loads_without_a_request_or_an_error(page, tables):
     assert set(cards(page)) == set(trace["sample"])
     assert all(len(maps(card)) == 2 for card in cards(page).values())
     assert len(page.find_elements(By.CSS_SELECTOR, ".curve .main-svg")) >= 2
+    figure = page.find_element(By.CSS_SELECTOR, ".curve")
+    into_view(page, figure)
+    hidden = "[...it.querySelectorAll('.traces')].filter((line) => line.style.opacity === '0.5').length"
+    n_hidden = until(page, hidden, figure)
+    its = until(page, "[...it.querySelectorAll('.legendtoggle')].at(-1).getBoundingClientRect()", figure)
+    point(page, its["left"] + 20, its["top"] + its["height"] / 2, click=True)
+    until(page, f"{hidden} === other", figure, n_hidden - 1)
     page.find_element(By.ID, "theme").click()
+    assert until(page, hidden, figure) == n_hidden - 1  # what was switched on stays
+
+
+def test_visible_lines_have_colours_of_their_own(page):
+    drawn = page.execute_script(MANY_LINES)
+    assert len({tuple(its) for its in drawn["shown"]}) == 3
+    assert len({colour for colour, _ in drawn["shown"]}) == 3
+    assert len({tuple(its) for its in drawn["all"]}) == len(drawn["all"]) == 25
+
+
+def test_a_narrower_window_draws_again(page):
+    figure = page.find_element(By.CSS_SELECTOR, ".map")
+    wide = page.execute_script("return arguments[0].layout.margin.l", figure)
+    screen = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    until(page, "it.layout.margin.l < other", figure, wide)
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_players_play(page, samples):
+    page.execute_script("document.querySelectorAll('audio').forEach((it) => { it.loop = true; })")
     for name, card in cards(page).items():
         into_view(page, card)
         for player in card.find_elements(By.TAG_NAME, "audio"):
@@ -216,7 +251,9 @@ def test_players_play(page, samples):
             point(page, its["left"] + 18, its["top"] + its["height"] / 2, click=True)  # its button
             until(page, "it.currentTime > 0.1", player)
             assert player.get_property("error") is None
-            page.execute_script("arguments[0].pause()", player)
+            playing = page.execute_script("return [...document.querySelectorAll('audio')].filter((it) => !it.paused)")
+            assert playing == [player]  # one sound at a time
+    page.execute_script("document.querySelectorAll('audio').forEach((it) => it.pause())")
 
 
 def test_pointing_at_a_word_tells_its_row(page, tables):
@@ -260,7 +297,7 @@ def test_pointing_at_a_curve_tells_its_means(page, tables):
     last = scores[scores.place == "last"].set_index("layer").assign(mean=lambda its: its.score)
     for figure, table, layer in ((of_trace, text, 2), (of_scores, last, 4)):
         row = table.loc[layer]
-        said = numbers(label_at(page, figure, layer, row["mean"]).split("\n")[0])
+        said = numbers(label_at(page, figure, layer, row.to_dict()["mean"]).split("\n")[0])
         assert said == pytest.approx([layer, row["mean"], row.low, row.high], abs=6e-4)
 
 

@@ -41,7 +41,7 @@ class AudioSensitivity(Table):
     NAME: ClassVar[str] = "a table of audio sensitivity"
     HEADLINE: ClassVar[tuple[str, str] | None] = (
         "sensitivity",
-        "Accuracy with the clip, less that with silence and with another clip",
+        "Accuracy with the clip, less the mean of silence and another clip",
     )
     COLUMNS: ClassVar[dict[str, str]] = {
         **QUESTION_COLUMNS,

@@ -230,9 +230,9 @@ def told_apart(rows: pd.DataFrame, one: Sequence[str], sources: Sequence[Source]
     """Without repeated rows. Where units of a study have the same run, `how` says which of their settings differ and no
     column tells: what ran beside it may change its last digits."""
     twice = rows[rows.duplicated(one, keep=False)]
-    same = [(sources[n].asked, sources[n].settings) for n in twice.source.unique() if sources[n].told]
+    same = [(sources[n].asked, sources[n].told["settings"]) for n in twice.source.unique() if sources[n].told]
     units = {n: sources[n] for n in rows.source.unique().tolist() if sources[n].told}
-    settings = {n: its.settings for n, its in units.items() if (its.asked, its.settings) in same}
+    settings = {n: its.settings for n, its in units.items() if (its.asked, its.told["settings"]) in same}
     said = differences(settings, sources)
     how = [said.get(n, "") for n in rows.source.tolist()]
     return once(rows.assign(how=pd.Series(how, rows.index, dtype="str")))

@@ -75,6 +75,9 @@ function drawCurve(place) {
   });
   const shapes = its.marks.map((y) => (
     { type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: colour("soft"), width: 1, dash: "dot" } }));
+  const layers = [...new Set(its.lines.flatMap((line) => line.layers))].sort((a, b) => a - b);
+  const known = its.lines.flatMap((line) => line.layers.filter((_, i) => line.mean[i] !== null));
+  const [first, last] = [Math.min(...known), Math.max(...known)];
   const legend = its.lines.reduce((width, line) => width + Math.max(150, 60 + 6 * line.name.length), 0);
   const below = 56 + 24 * Math.ceil(legend / place.clientWidth); // its axis, and rows of its legend
   const about = [...wrapped(its.title, place.clientWidth / 7), `n = ${its.n}${its.heard ? `, corrupted by ${its.heard}` : ""}`];
@@ -83,7 +86,7 @@ function drawCurve(place) {
     title: { text: about.map(escaped).join("<br>"), font: { size: 12 }, yref: "container", y: 1, yanchor: "top", pad: { t: 18 } },
     height: 200 + above + below, shapes, margin: { l: 55, r: 10, t: above, b: below },
     legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } },
-    xaxis: { ...layerTicks([...new Set(its.lines.flatMap((line) => line.layers.filter((_, i) => line.mean[i] !== null)))].sort((a, b) => a - b)),
+    xaxis: { ...layerTicks(layers.filter((layer) => first <= layer && layer <= last)), range: [first - 0.4, last + 0.4],
       title: { text: its.note ? `layer (${its.note})` : "layer", standoff: 8 } },
     yaxis: { automargin: true, title: { text: its.y, standoff: 6 }, ...(its.range ? { range: its.range } : {}) },
   });
