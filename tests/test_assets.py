@@ -66,10 +66,10 @@ def test_clips_are_balanced_wav_files(tmp_path, name):
     ("name", "windows", "kinds"),
     [
         ("tiny_lalm", [None, None], [FULL] * 8),
-        ("tiny_lalm_planted", [1, 1], [SLIDING] * 4 + [FULL] + [SLIDING] * 3),
-        ("tiny_lalm_relay", [28, 20], [SLIDING] * 8),
+        pytest.param("tiny_lalm_planted", [1, 1], [SLIDING] * 4 + [FULL] + [SLIDING] * 3, marks=pytest.mark.stress),
+        pytest.param("tiny_lalm_relay", [28, 20], [SLIDING] * 8, marks=pytest.mark.stress),
         ("tiny_lalm_suppress", [1, 1], [SLIDING] * 4 + [FULL] + [SLIDING] * 3),
-        ("tiny_lalm_erase", [28, 28], [SLIDING] * 8),
+        pytest.param("tiny_lalm_erase", [28, 28], [SLIDING] * 8, marks=pytest.mark.stress),
     ],
 )
 def test_training_writes_a_checkpoint_that_transformers_loads_and_a_card(tmp_path, monkeypatch, name, windows, kinds):

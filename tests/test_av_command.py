@@ -211,6 +211,7 @@ def test_images_beside_videos_are_refused(monkeypatch, checkpoint, tmp_path, cap
     assert "have an image and others frames" in capfd.readouterr().err
 
 
+@pytest.mark.stress
 def test_the_planted_picture_is_what_keeps_the_sound_from_being_said(monkeypatch, tmp_path):
     """In the tiny trained model pictures win over sounds, by way of the last position."""
     data, out = write_av_clips(tmp_path / "data", 6, seed=3), tmp_path / "out"

@@ -157,7 +157,10 @@ def planned(model, runs, wheres, readout=LogProbs(), **kwargs) -> Plan:  # noqa:
     return Plan(model, branches(base, *its), readout, engine="sweep", **kwargs)
 
 
-@pytest.mark.parametrize("name", MAPS)
+SLOW = {"every output of attention", "every z"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.stress] * (name in SLOW)) for name in MAPS])
 def test_no_more_is_computed_than_the_changes_need(model, runs, name):
     """Text before the audio is the same in both runs, so nothing at all is needed there."""
     plan = planned(model, runs, MAPS[name])

@@ -279,6 +279,7 @@ def test_voxtral_is_compared_with_both_families(tmp_path):
     assert its.measured == pytest.approx(16 / 32 - 5 / 30)
 
 
+@pytest.mark.numbers
 def test_claims_read_what_the_table_averages(traces, tmp_path):
     trace = traces["animal"]
     trace.save(tmp_path / "trace.parquet")
