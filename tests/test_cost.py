@@ -157,7 +157,7 @@ def planned(model, runs, wheres, readout=LogProbs(), **kwargs) -> Plan:  # noqa:
     return Plan(model, branches(base, *its), readout, engine="sweep", **kwargs)
 
 
-SLOW = {"every output of attention", "every z"}
+SLOW = {"every output of attention", "every z", "audio, 8 positions at a time", "every position before a block"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.stress] * (name in SLOW)) for name in MAPS])

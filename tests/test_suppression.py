@@ -187,6 +187,7 @@ def command(monkeypatch, *args: object) -> int:
     return int(end.value.code or 0)
 
 
+@pytest.mark.stress
 def test_the_command_writes_what_it_finds_and_says_what_it_leaves_out(monkeypatch, folders, tmp_path, capsys):
     gender = folders["gender"]
     options = ("--attribute", "gender", "--n-pathways", 2, "--windows", 1, "--framing", "statement", "--n-controls", 1)
