@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -108,10 +107,6 @@ class Planned:
     units: tuple[Unit, ...]
     excluded: pd.DataFrame  # model, dataset, attribute, sample, reason
     failed: Mapping[str, str] = field(default_factory=dict)  # what is left out altogether, and why
-
-    @cached_property
-    def n_clips(self) -> int:
-        return sum(len(unit.clips) for unit in self.units)
 
 
 def planned(study: Study, conversion_named: Callable[[str | None], Conversion | None] = lambda name: None) -> Planned:

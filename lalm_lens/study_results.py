@@ -103,8 +103,7 @@ def refuse_mixed(units: pd.DataFrame, kind: type[Table], frame: pd.DataFrame) ->
             if alike.nunique() > 1 and not (column in kind.COLUMNS and apart(frame[column], values, units.n_rows)):
                 raise DataError(
                     f"These units are of more than one {name}, and no column of the table says which: "
-                    f"{'; '.join(alike.unique())}. Choose one: {name}=..., or give models names in "
-                    "the study."
+                    f"{'; '.join(alike.unique())}. Choose one: {name}=..., or give models names."
                 )
 
 
